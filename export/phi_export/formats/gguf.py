@@ -1,0 +1,150 @@
+"""GGUF, version 3: one file that stock llama.cpp and Ollama load.
+
+Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Metadata keys and tensor names
+are those llama.cpp's `phi3` architecture reads.
+"""
+
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from phi_export.formats import Plan, Progress, plan_int4
+from phi_export.formats.gguf_tokenizer import tokenizer_metadata
+from phi_export.quantize import finite, pack_q4_0, quantize
+from phi_runtime.backends.reference import ReadTensor
+from phi_runtime.checkpoint import F32, Checkpoint
+from phi_runtime.config import Phi3Config
+from phi_runtime.errors import BundleError, MissingExtraError
+
+ARTIFACT = "model.gguf"
+_ALIGN = 32
+_F32, _Q4_0 = 0, 2  # ggml_type
+_Q4_0_BYTES = 18  # of a block
+_FILE_TYPE_Q4_0 = 2  # llama_ftype: mostly Q4_0
+
+_U32, _I32, _FLOAT, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+
+_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of one of the checkpoint's tensors."""
+    stem, suffix = name.rsplit(".", 1)
+    if stem in _NAMES:
+        return f"{_NAMES[stem]}.{suffix}"
+    _, _, layer, rest = stem.split(".", 3)
+    return f"blk.{layer}.{_LAYER_NAMES[rest]}.{suffix}"
+
+
+def plan(config: Phi3Config) -> Plan:
+    """Matrices as Q4_0, norms as F32."""
+    return plan_int4(config, "Q4_0", _Q4_0_BYTES, "F32")
+
+
+def context(config: Phi3Config) -> int:
+    """Stock llama.cpp does not apply phi3's window, so a bundle ends where it would begin to matter."""
+    return config.window() or config.max_position_embeddings
+
+
+def write(checkpoint: Checkpoint, plan: Plan, folder: Path, progress: Progress) -> None:
+    """Write `model.gguf`."""
+    c = checkpoint.config
+    metadata = _architecture(c, checkpoint.folder.resolve().name) | tokenizer_metadata(checkpoint)
+    infos = c.tensor_shapes()
+    with open(folder / ARTIFACT, "wb") as f:
+        f.write(b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(metadata)))
+        for key, (kind, value) in metadata.items():
+            f.write(_string(key) + struct.pack("<I", kind) + _value(kind, value))
+        offset = 0
+        for name, shape in infos.items():
+            kind = _F32 if len(shape) == 1 else _Q4_0
+            dims = struct.pack(f"<{len(shape)}Q", *reversed(shape))
+            f.write(_string(gguf_name(name)) + struct.pack("<I", len(shape)) + dims)
+            f.write(struct.pack("<IQ", kind, offset))
+            offset += _aligned(plan[name].bytes)
+        _pad(f)
+        for name in infos:
+            tensor = checkpoint.tensors[name]
+            if len(tensor.shape) == 1:
+                f.write(finite(tensor).astype("<f4").tobytes())
+            else:
+                f.write(pack_q4_0(quantize(tensor)).tobytes())
+            _pad(f)
+            progress(name)
+
+
+def read(folder: Path, artifact: str) -> ReadTensor:
+    """Weights of the file, through the `gguf` package: a second opinion on our own layout."""
+    try:
+        import gguf
+    except ImportError:
+        raise MissingExtraError("gguf", "export") from None
+    try:
+        reader = gguf.GGUFReader(folder / artifact)
+    except Exception as e:  # the library raises whatever its parsing meets
+        raise BundleError(f"{folder / artifact}: cannot be read ({e}); export the bundle again") from None
+    tensors = {t.name: t for t in reader.tensors}
+
+    def tensor(name: str) -> F32:
+        found = tensors.get(gguf_name(name))
+        if found is None:
+            raise BundleError(f"{folder / artifact}: tensor {gguf_name(name)} is missing; export the bundle again")
+        out: F32 = gguf.dequantize(found.data, found.tensor_type)
+        return out
+
+    return tensor
+
+
+def _architecture(c: Phi3Config, name: str) -> dict[str, tuple[int, Any]]:
+    # llama.cpp lets Phi-3's role tokens swallow the white space after them, as the tokenizer
+    # asks, only in a model whose name contains "phi-3".
+    metadata: dict[str, tuple[int, Any]] = {
+        "general.architecture": (_STRING, "phi3"),
+        "general.name": (_STRING, name if "phi-3" in name.lower() else f"phi-3 {name}"),
+        "general.file_type": (_U32, _FILE_TYPE_Q4_0),
+        "general.quantization_version": (_U32, 2),
+        "phi3.context_length": (_U32, context(c)),
+        "phi3.rope.scaling.original_context_length": (_U32, c.max_position_embeddings),
+        "phi3.embedding_length": (_U32, c.hidden_size),
+        "phi3.feed_forward_length": (_U32, c.intermediate_size),
+        "phi3.block_count": (_U32, c.num_hidden_layers),
+        "phi3.attention.head_count": (_U32, c.num_attention_heads),
+        "phi3.attention.head_count_kv": (_U32, c.num_key_value_heads),
+        "phi3.attention.layer_norm_rms_epsilon": (_FLOAT, c.rms_norm_eps),
+        "phi3.rope.dimension_count": (_U32, c.head_dim),
+        "phi3.rope.freq_base": (_FLOAT, c.rope_theta),
+    }
+    if c.sliding_window is not None:
+        metadata["phi3.attention.sliding_window"] = (_U32, c.sliding_window)
+    return metadata
+
+
+def _value(kind: int, value: Any) -> bytes:
+    if kind == _STRING:
+        return _string(value)
+    if kind == _ARRAY:
+        element, items = value
+        head = struct.pack("<IQ", element, len(items))
+        return head + b"".join(_value(element, item) for item in items)
+    return struct.pack({_U32: "<I", _I32: "<i", _FLOAT: "<f", _BOOL: "<?"}[kind], value)
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _pad(f: BinaryIO) -> None:
+    f.write(bytes(_aligned(f.tell()) - f.tell()))

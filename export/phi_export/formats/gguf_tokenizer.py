@@ -1,0 +1,71 @@
+"""A checkpoint's tokenizer in GGUF's terms, for clients that tokenise with llama.cpp itself."""
+
+import json
+from typing import Any
+
+from phi_runtime.checkpoint import Checkpoint
+from phi_runtime.config import read_json
+from phi_runtime.errors import CheckpointError, UnsupportedError
+from phi_runtime.tokenizer import FILE
+
+_U32, _I32, _FLOAT, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+
+
+def tokenizer_metadata(checkpoint: Checkpoint) -> dict[str, tuple[int, Any]]:
+    """GGUF's `tokenizer.*` keys for a byte-fallback BPE (Llama's and Phi-3-mini's kind).
+
+    Raises CheckpointError for a damaged or oversized tokenizer, UnsupportedError for another kind.
+    """
+    path = checkpoint.folder / FILE
+    raw = read_json(path)
+    model = raw.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE" or not model.get("byte_fallback"):
+        raise UnsupportedError(f"{path}: GGUF export carries byte-fallback BPE tokenizers only; try --format onnx,coreml")
+    size = checkpoint.config.vocab_size
+    tokens = [f"<|unused_{i}|>" for i in range(size)]
+    types = [_UNUSED] * size
+    for token, i in model["vocab"].items():
+        _check(path, token, i, size)
+        is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+        tokens[i], types[i] = token, _BYTE if is_byte else _NORMAL
+    for added in raw.get("added_tokens", []):
+        _check(path, added["content"], added["id"], size)
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
+    unknown = model.get("unk_token")
+    if unknown in tokens:
+        types[tokens.index(unknown)] = _UNKNOWN
+
+    metadata: dict[str, tuple[int, Any]] = {
+        "tokenizer.ggml.model": (_STRING, "llama"),
+        "tokenizer.ggml.pre": (_STRING, "default"),
+        "tokenizer.ggml.tokens": (_ARRAY, (_STRING, tokens)),
+        # Merges happen in the order of ids, as in every byte-fallback BPE of this family.
+        "tokenizer.ggml.scores": (_ARRAY, (_FLOAT, [-float(i) for i in range(size)])),
+        "tokenizer.ggml.token_type": (_ARRAY, (_I32, types)),
+        "tokenizer.ggml.add_bos_token": (_BOOL, False),
+        "tokenizer.ggml.add_space_prefix": (_BOOL, _prepends_space(raw)),
+    }
+    c = checkpoint.config
+    ids = {"bos": c.bos_token_id, "eos": c.eos_token_id, "padding": c.pad_token_id}
+    for key, token_id in ids.items():
+        if token_id is not None:
+            metadata[f"tokenizer.ggml.{key}_token_id"] = (_U32, token_id)
+    settings = checkpoint.folder / "tokenizer_config.json"
+    if settings.is_file():
+        config = read_json(settings)
+        metadata["tokenizer.ggml.add_bos_token"] = (_BOOL, bool(config.get("add_bos_token", False)))
+        if isinstance(config.get("chat_template"), str):
+            metadata["tokenizer.chat_template"] = (_STRING, config["chat_template"])
+    return metadata
+
+
+def _check(path: Any, token: object, i: object, size: int) -> None:
+    if not isinstance(token, str) or not isinstance(i, int) or not 0 <= i < size:
+        raise CheckpointError(f"{path}: token {token!r} has id {i!r}, the embedding has {size} rows")
+
+
+def _prepends_space(raw: dict[str, Any]) -> bool:
+    """Whether the tokenizer puts a space before its text (Phi-3-mini's does)."""
+    return '"Prepend"' in json.dumps(raw.get("normalizer"))

@@ -1,0 +1,110 @@
+"""What `phi-export` prints: progress to the terminal's error stream, tables to its output."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from phi_export.export import Exported, Planned
+from phi_export.export import Progress as ExportProgress
+from phi_export.verify import Verification
+from phi_runtime.bundle import TensorQuant
+from phi_runtime.checkpoint import Checkpoint
+
+_out = Console(highlight=False)
+_err = Console(stderr=True, highlight=False)
+
+
+def gb(count: int) -> str:
+    """Bytes in GB (1e9) and GiB (2**30), or in MB and MiB below a tenth of one."""
+    if count < 1e8:
+        return f"{count / 1e6:.2f} MB ({count / 2**20:.2f} MiB)"
+    return f"{count / 1e9:.3f} GB ({count / 2**30:.3f} GiB)"
+
+
+def ledger(checkpoint: Checkpoint, planned: Planned) -> None:
+    """The table of `--dry-run`: what each group of tensors will take."""
+    total = sum(q.bytes for q in planned.plan.values())
+    weights = sum(q.weights for q in planned.plan.values())
+    table = Table(title=f"{planned.format}: {weights:,} weights", title_justify="left")
+    for column in ("tensors", "type", "bits/weight", "bytes", "share"):
+        table.add_column(column, justify="left" if column in ("tensors", "type") else "right")
+    groups: dict[tuple[str, str], list[TensorQuant]] = {}
+    for name, quant in planned.plan.items():
+        groups.setdefault((re.sub(r"\.\d+\.", ".*.", name), quant.type), []).append(quant)
+    for (group, kind), quants in groups.items():
+        size, count = sum(q.bytes for q in quants), sum(q.weights for q in quants)
+        table.add_row(group, kind, f"{8 * size / count:.3f}", f"{size:,}", f"{100 * size / total:.1f} %")
+    table.add_section()
+    table.add_row("weights", "", f"{8 * total / weights:.3f}", f"{total:,}", gb(total))
+    _out.print(table)
+    c = checkpoint.config
+    per_1000 = 1000 * 2 * 2 * c.num_hidden_layers * c.kv_size
+    _out.print(f"KV cache, 16 bit: {gb(per_1000)} per 1,000 tokens; context {planned.context:,} tokens")
+
+
+@contextmanager
+def export_progress() -> Iterator[ExportProgress]:
+    """A bar per format, with an estimate of what is left."""
+    columns = (
+        TextColumn("{task.fields[format]:<7}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=_err) as bars:
+        tasks = {}
+
+        def progress(name: str, what: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(what, format=name, total=total)
+            bars.update(tasks[name], description=what, completed=done)
+
+        yield progress
+
+
+@contextmanager
+def spinner(what: str) -> Iterator[Callable[[str], None]]:
+    """A line that says what is being looked at."""
+    with _err.status(what) as status:
+        yield lambda detail: status.update(f"{what} {detail}")
+
+
+def exported(bundles: list[Exported]) -> None:
+    """The table of bundles that were written."""
+    table = Table()
+    for column in ("bundle", "files", "bits/weight", "KL divergence", "top-1 agreement", "perplexity (checkpoint)"):
+        table.add_column(column, justify="left" if column == "bundle" else "right")
+    for b in bundles:
+        table.add_row(
+            str(b.folder),
+            gb(b.manifest.file_bytes()),
+            f"{b.manifest.bits_per_weight():.3f}",
+            f"{b.parity.kld_mean:.4f}",
+            f"{100 * b.parity.top1_agreement:.1f} %",
+            f"{b.parity.perplexity:.2f} ({b.parity.checkpoint_perplexity:.2f})",
+        )
+    _out.print(table)
+    tokens = bundles[0].parity.tokens
+    _out.print(f"verified over {tokens} tokens of the built-in sample; `phi-export verify --text FILE` takes more")
+
+
+def verified(bundle: Path, outcome: Verification) -> None:
+    """The table of checks, and the agreement."""
+    table = Table(title=str(bundle), title_justify="left")
+    for column in ("check", "figure", "limit", "where", ""):
+        table.add_column(column, justify="right" if column in ("figure", "limit") else "left")
+    for c in outcome.checks:
+        table.add_row(c.name, f"{c.value:.3g}", f"{c.limit:.3g}", c.where, "ok" if c.passed else "FAILED")
+    _out.print(table)
+    if (p := outcome.parity) is not None:
+        _out.print(
+            f"{p.tokens} tokens: KL divergence {p.kld_mean:.5f} nats, top-1 agreement {100 * p.top1_agreement:.2f} %, "
+            f"perplexity {p.perplexity:.3f} (checkpoint {p.checkpoint_perplexity:.3f})"
+        )

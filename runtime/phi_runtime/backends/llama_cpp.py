@@ -1,0 +1,117 @@
+"""llama.cpp through the C API that llama-cpp-python ships; the file is mapped, not read."""
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phi_runtime.checkpoint import F32
+from phi_runtime.errors import BundleError, ContextError, MissingExtraError
+
+_CHUNK = 256  # tokens per llama_decode; bounds the compute buffer
+
+
+class LlamaCppBackend:
+    """A GGUF file on llama.cpp's CPU engine."""
+
+    name = "llama.cpp"
+
+    def __init__(self, path: Path, context: int, threads: int) -> None:
+        try:
+            import llama_cpp
+        except ImportError:
+            raise MissingExtraError("llama.cpp", "gguf") from None
+        self._c: Any = llama_cpp
+        self.context = context
+        self._position = 0
+        self._log_lines: list[str] = []
+        self._log = _collect_log(llama_cpp, self._log_lines)
+        llama_cpp.llama_backend_init()
+
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.n_gpu_layers = 0
+        # GCC before 13 drops stores that ggml's AMX kernels need, and such a build dies at the first
+        # token (ggml-org/llama.cpp#20824). The library does not tell its compiler: go without AMX.
+        if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
+            model_params.use_extra_bufts = False
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params)
+        if not self._model:
+            why = next((line for line in self._log_lines if "error" in line), "unknown reason")
+            raise BundleError(f"{path}: llama.cpp cannot load it ({why.strip()}); export it again")
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = context
+        params.n_batch = params.n_ubatch = min(context, _CHUNK)
+        params.n_threads = params.n_threads_batch = threads
+        self._ctx = llama_cpp.llama_init_from_model(self._model, params)
+        if not self._ctx:
+            llama_cpp.llama_model_free(self._model)
+            raise ContextError(f"{path}: llama.cpp cannot reserve a context of {context} tokens; ask for fewer")
+        vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(vocab))
+        self._batch = llama_cpp.llama_batch_init(_CHUNK, 0, 1)
+
+    @property
+    def position(self) -> int:
+        """Tokens in the KV cache."""
+        return self._position
+
+    def forward(self, tokens: list[int], every: bool) -> F32:
+        """Append tokens; logits [T, vocab_size], or [1, vocab_size] of the last."""
+        rows = []
+        for start in range(0, len(tokens), _CHUNK):
+            chunk = tokens[start : start + _CHUNK]
+            last = start + len(chunk) == len(tokens)
+            self._decode(chunk, every, last)
+            wanted = range(len(chunk)) if every else [len(chunk) - 1] if last else []
+            rows += [self._row(i) for i in wanted]
+        return np.stack(rows)
+
+    def rewind(self, position: int) -> None:
+        """Forget all tokens from `position` on."""
+        memory = self._c.llama_get_memory(self._ctx)
+        self._c.llama_memory_seq_rm(memory, 0, position, -1)
+        self._position = position
+
+    def close(self) -> None:
+        """Free the context and the model."""
+        if self._ctx:
+            self._c.llama_batch_free(self._batch)
+            self._c.llama_free(self._ctx)
+            self._c.llama_model_free(self._model)
+            self._ctx = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_ctx", None):
+            self.close()
+
+    def _decode(self, chunk: list[int], every: bool, last: bool) -> None:
+        batch = self._batch
+        batch.n_tokens = len(chunk)
+        for i, token in enumerate(chunk):
+            batch.token[i] = token
+            batch.pos[i] = self._position + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = every or (last and i == len(chunk) - 1)
+        status = self._c.llama_decode(self._ctx, batch)
+        if status != 0:
+            raise ContextError(f"llama.cpp could not decode at position {self._position} (status {status})")
+        self._position += len(chunk)
+
+    def _row(self, i: int) -> F32:
+        pointer = self._c.llama_get_logits_ith(self._ctx, i)
+        return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)).copy()
+
+
+def _collect_log(llama_cpp: Any, lines: list[str]) -> Any:
+    """Keep llama.cpp's log out of the terminal, and its last lines for our messages."""
+
+    @llama_cpp.llama_log_callback
+    def collect(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+        lines.append(text.decode("utf-8", "replace"))
+        del lines[:-50]
+
+    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
+    return collect

@@ -1,0 +1,183 @@
+"""The bundle contract: `phi-bundle.json`, which says what an exported artifact is.
+
+This module is the manifest's sole reader and writer. The artifact beside it is an ordinary file
+of its own ecosystem and never needs the manifest.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from phi_runtime.config import Phi3Config, parse_config
+from phi_runtime.errors import BundleError, NotFoundError
+from phi_runtime.files import sha256, write_file
+
+VERSION = 1
+MANIFEST = "phi-bundle.json"
+FORMATS = ("gguf", "onnx", "coreml")
+
+
+@dataclass(frozen=True)
+class BundleFile:
+    """One file of the bundle; `path` is relative to it, with forward slashes."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint a bundle was made from: its name and the digest of its weight files."""
+
+    name: str
+    revision: str | None
+    sha256: dict[str, str]
+
+
+@dataclass(frozen=True)
+class TensorQuant:
+    """How one tensor of the checkpoint is stored: type, elements per scale, weights and bytes."""
+
+    type: str
+    block: int
+    weights: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How the bundle's logits agreed with the checkpoint's when it was verified."""
+
+    tokens: int
+    logit_error: float
+    kld_mean: float
+    top1_agreement: float
+    perplexity: float
+    checkpoint_perplexity: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a client may want to know before it opens the artifact."""
+
+    format: str
+    artifact: str
+    source: Source
+    architecture: dict[str, Any]
+    context: int
+    window: int | None
+    stop_tokens: tuple[int, ...]
+    chat: str | None
+    quantization: dict[str, TensorQuant]
+    files: tuple[BundleFile, ...]
+    parity: Parity | None = None
+    version: int = VERSION
+
+    def config(self) -> Phi3Config:
+        """The architecture, checked."""
+        return parse_config(self.architecture, Path(MANIFEST))
+
+    def file_bytes(self) -> int:
+        """Bytes of all files of the bundle, the manifest not counted."""
+        return sum(f.bytes for f in self.files)
+
+    def bits_per_weight(self) -> float:
+        """Stored bits of the weights, scales included, per weight."""
+        stored = sum(q.bytes for q in self.quantization.values())
+        return 8 * stored / sum(q.weights for q in self.quantization.values())
+
+
+def list_files(folder: Path) -> tuple[BundleFile, ...]:
+    """Every file of a bundle folder but the manifest, with size and digest."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return tuple(BundleFile(p.relative_to(folder).as_posix(), p.stat().st_size, sha256(p)) for p in paths)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `phi-bundle.json` into the bundle's folder."""
+    write_file(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether a folder holds a manifest."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a bundle folder.
+
+    Raises NotFoundError if there is none, BundleError if it is damaged or newer than we are.
+    """
+    path = folder / MANIFEST
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        if not folder.exists():
+            raise NotFoundError(f"{folder}: no such folder; give a bundle that phi-export wrote") from None
+        raise NotFoundError(f"{folder}: holds no {MANIFEST}; give a bundle that phi-export wrote") from None
+    except (ValueError, RecursionError):
+        raise BundleError(f"{path}: is not valid JSON; export the bundle again") from None
+    version = raw.get("version") if isinstance(raw, dict) else None
+    if not isinstance(version, int) or version < 1:
+        raise BundleError(f"{path}: has no manifest version; export the bundle again")
+    if version > VERSION:
+        raise BundleError(f"{path}: manifest version {version} is newer than ours ({VERSION}); upgrade phi-edge")
+    try:
+        parity = raw["parity"]
+        manifest = Manifest(
+            format=_one_of(raw["format"], FORMATS),
+            artifact=_inside(raw["artifact"]),
+            source=Source(**raw["source"]),
+            architecture=dict(raw["architecture"]),
+            context=_count(raw["context"]),
+            window=None if raw["window"] is None else _count(raw["window"]),
+            stop_tokens=tuple(_count(t, 0) for t in raw["stop_tokens"]),
+            chat=raw["chat"],
+            quantization={str(k): _quant(v) for k, v in raw["quantization"].items()},
+            files=tuple(BundleFile(_inside(f["path"]), _count(f["bytes"], 0), str(f["sha256"])) for f in raw["files"]),
+            parity=None if parity is None else Parity(**parity),
+            version=version,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise BundleError(f"{path}: is malformed ({type(e).__name__}: {e}); export the bundle again") from None
+    parse_config(manifest.architecture, path)
+    return manifest
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Hold every file of the bundle to its recorded size and digest. Raises BundleError."""
+    for f in manifest.files:
+        path = folder / f.path
+        if not path.is_file():
+            raise BundleError(f"{path}: is missing from the bundle; export it again")
+        if path.stat().st_size != f.bytes:
+            raise BundleError(f"{path}: has {path.stat().st_size} bytes, the manifest says {f.bytes}; export it again")
+        if sha256(path) != f.sha256:
+            raise BundleError(f"{path}: differs from the file that was verified (sha256); export it again")
+
+
+def _quant(raw: dict[str, Any]) -> TensorQuant:
+    return TensorQuant(str(raw["type"]), _count(raw["block"]), _count(raw["weights"]), _count(raw["bytes"]))
+
+
+def _count(value: object, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{value!r} is not a whole number from {least} on")
+    return value
+
+
+def _one_of(value: object, known: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{value!r} is none of {', '.join(known)}")
+    return value
+
+
+def _inside(value: object) -> str:
+    """A path that stays in the bundle, whatever wrote the manifest."""
+    path = PurePosixPath(str(value))
+    if not isinstance(value, str) or path.is_absolute() or ".." in path.parts or "\\" in value or not path.parts:
+        raise ValueError(f"path {value!r} leaves the bundle")
+    return value

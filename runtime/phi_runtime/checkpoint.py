@@ -1,0 +1,168 @@
+"""Reading a Hugging Face model folder, a tensor at a time, trusting nothing in it.
+
+The safetensors header is checked in full before any byte of weights is touched: sizes, overlaps,
+holes, and that every tensor the architecture needs is there with its shape. Weights are mapped,
+never loaded whole.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from phi_runtime.config import Phi3Config, read_config, read_json
+from phi_runtime.errors import CheckpointError, NotFoundError
+
+F32 = npt.NDArray[np.float32]
+
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_MAX_HEADER = 100_000_000  # the format's own cap
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor on disk; `read` maps it and converts to float32."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return math.prod(self.shape) * _BYTES[self.dtype]
+
+    def read(self, start: int = 0, stop: int | None = None) -> F32:
+        """Rows start..stop as float32 [stop - start, ...]."""
+        stored = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}[self.dtype]
+        mapped = np.memmap(self.path, dtype=stored, mode="r", offset=self.offset, shape=self.shape)
+        rows = np.asarray(mapped[start:stop])
+        if self.dtype == "BF16":  # bf16 is the upper half of a float32
+            return (rows.astype(np.uint32) << 16).view(np.float32)
+        return rows.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened model folder: the configuration and where each tensor lies."""
+
+    folder: Path
+    config: Phi3Config
+    tensors: dict[str, Tensor]
+    files: tuple[Path, ...]
+
+    def read(self, name: str) -> F32:
+        """One whole tensor as float32, in the checkpoint's own shape."""
+        return self.tensors[name].read()
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Open a checkpoint folder, single-file or sharded, reading headers only.
+
+    Raises NotFoundError, CheckpointError (damaged, incomplete) or UnsupportedError.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise NotFoundError(f"{folder}: no such folder; give the folder that holds config.json")
+    config = read_config(folder)
+    files = _weight_files(folder)
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        for tensor in read_header(path):
+            if tensor.name in tensors:
+                raise CheckpointError(f"{path}: tensor {tensor.name} is also in {tensors[tensor.name].path.name}")
+            tensors[tensor.name] = tensor
+    _check_shapes(folder, config, tensors)
+    return Checkpoint(folder, config, tensors, files)
+
+
+def read_header(path: Path) -> list[Tensor]:
+    """The tensors that a safetensors file declares, after checking every claim against the file."""
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        prefix = f.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > _MAX_HEADER or 8 + length > size:
+            raise CheckpointError(f"{path}: truncated or not a safetensors file ({size} bytes); copy it again")
+        try:
+            header = json.loads(f.read(length))
+        except (ValueError, RecursionError):
+            raise CheckpointError(f"{path}: its header is not valid JSON; copy it again") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: its header is not a JSON object; copy it again")
+    header.pop("__metadata__", None)
+    tensors = [_tensor(path, name, entry, 8 + length) for name, entry in header.items()]
+    end = 8 + length
+    for t in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
+        if t.offset != end:
+            raise CheckpointError(f"{path}: tensor {t.name} overlaps another or leaves a hole; copy the file again")
+        end += t.nbytes
+    if end != size:
+        raise CheckpointError(f"{path}: header claims {end} bytes, the file has {size}; copy it again")
+    return tensors
+
+
+def _tensor(path: Path, name: str, entry: Any, base: int) -> Tensor:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        whole = all(type(n) is int and 0 <= n < 2**48 for n in (*shape, start, stop))
+    except (TypeError, KeyError, ValueError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{path}: the header's entry for {name!r} is malformed; copy the file again")
+    if dtype not in _BYTES:
+        raise CheckpointError(f"{path}: tensor {name} has type {dtype}; we read {', '.join(_BYTES)}")
+    tensor = Tensor(name, dtype, shape, path, base + start)
+    if stop - start != tensor.nbytes:
+        raise CheckpointError(
+            f"{path}: tensor {name} {list(shape)} {dtype} needs {tensor.nbytes} bytes, its entry spans {stop - start}"
+        )
+    return tensor
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    index = folder / _INDEX
+    if not index.exists():
+        single = folder / _SINGLE
+        if not single.is_file():
+            raise CheckpointError(f"{folder}: neither {_SINGLE} nor {_INDEX} is there; is the download complete?")
+        return (single,)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map")
+    names = sorted({str(v) for v in weight_map.values()})
+    for name in names:
+        if os.path.basename(name) != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: shard {name!r} points outside the folder or is no safetensors file")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder}: shard {name} is named by the index but not there; fetch it again")
+    files = tuple(folder / name for name in names)
+    held = {t.name: f.name for f in files for t in read_header(f)}
+    for tensor, name in weight_map.items():
+        if held.get(tensor) != name:
+            raise CheckpointError(f"{index}: says {tensor} is in {name}, but it is not; fetch the shard again")
+    return files
+
+
+def _check_shapes(folder: Path, config: Phi3Config, tensors: dict[str, Tensor]) -> None:
+    expected = config.tensor_shapes()
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise CheckpointError(f"{folder}: tensor {name} is missing; fetch the checkpoint again")
+        if tensors[name].shape != shape:
+            raise CheckpointError(
+                f"{tensors[name].path}: tensor {name} has shape {list(tensors[name].shape)}, "
+                f"config.json implies {list(shape)}"
+            )
+    extra = sorted(set(tensors) - set(expected))
+    if extra:
+        raise CheckpointError(f"{folder}: tensor {extra[0]} is not part of {config.model_type}; is config.json its own?")

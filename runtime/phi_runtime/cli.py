@@ -1,0 +1,82 @@
+"""The commands' common frame, and `phi-run`."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+from phi_runtime import __version__
+from phi_runtime.errors import PhiError
+
+
+def run(main: Callable[[list[str]], None]) -> NoReturn:
+    """Run a command: a PhiError becomes one line and its exit code, Ctrl-C and SIGTERM clean up."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        main(sys.argv[1:])
+    except PhiError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written was left behind", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+    sys.exit(0)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def parser(name: str, description: str) -> argparse.ArgumentParser:
+    """A parser as all our commands have it."""
+    p = argparse.ArgumentParser(name, description=description)
+    p.add_argument("--version", action="version", version=f"{name} {__version__}")
+    return p
+
+
+def main() -> NoReturn:
+    """Entry point of `phi-run`."""
+    run(_main)
+
+
+def _main(argv: list[str]) -> None:
+    p = parser("phi-run", "Run a Phi bundle.")
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    g = commands.add_parser("generate", help="continue a prompt")
+    g.add_argument("bundle", metavar="BUNDLE", help="folder of a bundle that phi-export wrote")
+    g.add_argument("--prompt", required=True, help="the text to continue")
+    g.add_argument("--max-tokens", type=int, default=256, metavar="N", help="tokens to generate (default %(default)s)")
+    g.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    g.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens (default 0: all)")
+    g.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this share (default 1)")
+    g.add_argument("--seed", type=int, default=0, help="seed of the draw (default 0)")
+    g.add_argument("--backend", help="engine to use (default: the fastest installed)")
+    g.add_argument("--threads", type=int, help="threads (default: one per core)")
+    g.add_argument("--quiet", action="store_true", help="no timings after the text")
+    args = p.parse_args(argv)
+    _generate(args)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from phi_runtime.model import load
+
+    with load(args.bundle, backend=args.backend, threads=args.threads) as phi:
+        steps = []
+        print(args.prompt, end="", flush=True)
+        for piece in phi.stream(args.prompt, args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed):
+            print(piece.text, end="", flush=True)
+            steps.append(piece.step)
+        print()
+        if steps and not args.quiet:
+            later = sum(s.seconds for s in steps[1:])
+            rate = f", then {(len(steps) - 1) / later:.1f} tokens/s" if later else ""
+            print(
+                f"[{phi.backend}: {len(steps)} tokens, first after {steps[0].seconds * 1000:.0f} ms{rate}; "
+                f"stopped by {steps[-1].stop}]",
+                file=sys.stderr,
+            )

@@ -1,0 +1,137 @@
+"""Writing that leaves nothing half-written: beside, fsync, rename."""
+
+import errno
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from phi_runtime.errors import DiskFullError, NotFoundError, PhiError
+
+_PARTIAL = ".partial-"
+
+
+@contextmanager
+def folder_beside(target: Path) -> Iterator[Path]:
+    """A fresh folder beside `target`, gone again when the block ends, Ctrl-C included."""
+    _check_parent(target)
+    _sweep(target)
+    stage = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    try:
+        with disk_full_named(target):
+            stage.mkdir()
+            yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """A fresh folder beside `target`; it becomes `target` when the block ends well.
+
+    A `target` that exists is replaced: whether it may be is the caller's question.
+    """
+    with folder_beside(target) as stage:
+        yield stage
+        replace_folder(stage, target)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Rename `new` to `target` once it is safely on disk; a former `target` is moved away and deleted."""
+    _sync_tree(new)
+    if target.exists():
+        old = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}-old"
+        os.rename(target, old)
+        os.rename(new, target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(new, target)
+    sync_folder(target.parent)
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write one file whole or not at all."""
+    _check_parent(path)
+    data = content.encode() if isinstance(content, str) else content
+    partial = path.parent / f".{path.name}{_PARTIAL}{os.getpid()}"
+    try:
+        with disk_full_named(path):
+            with open(partial, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(partial, path)
+            sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@contextmanager
+def disk_full_named(target: Path) -> Iterator[None]:
+    """Turn the system's "no space" and "not permitted" into a typed error that names the target."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskFullError(
+                f"{target}: the disk is full; nothing was left behind. "
+                "Free some space, or choose another folder"
+            ) from e
+        if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise PhiError(f"{target}: cannot be written ({e.strerror}); choose another folder") from e
+        raise
+
+
+def sync_folder(path: Path) -> None:
+    """fsync a folder, so that a rename in it survives a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            fd = os.open(os.path.join(root, name), os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        sync_folder(Path(root))
+
+
+def _check_parent(path: Path) -> None:
+    parent = path.parent
+    if parent.exists() and not parent.is_dir():
+        raise NotFoundError(f"{parent}: is not a folder; choose another output path")
+    with disk_full_named(path):
+        parent.mkdir(parents=True, exist_ok=True)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what a killed run left beside `target`; a run that is still alive keeps its own."""
+    for stale in target.parent.glob(f".{target.name}{_PARTIAL}*"):
+        pid = stale.name.rsplit(_PARTIAL, 1)[1].split("-")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,1 @@
+"""Core ML's model language: its file formats, and a reference interpreter of the part we emit."""

@@ -1,0 +1,71 @@
+"""Text to tokens and back, from the `tokenizer.json` that every checkpoint and bundle carries."""
+
+from pathlib import Path
+
+import tokenizers
+
+from phi_runtime.errors import BundleError, NotFoundError
+
+FILE = "tokenizer.json"
+_REPLACEMENT = "\ufffd"
+
+
+class Tokenizer:
+    """A thin door to Hugging Face's `tokenizers`: no template engine, no downloads."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / FILE
+        if not path.is_file():
+            raise NotFoundError(f"{folder}: holds no {FILE}; copy it from the model's own repository")
+        try:
+            self._t = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as e:  # the library raises bare Exception
+            raise BundleError(f"{path}: is not a tokenizer that we can read ({e})") from None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids that the tokenizer knows, added tokens included."""
+        return self._t.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; special tokens written in it are recognised, none are added."""
+        return self._t.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of tokens; special tokens are left out."""
+        return self._t.decode(tokens)
+
+    def id(self, token: str) -> int | None:
+        """Id of one token by its spelling, None if there is no such token."""
+        return self._t.token_to_id(token)
+
+
+class StreamDecoder:
+    """Turns a growing list of tokens into text, holding back what is not yet whole.
+
+    A character spelt by several byte tokens comes out when its last byte is there, so the
+    pieces are always valid UTF-8 and their concatenation is the decoding of the whole.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
+        self._decode = tokenizer.decode
+        # A few tokens of the prompt give the first pieces their context (a leading space, say).
+        self._tokens = prompt[-4:]
+        self._start = len(self._decode(self._tokens))
+
+    def push(self, token: int) -> str:
+        """The text that became certain with this token, possibly empty."""
+        self._tokens.append(token)
+        text = self._decode(self._tokens)
+        if text.endswith(_REPLACEMENT):
+            return ""
+        piece = text[self._start :]
+        self._start = len(text)
+        if len(self._tokens) > 64:
+            self._tokens = self._tokens[-8:]
+            self._start = len(self._decode(self._tokens))
+        return piece
+
+    def flush(self) -> str:
+        """What was still held back, at the end of the text."""
+        return self._decode(self._tokens)[self._start :]

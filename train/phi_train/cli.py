@@ -1,0 +1,122 @@
+"""`phi-train`."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from phi_runtime.cli import parser, run
+from phi_runtime.errors import MissingExtraError, OutputExistsError
+
+if TYPE_CHECKING:
+    from phi_train.loop import Progress
+
+_USAGE = """phi-train RECIPE --out DIR [--set key=value ...]
+       phi-train list
+       phi-train tokenizer --corpus CORPUS --vocab-size N --out DIR
+       phi-train shards --corpus CORPUS --tokenizer DIR --out DIR"""
+
+
+def main() -> NoReturn:
+    """Entry point of `phi-train`."""
+    run(_main)
+
+
+def _main(argv: list[str]) -> None:
+    commands = {"list": _list, "tokenizer": _tokenizer, "shards": _shards}
+    if argv and argv[0] in commands:
+        commands[argv[0]](argv[1:])
+    else:
+        _train(argv)
+
+
+def _train(argv: list[str]) -> None:
+    p = parser("phi-train", "Train a recipe into a Hugging Face folder; a second run of it continues the first.")
+    p.usage = _USAGE
+    p.add_argument("recipe", metavar="RECIPE", help="name of a recipe; `phi-train list` shows them")
+    p.add_argument("--out", type=Path, metavar="DIR", required=True, help="the run's folder, then the checkpoint")
+    p.add_argument("--set", action="append", default=[], metavar="key=value", dest="settings", help="change a field")
+    args = p.parse_args(argv)
+
+    from phi_train.recipes import get_recipe
+
+    recipe = get_recipe(args.recipe, args.settings)
+    try:
+        from phi_train.loop import train
+    except ImportError as e:
+        raise MissingExtraError(str(e.name), "train") from None
+    with _progress() as progress:
+        s = train(recipe, args.out, progress)
+    print(
+        f"{args.out}: {s.parameters:,} parameters, {s.steps} steps, {s.tokens:,} tokens in {s.seconds:.0f} s "
+        f"({s.tokens_per_second:.0f} tokens/s)"
+    )
+    print(
+        f"held-out loss over {s.heldout_tokens:,} tokens: {s.initial_loss:.3f} at the start, "
+        f"{s.final_loss:.3f} at the end; a unigram model has {s.unigram_loss:.3f} (nats per token)"
+    )
+
+
+def _list(argv: list[str]) -> None:
+    argparse.ArgumentParser("phi-train list", description="Show the recipes.").parse_args(argv)
+    from phi_train.recipes import RECIPES
+
+    for name, recipe in RECIPES.items():
+        r = recipe()
+        summary = (recipe.__doc__ or "").splitlines()[0]
+        print(f"{name:<16} {r.model.num_parameters() / 1e6:8.1f} M parameters  {summary}")
+
+
+def _tokenizer(argv: list[str]) -> None:
+    p = argparse.ArgumentParser("phi-train tokenizer", description="Train a byte-fallback BPE on a corpus.")
+    _corpus_and_out(p)
+    p.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="token ids (default %(default)s)")
+    args = p.parse_args(argv)
+    from phi_train.tokenizer import train_tokenizer
+
+    _refuse_existing(args.out)
+    train_tokenizer(args.corpus, args.vocab_size, args.out)
+    print(f"{args.out}: a tokenizer of {args.vocab_size} ids")
+
+
+def _shards(argv: list[str]) -> None:
+    p = argparse.ArgumentParser("phi-train shards", description="Tokenise a corpus into shards, some files held out.")
+    _corpus_and_out(p)
+    p.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="folder with tokenizer.json")
+    args = p.parse_args(argv)
+    from phi_train.data import open_data, write_shards
+
+    _refuse_existing(args.out)
+    write_shards(args.corpus, args.tokenizer, args.out)
+    data = open_data(args.out)
+    print(f"{args.out}: {sum(len(s) for s in data.shards):,} tokens to train on, {len(data.heldout):,} held out")
+
+
+def _corpus_and_out(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--corpus", default="stdlib", help="`stdlib`, or a folder of .txt, .md and .py (default %(default)s)")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise OutputExistsError(f"{out}: exists already; choose another --out")
+
+
+@contextmanager
+def _progress() -> Iterator["Progress"]:
+    """A bar with the loss, tokens per second and the time that is left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bar:
+        task = bar.add_task("starting", note="")
+
+        def progress(what: str, done: int, total: int, figures: dict[str, float]) -> None:
+            note = ""
+            if figures:
+                note = f"loss {figures['loss']:.3f}, {figures['tokens'] / figures['seconds']:.0f} tokens/s"
+            bar.update(task, description=what, completed=done, total=total, note=note)
+
+        yield progress

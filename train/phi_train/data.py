@@ -1,0 +1,130 @@
+"""Tokenised corpora: shards of token ids on disk, mapped, and batches drawn from them.
+
+A data folder holds `train-*.bin`, `heldout.bin` (unsigned 16- or 32-bit ids, documents joined by
+`<|endoftext|>`), `heldout.txt` (the held-out text itself) and `shards.json`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from phi_runtime.config import read_json
+from phi_runtime.errors import NotFoundError, UsageError
+from phi_runtime.files import sha256, staged_folder
+from phi_runtime.tokenizer import FILE, Tokenizer
+from phi_train.corpus import documents
+from phi_train.tokenizer import END_OF_TEXT
+
+_INDEX = "shards.json"
+_SHARD_TOKENS = 1 << 20
+
+Tokens = npt.NDArray[np.int64]
+
+
+def write_shards(corpus: str, tokenizer_folder: Path, out: Path) -> None:
+    """Tokenise a corpus into `out`. Raises the errors of `documents` and of a missing tokenizer."""
+    tokenizer = Tokenizer(tokenizer_folder)
+    end = tokenizer.id(END_OF_TEXT)
+    if end is None:
+        raise UsageError(f"{tokenizer_folder}: its tokenizer has no {END_OF_TEXT}, which separates documents")
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    pending: dict[bool, list[int]] = {False: [], True: []}
+    counts = {False: 0, True: 0}
+    texts = []
+    shards: list[str] = []
+    with staged_folder(out) as stage:
+
+        def flush(tokens: list[int]) -> None:
+            shards.append(f"train-{len(shards):05d}.bin")
+            np.array(tokens, dtype).tofile(stage / shards[-1])
+
+        for document in documents(corpus):
+            tokens = [*tokenizer.encode(document.text), end]
+            pending[document.held_out] += tokens
+            counts[document.held_out] += len(tokens)
+            if document.held_out:
+                texts.append(document.text)
+            elif len(pending[False]) >= _SHARD_TOKENS:
+                flush(pending[False])
+                pending[False] = []
+        if pending[False]:
+            flush(pending[False])
+        if not shards or not pending[True]:
+            raise UsageError(f"corpus {corpus}: too few documents to train on some and hold others out")
+        np.array(pending[True], dtype).tofile(stage / "heldout.bin")
+        (stage / "heldout.txt").write_text("\n".join(texts), encoding="utf-8")
+        index = {
+            "dtype": dtype,
+            "train": shards,
+            "train_tokens": counts[False],
+            "heldout_tokens": counts[True],
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer_sha256": sha256(tokenizer_folder / FILE),
+        }
+        (stage / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Data:
+    """An opened data folder."""
+
+    folder: Path
+    shards: tuple[np.memmap, ...]
+    heldout: np.memmap
+    tokenizer_sha256: str
+    vocab_size: int
+
+    def windows(self, length: int) -> int:
+        """Whole windows of `length` tokens in all training shards."""
+        return sum(len(s) // length for s in self.shards)
+
+    def window(self, index: int, length: int) -> Tokens:
+        """Window number `index` of the training tokens."""
+        for shard in self.shards:
+            count = len(shard) // length
+            if index < count:
+                return np.asarray(shard[index * length : (index + 1) * length], np.int64)
+            index -= count
+        raise IndexError(index)
+
+    def batch(self, step: int, size: int, length: int, seed: int) -> Tokens:
+        """The batch [size, length] of one step: a function of these arguments alone, so that a
+        continued run sees what an unbroken one would. Each epoch has an order of its own."""
+        count = self.windows(length)
+        rows = []
+        for n in range(step * size, (step + 1) * size):
+            epoch, place = divmod(n, count)
+            order = np.random.default_rng([seed, epoch]).permutation(count)
+            rows.append(self.window(int(order[place]), length))
+        return np.stack(rows)
+
+    def heldout_windows(self, length: int, most: int) -> Tokens:
+        """Up to `most` windows [n, length], spread evenly over the held-out tokens."""
+        count = len(self.heldout) // length
+        chosen = np.unique(np.linspace(0, count - 1, min(most, count)).astype(int))
+        return np.stack([np.asarray(self.heldout[i * length : (i + 1) * length], np.int64) for i in chosen])
+
+    def unigram_loss(self, targets: Tokens) -> float:
+        """Mean negative log-likelihood, nats, of `targets` under the training tokens' frequencies (add one)."""
+        counts = np.ones(self.vocab_size)
+        for shard in self.shards:
+            counts += np.bincount(shard, minlength=self.vocab_size)
+        return float(-np.log(counts / counts.sum())[targets].mean())
+
+
+def open_data(folder: Path) -> Data:
+    """Map a data folder. Raises NotFoundError, or UsageError where it holds ids beyond its vocabulary."""
+    if not (folder / _INDEX).is_file():
+        raise NotFoundError(f"{folder}: holds no {_INDEX}; make it with phi-train shards")
+    index = read_json(folder / _INDEX)
+    dtype = np.dtype(str(index["dtype"]))
+    shards = tuple(np.memmap(folder / Path(name).name, dtype, "r") for name in index["train"])
+    heldout = np.memmap(folder / "heldout.bin", dtype, "r")
+    vocab_size = int(index["vocab_size"])
+    for part in (*shards, heldout):
+        if int(part.max()) >= vocab_size:
+            raise UsageError(f"{part.filename}: holds a token beyond its vocabulary of {vocab_size}; make it anew")
+    return Data(folder, shards, heldout, str(index["tokenizer_sha256"]), vocab_size)

@@ -1,0 +1,1 @@
+"""One file per architecture, named by Hugging Face's `model_type`."""

@@ -1,0 +1,110 @@
+"""Training a tokenizer of Phi-3's kind: BPE with byte fallback, and Phi-3's special tokens.
+
+Laid out as phi-3-mini's (ids 0..2, bytes, pieces, then the chat tokens at the end), so what handles
+one handles the other. Unlike it, no space is put before a text, because code begins at column 0.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from phi_runtime.errors import UsageError
+from phi_runtime.files import staged_folder
+from phi_train.corpus import documents
+
+_SPACE = "\u2581"
+_LEADING = ("<unk>", "<s>", "</s>")
+END_OF_TEXT = "<|endoftext|>"
+# In phi-3-mini's order, ids 32000 to 32010.
+CHAT_TOKENS = (
+    END_OF_TEXT,
+    "<|assistant|>",
+    "<|placeholder1|>",
+    "<|placeholder2|>",
+    "<|placeholder3|>",
+    "<|placeholder4|>",
+    "<|system|>",
+    "<|end|>",
+    "<|placeholder5|>",
+    "<|placeholder6|>",
+    "<|user|>",
+)
+# Phi-3's chat format (July 2024 revision).
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+# Where a piece may end while pieces are learnt: a line break takes its indentation along, a word
+# the space before it. Digits stand alone.
+_PIECES = f"\n{_SPACE}*|{_SPACE}?[^\\s{_SPACE}\\d\\W]+|\\d|{_SPACE}?[^\\s{_SPACE}\\w]+|{_SPACE}+|\\s+"
+
+
+def train_tokenizer(corpus: str, vocab_size: int, out: Path) -> None:
+    """Learn a tokenizer of `vocab_size` ids on the training documents and write its Hugging Face files.
+
+    Raises UsageError for a vocabulary too small to hold the bytes and special tokens.
+    """
+    learnt = vocab_size - len(_LEADING) - 256 - len(CHAT_TOKENS)
+    if learnt < 256:
+        raise UsageError(f"vocab_size {vocab_size} is too small; {vocab_size - learnt + 256} is the least")
+    texts = (d.text for d in documents(corpus) if not d.held_out)
+    tokenizer = build_tokenizer(_learn(texts, learnt))
+    with staged_folder(out) as stage:
+        tokenizer.save(str(stage / "tokenizer.json"))
+        config = tokenizer_config(tokenizer)
+        (stage / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _learn(texts: Iterable[str], count: int) -> list[str]:
+    """The `count` most useful pieces, in the order in which BPE finds them, single characters first."""
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = normalizers.Replace(" ", _SPACE)
+    learner.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECES), "isolated")
+    # 200 characters cover the corpus but for rare symbols, which fall back to bytes.
+    trainer = trainers.BpeTrainer(vocab_size=count, limit_alphabet=200, show_progress=False)
+    learner.train_from_iterator(texts, trainer)
+    vocab = learner.get_vocab()
+    return sorted(vocab, key=lambda piece: vocab[piece])
+
+
+def build_tokenizer(pieces: list[str]) -> Tokenizer:
+    """A byte-fallback BPE over `pieces`, earlier pieces merged first."""
+    vocab: dict[str, int] = {}
+    for token in (*_LEADING, *(f"<0x{b:02X}>" for b in range(256)), *pieces):
+        vocab.setdefault(token, len(vocab))
+    # Every way to make a piece of two others, best piece first: with all of them present, greedy
+    # merging finds what SentencePiece (and so llama.cpp) finds, by the pieces' rank alone.
+    merges = [
+        (piece[:i], piece[i:])
+        for piece in pieces
+        for i in range(1, len(piece))
+        if piece[:i] in vocab and piece[i:] in vocab
+    ]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in _LEADING])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False, rstrip=t != END_OF_TEXT) for t in CHAT_TOKENS]
+    )
+    return tokenizer
+
+
+def tokenizer_config(tokenizer: Tokenizer) -> dict[str, object]:
+    """The content of tokenizer_config.json."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "bos_token": "<s>",
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "unk_token": "<unk>",
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+    }
