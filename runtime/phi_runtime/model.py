@@ -44,17 +44,17 @@ class Phi:
     def __init__(self, manifest: Manifest, engine: Engine, tokenizer: Tokenizer) -> None:
         self.manifest = manifest
         self.tokenizer = tokenizer
-        self._engine = engine
+        self.engine = engine
 
     @property
     def backend(self) -> str:
         """Name of the engine underneath."""
-        return self._engine.backend.name
+        return self.engine.backend.name
 
     @property
     def context(self) -> int:
         """Tokens that prompt and answer may have together."""
-        return self._engine.backend.context
+        return self.engine.backend.context
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text; special tokens written in it are recognised, none are added."""
@@ -66,7 +66,7 @@ class Phi:
 
     def logits(self, tokens: list[int]) -> F32:
         """Logits [len(tokens), vocab_size] after each token, from an empty context."""
-        return self._engine.logits(tokens)
+        return self.engine.logits(tokens)
 
     def stream(
         self,
@@ -80,7 +80,7 @@ class Phi:
         """Generate step by step. Raises TokenError for an empty prompt, ContextError for a long one."""
         tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
         decoder = StreamDecoder(self.tokenizer, tokens)
-        for step in self._engine.stream(tokens, max_tokens, Sampling(temperature, top_k, top_p, seed)):
+        for step in self.engine.stream(tokens, max_tokens, Sampling(temperature, top_k, top_p, seed)):
             text = "" if step.stop == "stop_token" else decoder.push(step.token)
             yield Piece(text + (decoder.flush() if step.stop else ""), step)
 
@@ -108,7 +108,7 @@ class Phi:
 
     def close(self) -> None:
         """Give back the memory."""
-        self._engine.backend.close()
+        self.engine.backend.close()
 
     def __enter__(self) -> Self:
         return self

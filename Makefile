@@ -1,0 +1,73 @@
+# The two commands: `make demo` and `make test`. Each makes its environment first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := out/demo
+export TOKENIZERS_PARALLELISM := true
+
+.PHONY: help env demo test test-clients lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo          train a small Phi on this Python's standard library, export it to 4 bits"
+	@echo "                   in three formats, verify and measure them: $(DEMO)/report.html"
+	@echo "make test          style, types, imports and tests (what CI runs)"
+	@echo "make test-clients  the bundles in optimum, in an environment of its own"
+	@echo "make clean         remove out/; the environments stay"
+
+env:
+	@$(PYTHON) tools/environment.py
+
+# ---- make demo: each stage a public command; a stage whose result is there is not run again ----
+
+demo: env $(DEMO)/report.html
+	@echo "==> the demo is done: open $(DEMO)/report.html"
+
+$(DEMO)/tokenizer/tokenizer.json: | env
+	@echo "==> 1/6 a tokenizer, learned from the standard library: seconds"
+	$(BIN)/phi-train tokenizer --corpus stdlib --vocab-size 4096 --out $(DEMO)/tokenizer
+
+$(DEMO)/shards/shards.json: | $(DEMO)/tokenizer/tokenizer.json
+	@echo "==> 2/6 the standard library as tokens, some files held out: seconds"
+	$(BIN)/phi-train shards --corpus stdlib --tokenizer $(DEMO)/tokenizer --out $(DEMO)/shards
+
+$(DEMO)/checkpoint/config.json: | $(DEMO)/shards/shards.json
+	@echo "==> 3/6 training a Phi-3 on them: about 5 minutes on two cores"
+	$(BIN)/phi-train phi3-demo --out $(DEMO)/checkpoint \
+	    --set tokenizer=$(DEMO)/tokenizer --set data=$(DEMO)/shards
+
+$(DEMO)/bundles: | $(DEMO)/checkpoint/config.json
+	@echo "==> 4/6 exporting it to 4 bits in three formats: seconds"
+	$(BIN)/phi-export --int4 $(DEMO)/checkpoint --out $(DEMO)/bundles
+
+$(DEMO)/verified-%.txt: | $(DEMO)/bundles
+	@echo "==> 5/6 verifying the $* bundle over 4,096 held-out tokens: seconds"
+	@$(BIN)/phi-export verify $(DEMO)/bundles/$* --against $(DEMO)/checkpoint \
+	    --text $(DEMO)/shards/heldout.txt --tokens 4096 > $@.partial; \
+	    status=$$?; cat $@.partial; [ $$status -eq 0 ] && mv $@.partial $@
+
+$(DEMO)/report.html: | $(DEMO)/verified-gguf.txt $(DEMO)/verified-onnx.txt $(DEMO)/verified-coreml.txt
+	@echo "==> 6/6 measuring each bundle: a minute or two"
+	$(BIN)/phi-bench run $(DEMO)/bundles/gguf $(DEMO)/bundles/onnx $(DEMO)/bundles/coreml \
+	    --against $(DEMO)/checkpoint --text $(DEMO)/shards/heldout.txt \
+	    --out $(DEMO)/report.json --html $(DEMO)/report.html
+
+# ---- make test ----
+
+test: env lint
+	$(BIN)/python -m pytest -m "not clients"
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# optimum wants an older transformers than we test with, so it lives apart.
+test-clients: env
+	@$(PYTHON) tools/environment.py .venv-clients optimum-onnx onnxruntime
+	PHI_EDGE_CLIENTS=.venv-clients/bin/python $(BIN)/python -m pytest -m clients
+
+clean:
+	rm -rf out

@@ -1,0 +1,200 @@
+"""Measuring bundles: speed in rounds that take turns, quality against the checkpoint."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import phi_runtime
+from phi_bench.worker import Speed
+from phi_export.compare import Agreement, windows
+from phi_export.verify import WINDOW, sample_tokens
+from phi_runtime.backends import cores
+from phi_runtime.backends.reference import ReferenceBackend
+from phi_runtime.bundle import Manifest, read_manifest
+from phi_runtime.checkpoint import Checkpoint, open_checkpoint
+from phi_runtime.config import read_json
+from phi_runtime.errors import BundleError, UsageError
+
+PROMPTS = (
+    'def read_lines(path):\n    """Return the lines of',
+    "class Queue:\n    def __init__(self",
+    "import os\nimport sys\n\n\ndef main(",
+)
+SAMPLE_TOKENS = 72
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One bundle on one backend. Quality is None where no checkpoint was given.
+
+    decode_tps and the like are medians over the rounds; bytes are of the bundle's files, the
+    manifest not counted; KL divergence is in nats, against the checkpoint in float32 arithmetic.
+    """
+
+    name: str
+    format: str
+    backend: str
+    file_bytes: int
+    bits_per_weight: float
+    load_s: float
+    ttft_s: float
+    prompt_tps: float
+    decode_tps: float
+    peak_rss_bytes: int
+    perplexity: float | None
+    kld_mean: float | None
+    top1_agreement: float | None
+    samples: list[str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was measured, and on what."""
+
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    checkpoint: dict[str, Any] | None
+    results: list[Result]
+
+    def to_json(self) -> str:
+        """The content of report.json."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def run(
+    bundles: list[Path],
+    against: Path | None = None,
+    text: Path | None = None,
+    tokens: int = 4096,
+    rounds: int = 3,
+    prompt_tokens: int = 256,
+    decode_tokens: int = 64,
+    progress: Progress = lambda _: None,
+) -> Report:
+    """Measure bundles. `against` and `text` give quality over the first `tokens` of the text.
+
+    Raises NotFoundError and BundleError for bundles, CheckpointError for the checkpoint, UsageError
+    where one of `against` and `text` is missing.
+    """
+    if (against is None) != (text is None):
+        raise UsageError("quality needs both --against CKPT and --text FILE")
+    manifests = [read_manifest(b) for b in bundles]
+    checkpoint = open_checkpoint(against) if against is not None else None
+    speeds: list[list[Speed]] = [[] for _ in bundles]
+    for r in range(rounds):
+        for i, bundle in enumerate(bundles):
+            progress(f"speed of {bundle}, round {r + 1} of {rounds}")
+            speeds[i].append(_speed(bundle, prompt_tokens, decode_tokens))
+    agreements: list[Agreement | None] = [None] * len(bundles)
+    if checkpoint is not None and text is not None:
+        agreements = list(quality(bundles, manifests, checkpoint, sample_tokens(checkpoint, text, tokens), progress))
+    results = []
+    for bundle, manifest, measured, agreement in zip(bundles, manifests, speeds, agreements, strict=True):
+        progress(f"samples of {bundle}")
+        results.append(_result(bundle, manifest, measured, agreement))
+    settings = {
+        "rounds": rounds,
+        "prompt_tokens": prompt_tokens,
+        "decode_tokens": decode_tokens,
+        "quality_tokens": agreements[0].tokens if agreements[0] else None,
+        "prompts": list(PROMPTS),
+    }
+    return Report(machine(), settings, _describe(checkpoint, agreements[0]), results)
+
+
+def quality(
+    bundles: list[Path], manifests: list[Manifest], checkpoint: Checkpoint, tokens: list[int], progress: Progress
+) -> list[Agreement]:
+    """Each bundle's agreement with the checkpoint; its logits are computed once for all of them."""
+    for bundle, manifest in zip(bundles, manifests, strict=True):
+        if manifest.config() != checkpoint.config:
+            raise UsageError(f"{bundle}: is not of the architecture of {checkpoint.folder}; give its own checkpoint")
+    agreements = [Agreement() for _ in bundles]
+    models = [phi_runtime.load(b) for b in bundles]
+    length = min(WINDOW, *(m.context for m in models))
+    for i, piece in enumerate(windows(tokens, length)):
+        progress(f"quality, tokens {i * length} to {i * length + len(piece)} of {len(tokens)}")
+        exact = ReferenceBackend(checkpoint.config, checkpoint.read, len(piece)).forward(piece, True)
+        for model, agreement in zip(models, agreements, strict=True):
+            agreement.add(exact, model.logits(piece), piece[1:])
+    for model in models:
+        model.close()
+    return agreements
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on; nothing that names one particular machine."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        cpu = next((x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": cpu,
+        "architecture": platform.machine(),
+        "cores": cores(),
+        "memory_bytes": memory,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "phi_edge": phi_runtime.__version__,
+    }
+
+
+def _speed(bundle: Path, prompt_tokens: int, decode_tokens: int) -> Speed:
+    command = [sys.executable, "-m", "phi_bench.worker", str(bundle), str(prompt_tokens), str(decode_tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise BundleError(f"{bundle}: could not be measured ({why})")
+    return Speed(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _result(bundle: Path, manifest: Manifest, speeds: list[Speed], agreement: Agreement | None) -> Result:
+    def median(name: str) -> float:
+        return statistics.median(getattr(s, name) for s in speeds)
+
+    with phi_runtime.load(bundle) as phi:
+        samples = [phi.generate(p, max_tokens=SAMPLE_TOKENS, temperature=0.7, top_k=40).text for p in PROMPTS]
+    return Result(
+        name=bundle.name,
+        format=manifest.format,
+        backend=speeds[0].backend,
+        file_bytes=manifest.file_bytes(),
+        bits_per_weight=manifest.bits_per_weight(),
+        load_s=median("load_s"),
+        ttft_s=median("ttft_s"),
+        prompt_tps=median("prompt_tps"),
+        decode_tps=median("decode_tps"),
+        peak_rss_bytes=int(median("peak_rss_bytes")),
+        perplexity=agreement.perplexity_q if agreement else None,
+        kld_mean=agreement.kld_mean if agreement else None,
+        top1_agreement=agreement.top1_agreement if agreement else None,
+        samples=samples,
+    )
+
+
+def _describe(checkpoint: Checkpoint | None, agreement: Agreement | None) -> dict[str, Any] | None:
+    """The checkpoint's own row, and how it was trained where its folder tells."""
+    if checkpoint is None:
+        return None
+    training = checkpoint.folder / "training"
+    log = training / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    return {
+        "name": checkpoint.folder.name,
+        "parameters": checkpoint.config.num_parameters(),
+        "file_bytes": sum(f.stat().st_size for f in checkpoint.folder.iterdir() if f.is_file()),
+        "bits_per_weight": 8 * sum(t.nbytes for t in checkpoint.tensors.values()) / checkpoint.config.num_parameters(),
+        "perplexity": agreement.perplexity_p if agreement else None,
+        "training": read_json(training / "summary.json") if (training / "summary.json").is_file() else None,
+        "loss": [[line["step"], line["loss"]] for line in lines],
+    }

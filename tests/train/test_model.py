@@ -1,0 +1,109 @@
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from phi_runtime.backends.reference import ReferenceBackend
+from phi_runtime.checkpoint import open_checkpoint
+from phi_runtime.config import Phi3Config, parse_config
+from phi_train.models.phi3 import Phi3ForCausalLM
+
+
+def published(**changes) -> Phi3Config:
+    """phi-3-mini-4k-instruct's configuration."""
+    mini = Phi3Config(
+        vocab_size=32064,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        sliding_window=2047,
+        bos_token_id=1,
+        eos_token_id=32000,
+        pad_token_id=32000,
+    )
+    return dataclasses.replace(mini, **changes)
+
+
+def test_parameter_counts_are_the_published_ones():
+    medium = published(
+        hidden_size=5120, intermediate_size=17920, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=10
+    )
+    for config, count in ((published(), 3_821_079_552), (medium, 13_960_238_080)):
+        assert config.num_parameters() == count
+        with torch.device("meta"):
+            model = Phi3ForCausalLM(config)
+        assert sum(p.numel() for p in model.parameters()) == count
+        assert {n: tuple(p.shape) for n, p in model.named_parameters()} == config.tensor_shapes()
+
+
+def test_the_checkpoint_opens_in_transformers_with_our_logits(checkpoint, tokens):
+    piece = tokens[:300]
+    ids = torch.tensor([piece])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    opened = open_checkpoint(checkpoint)
+    ours = Phi3ForCausalLM(opened.config)
+    ours.load_state_dict({n: w.float() for n, w in load_file(checkpoint / "model.safetensors").items()})
+    with torch.no_grad():
+        expected = theirs(ids).logits[0].numpy()
+        assert np.abs(ours(ids)[0].numpy() - expected).max() <= 1e-4
+    reference = ReferenceBackend(opened.config, opened.read).forward(piece, every=True)
+    assert np.abs(reference - expected).max() <= 1e-4
+    assert expected.std() > 0.5, "logits this flat would prove nothing"
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "window", "theta"), list(itertools.product((1, 2, 4), (None, 5, 100), (10000.0, 250000.0)))
+)
+def test_every_shape_agrees_with_transformers(kv_heads, window, theta):
+    config = published(
+        vocab_size=300,
+        hidden_size=384,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=256,
+        sliding_window=window,
+        rope_theta=theta,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(kv_heads)
+    model = Phi3ForCausalLM(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(1.0 if p.ndim == 1 else 0.0, 0.08)
+    raw = {k: v for k, v in config.to_json().items() if k not in ("architectures", "torch_dtype")}
+    theirs = transformers.Phi3ForCausalLM(transformers.Phi3Config(**raw))
+    theirs.load_state_dict(model.state_dict())
+    ids = torch.randint(0, 300, (1, 120))
+    with torch.no_grad():
+        expected = theirs.eval()(ids).logits[0].numpy()
+        assert np.abs(model(ids)[0].numpy() - expected).max() <= 1e-4
+    weights = {n: p.detach().numpy() for n, p in model.named_parameters()}
+    reference = ReferenceBackend(config, weights.__getitem__).forward(ids[0].tolist(), every=True)
+    assert np.abs(reference - expected).max() <= 1e-4
+
+
+def test_the_tokenizer_opens_in_transformers(checkpoint, text):
+    theirs = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    from phi_runtime.tokenizer import Tokenizer
+
+    sample = text.read_text()[:20000]
+    assert theirs(sample, add_special_tokens=False)["input_ids"] == Tokenizer(checkpoint).encode(sample)
+    chat = theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    assert chat == "<|user|>\nHi<|end|>\n<|assistant|>\n"
+
+
+def test_config_survives_its_json(tmp_path):
+    config = published()
+    assert parse_config(config.to_json(), tmp_path / "config.json") == config

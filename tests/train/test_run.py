@@ -1,0 +1,128 @@
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+from support import SCRIPTS, run, settings
+
+from phi_runtime.files import sha256
+
+
+def test_the_model_learned(checkpoint):
+    summary = json.loads((checkpoint / "training" / "summary.json").read_text())
+    assert summary["initial_loss"] > 6
+    assert summary["final_loss"] < summary["unigram_loss"] - 0.5
+    log = [json.loads(line) for line in (checkpoint / "training" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 151))
+
+
+def test_a_second_run_does_no_work_twice(checkpoint, corpus):
+    before = (checkpoint / "model.safetensors").stat().st_mtime_ns
+    done = run("phi-train", "phi3-demo", "--out", checkpoint, *settings(f"corpus={corpus}"))
+    assert done.returncode == 0
+    assert (checkpoint / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_killed_and_continued_it_ends_in_the_same_bytes(tmp_path, checkpoint):
+    training = checkpoint / "training"
+    common = settings(
+        f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "steps=40", "save_every=8"
+    )
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run("phi-train", "phi3-demo", "--out", whole, *common).returncode == 0
+
+    process = subprocess.Popen(
+        [SCRIPTS / "phi-train", "phi3-demo", "--out", broken, *common], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not list((broken / "training" / "state").glob("step-*")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (broken / "config.json").exists(), "it ended before it could be killed"
+    states = sorted((broken / "training" / "state").glob("step-*"))
+    assert states
+
+    done = run("phi-train", "phi3-demo", "--out", broken, *common)
+    assert done.returncode == 0, done.stderr
+    assert sha256(broken / "model.safetensors") == sha256(whole / "model.safetensors")
+    strip = lambda p: [json.loads(x)["loss"] for x in (p / "training" / "log.jsonl").read_text().splitlines()]  # noqa: E731
+    assert strip(broken) == strip(whole)
+
+
+def test_a_damaged_state_is_passed_over(tmp_path, checkpoint):
+    import torch
+
+    from phi_train.models.phi3 import Phi3ForCausalLM
+    from phi_train.state import load_state, save_state
+    from phi_runtime.config import read_config
+
+    model = Phi3ForCausalLM(read_config(checkpoint))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (3, 6):
+        save_state(tmp_path, step, 1.0, model, optimizer)
+    newest = tmp_path / "step-00000006" / "model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    assert load_state(tmp_path, model, optimizer)[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["phi3-dem"], "did you mean phi3-demo"),
+        (["phi3-demo", "--set", "stepps=3"], "did you mean steps"),
+        (["phi3-demo", "--set", "steps=many"], "should be a int"),
+        (["phi3-demo", "--set", "steps"], "key=value"),
+        (["phi3-demo", "--set", "steps=0"], "above 0"),
+        (["phi3-demo", "--set", "sequence_length=9999"], "sequence_length"),
+        (["phi3-demo", "--set", "corpus=/no/such/folder"], "no such folder"),
+        (["phi3-demo", "--set", "data=/no/such/folder", "--set", "tokenizer=/no"], "phi-train shards"),
+    ],
+)
+def test_bad_settings_get_one_line(tmp_path, args, says):
+    done = run("phi-train", *args, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_another_recipe_in_the_same_folder_is_refused(checkpoint, corpus):
+    done = run("phi-train", "phi3-demo", "--out", checkpoint, *settings(f"corpus={corpus}", "seed=7"))
+    assert done.returncode == 2
+    assert "seed=0, not 7" in done.stderr
+
+
+def test_a_foreign_folder_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep me")
+    done = run("phi-train", "phi3-demo", "--out", tmp_path)
+    assert done.returncode == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_too_little_data_is_refused(tmp_path, checkpoint):
+    training = checkpoint / "training"
+    common = settings(f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "batch_size=100000")
+    done = run("phi-train", "phi3-demo", "--out", tmp_path / "out", *common)
+    assert done.returncode == 2
+    assert "a batch takes 100000" in done.stderr
+
+
+def test_data_of_another_tokenizer_is_refused(tmp_path, checkpoint):
+    training = checkpoint / "training"
+    other = tmp_path / "tokenizer"
+    other.mkdir()
+    for path in (training / "tokenizer").iterdir():
+        (other / path.name).write_bytes(path.read_bytes() + b"\n")
+    common = settings(f"tokenizer={other}", f"data={training / 'shards'}")
+    done = run("phi-train", "phi3-demo", "--out", tmp_path / "out", *common)
+    assert done.returncode == 2
+    assert "not tokenised with" in done.stderr
+
+
+def test_list_names_the_recipes():
+    done = run("phi-train", "list")
+    assert done.returncode == 0
+    assert "phi3-demo" in done.stdout
