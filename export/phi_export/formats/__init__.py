@@ -9,7 +9,7 @@ from typing import Protocol, cast
 from phi_export.quantize import BLOCK, check_quantizable
 from phi_runtime.backends.reference import ReadTensor
 from phi_runtime.bundle import FORMATS, TensorQuant
-from phi_runtime.checkpoint import Checkpoint
+from phi_runtime.checkpoint import F32, Checkpoint
 from phi_runtime.config import Phi3Config
 from phi_runtime.errors import UsageError
 
@@ -25,6 +25,11 @@ class Format(Protocol):
     """What a format module offers."""
 
     ARTIFACT: str
+    # How many times the effect of `rounding` the runtime's logits may be off.
+    ROUNDING_MARGIN: float
+
+    def rounding(self, x: F32) -> F32:
+        """What the format's own runtime does to activations before it multiplies them."""
 
     def plan(self, config: Phi3Config) -> Plan:
         """How each tensor will be stored, from the architecture alone."""

@@ -20,7 +20,7 @@ from phi_export.formats import Plan, Progress, plan_int4
 from phi_export.mil import BlobWriter, FunctionBuilder, Shape, Var, Weight
 from phi_export.quantize import BLOCK, Int4, finite, pack_pairs, quantize
 from phi_runtime.backends.coreml import DECODE, PREFILL, PREFILL_TOKENS
-from phi_runtime.backends.reference import ReadTensor, rope_tables
+from phi_runtime.backends.reference import ReadTensor, round_float16, rope_tables
 from phi_runtime.checkpoint import F32, Checkpoint
 from phi_runtime.config import Phi3Config
 from phi_runtime.errors import BundleError
@@ -41,6 +41,9 @@ class _Matrix:
 
 
 _Weights = dict[str, Weight | _Matrix]
+
+rounding = round_float16
+ROUNDING_MARGIN = 8  # float16 after every operation, not before the products alone
 
 
 def plan(config: Phi3Config) -> Plan:

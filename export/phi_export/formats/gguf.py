@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from phi_export.formats import Plan, Progress, plan_int4
 from phi_export.formats.gguf_tokenizer import tokenizer_metadata
 from phi_export.quantize import finite, pack_q4_0, quantize
-from phi_runtime.backends.reference import ReadTensor
+from phi_runtime.backends.reference import ReadTensor, round_int8
 from phi_runtime.checkpoint import F32, Checkpoint
 from phi_runtime.config import Phi3Config
 from phi_runtime.errors import BundleError, MissingExtraError
@@ -42,6 +42,9 @@ def gguf_name(name: str) -> str:
         return f"{_NAMES[stem]}.{suffix}"
     _, _, layer, rest = stem.split(".", 3)
     return f"blk.{layer}.{_LAYER_NAMES[rest]}.{suffix}"
+
+rounding = round_int8
+ROUNDING_MARGIN = 2
 
 
 def plan(config: Phi3Config) -> Plan:

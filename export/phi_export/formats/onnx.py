@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from phi_export.formats import Plan, Progress, plan_int4
 from phi_export.quantize import BLOCK, Int4, finite, pack_pairs, quantize, unpack_pairs
-from phi_runtime.backends.reference import ReadTensor, rope_tables
+from phi_runtime.backends.reference import ReadTensor, round_int8, rope_tables
 from phi_runtime.checkpoint import F32, Checkpoint
 from phi_runtime.config import Phi3Config
 from phi_runtime.errors import BundleError
@@ -29,6 +29,9 @@ _ALIGN = 64
 _EMBEDDING, _HEAD, _FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 _MS = "com.microsoft"
 _INT8_ACTIVATIONS = 4  # MatMulNBits accuracy_level: activations to int8 per block, as genai's own models
+
+rounding = round_int8
+ROUNDING_MARGIN = 2
 
 
 def plan(config: Phi3Config) -> Plan:

@@ -14,18 +14,30 @@ from phi_runtime.checkpoint import F32
 from phi_runtime.config import Phi3Config
 
 ReadTensor = Callable[[str], F32]
+# What an engine does to the activations [T, width] before it multiplies them with a matrix.
+Rounding = Callable[[F32], F32]
 
 
 class ReferenceBackend:
-    """Runs an architecture over whatever `read` gives for each tensor name of the checkpoint."""
+    """Runs an architecture over whatever `read` gives for each tensor name of the checkpoint.
+
+    `rounding` imitates an engine's arithmetic, to learn how far that alone moves the logits.
+    """
 
     name = "reference"
 
-    def __init__(self, config: Phi3Config, read: ReadTensor, context: int | None = None) -> None:
+    def __init__(
+        self,
+        config: Phi3Config,
+        read: ReadTensor,
+        context: int | None = None,
+        rounding: Rounding = lambda x: x,
+    ) -> None:
         self.config = config
         self.vocab_size = config.vocab_size
         self.context = context or config.max_position_embeddings
         self._read = read
+        self._round = rounding
         self._position = 0
         shape = (config.num_hidden_layers, config.num_key_value_heads, self.context, config.head_dim)
         self._keys_LGSD = np.zeros(shape, np.float32)
@@ -44,17 +56,16 @@ class ReferenceBackend:
         for layer in range(c.num_hidden_layers):
             p = f"model.layers.{layer}."
             normed_TE = rms_norm(x_TE, read(p + "input_layernorm.weight"), c.rms_norm_eps)
-            attended_TE = self._attention(layer, normed_TE @ read(p + "self_attn.qkv_proj.weight").T)
-            x_TE = x_TE + attended_TE @ read(p + "self_attn.o_proj.weight").T
+            attended_TE = self._attention(layer, self._linear(normed_TE, p + "self_attn.qkv_proj.weight"))
+            x_TE = x_TE + self._linear(attended_TE, p + "self_attn.o_proj.weight")
             normed_TE = rms_norm(x_TE, read(p + "post_attention_layernorm.weight"), c.rms_norm_eps)
-            gate, up = np.split(normed_TE @ read(p + "mlp.gate_up_proj.weight").T, 2, axis=-1)
-            x_TE = x_TE + (silu(gate) * up) @ read(p + "mlp.down_proj.weight").T
+            gate, up = np.split(self._linear(normed_TE, p + "mlp.gate_up_proj.weight"), 2, axis=-1)
+            x_TE = x_TE + self._linear(silu(gate) * up, p + "mlp.down_proj.weight")
         self._position += len(tokens)
         if not every:
             x_TE = x_TE[-1:]
         normed_TE = rms_norm(x_TE, read("model.norm.weight"), c.rms_norm_eps)
-        logits: F32 = normed_TE @ read("lm_head.weight").T
-        return logits
+        return self._linear(normed_TE, "lm_head.weight")
 
     def rewind(self, position: int) -> None:
         """Forget all tokens from `position` on."""
@@ -63,6 +74,10 @@ class ReferenceBackend:
     def close(self) -> None:
         """Drop the cache."""
         self._keys_LGSD = self._values_LGSD = np.zeros((0, 0, 0, 0), np.float32)
+
+    def _linear(self, x: F32, name: str) -> F32:
+        out: F32 = self._round(x) @ self._read(name).T
+        return out
 
     def _attention(self, layer: int, qkv: F32) -> F32:
         c, start = self.config, self._position
@@ -121,3 +136,16 @@ def rotate(x_HTD: F32, cos: F32, sin: F32) -> F32:
 
 def _heads(x: F32, heads: int) -> F32:
     return x.reshape(len(x), heads, -1).transpose(1, 0, 2)
+
+
+def round_int8(x: F32) -> F32:
+    """Activations as llama.cpp's and onnxruntime's int8 kernels see them: 8 bits, a scale per 32."""
+    blocks = x.reshape(-1, 32)
+    scale = np.abs(blocks).max(axis=1, keepdims=True) / 127
+    out: F32 = (np.rint(blocks / np.where(scale == 0, 1, scale)) * scale).reshape(x.shape)
+    return out
+
+
+def round_float16(x: F32) -> F32:
+    """Activations as a float16 graph sees them."""
+    return x.astype(np.float16).astype(np.float32)

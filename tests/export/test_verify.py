@@ -1,0 +1,113 @@
+import shutil
+
+import numpy as np
+import pytest
+from support import run
+
+import phi_runtime
+from breakage import BREAKERS, rehash
+from phi_export.compare import Agreement
+from phi_export.verify import verify
+from phi_runtime.bundle import FORMATS
+from phi_runtime.checkpoint import open_checkpoint
+
+
+@pytest.fixture
+def copy(bundles, tmp_path):
+    def make(name):
+        return shutil.copytree(bundles / name, tmp_path / name)
+
+    return make
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_good_bundle_passes_over_held_out_text(name, bundles, checkpoint, text):
+    done = run("phi-export", "verify", bundles / name, "--against", checkpoint, "--text", text, "--tokens", 1000)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1000 tokens: KL divergence" in done.stdout
+
+
+@pytest.mark.parametrize("break_it", ["swap", "zero_scale", "shift_rope"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_broken_bundle_is_refused(name, break_it, copy, checkpoint):
+    bundle = copy(name)
+    getattr(BREAKERS[name](bundle), break_it)()
+    rehash(bundle)
+    done = run("phi-export", "verify", bundle, "--against", checkpoint)
+    assert done.returncode == 1, done.stdout + done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "does not agree with its checkpoint" in last
+    assert ("graph" if break_it == "shift_rope" else "weights") in last
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_graph_is_held_to_the_reference_closely(name, bundles, checkpoint):
+    outcome = verify(bundles / name, open_checkpoint(checkpoint))
+    assert outcome.passed
+    assert outcome.parity.logit_error < (0.005 if name == "coreml" else 0.02)
+
+
+def test_a_rope_of_shifted_positions_is_the_same_model(copy, checkpoint, tokens):
+    """Rotations are relative: moving all positions by one changes nothing, so no check can object."""
+    bundle = copy("coreml")
+    breaker = BREAKERS["coreml"](bundle)
+    data = bytearray(breaker.path.read_bytes())
+    for name in ("cos", "sin"):
+        offset, _, rows, columns = breaker.index[name]
+        table = np.frombuffer(bytes(data[offset + 64 : offset + 64 + 2 * rows * columns]), np.float16)
+        data[offset + 64 : offset + 64 + 2 * rows * columns] = np.roll(table.reshape(rows, columns), -1, 0).tobytes()
+    with phi_runtime.load(bundle) as phi:
+        before = phi.logits(tokens[:150])
+    breaker.path.write_bytes(data)
+    with phi_runtime.load(bundle) as phi:
+        after = phi.logits(tokens[:150])
+    assert np.abs(after - before).max() < 0.02 * before.std()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_changed_byte_is_noticed(name, copy, checkpoint):
+    bundle = copy(name)
+    path = max((p for p in bundle.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+    done = run("phi-export", "verify", bundle, "--against", checkpoint)
+    assert done.returncode == 1
+    assert "sha256" in done.stderr
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_truncated_artifact_is_refused(name, copy, checkpoint):
+    bundle = copy(name)
+    path = max((p for p in bundle.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    path.write_bytes(path.read_bytes()[:-1000])
+    rehash(bundle)
+    done = run("phi-export", "verify", bundle, "--against", checkpoint)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_another_checkpoint_of_the_same_shape_is_refused(bundles, checkpoint, tmp_path):
+    other = shutil.copytree(checkpoint, tmp_path / "other", ignore=shutil.ignore_patterns("training"))
+    path = other / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    tail = np.frombuffer(bytes(data[-4096:]), np.uint16)
+    data[-4096:] = tail[::-1].tobytes()
+    path.write_bytes(data)
+    done = run("phi-export", "verify", bundles / "gguf", "--against", other)
+    assert done.returncode == 1
+    assert "weights" in done.stderr
+
+
+def test_agreement_counts_what_it_says():
+    p = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]], np.float32))
+    q = np.log(np.array([[0.25, 0.5, 0.25], [0.1, 0.1, 0.8]], np.float32))
+    a = Agreement()
+    a.add(p, q, [0])
+    assert a.kld_mean == pytest.approx((0.5 * np.log(2) - 0.25 * np.log(2)) / 2)
+    assert a.top1_agreement == 0.5
+    assert (a.perplexity_p, a.perplexity_q) == (pytest.approx(2), pytest.approx(4))
+    same = Agreement()
+    same.add(p, p + 3, [0])
+    assert same.logit_error < 1e-6
+    assert same.kld_mean == pytest.approx(0, abs=1e-6)
