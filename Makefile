@@ -66,7 +66,7 @@ lint: env
 
 # optimum wants an older transformers than we test with, so it lives apart.
 test-clients: env
-	@$(PYTHON) tools/environment.py .venv-clients optimum-onnx onnxruntime
+	@$(PYTHON) tools/environment.py clients
 	PHI_EDGE_CLIENTS=.venv-clients/bin/python $(BIN)/python -m pytest -m clients
 
 clean:

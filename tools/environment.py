@@ -1,8 +1,9 @@
 """Create `.venv` with everything the project needs, or say that it is ready. Standard library only.
 
-    python3 tools/environment.py [FOLDER REQUIREMENT ...]
+    python3 tools/environment.py [clients]
 
-With no arguments: `.venv`, this project with its `dev` extra. A second call installs nothing.
+`.venv` gets this project with its `dev` extra, under constraints.txt; `.venv-clients` gets optimum,
+which wants an older transformers, under constraints-clients.txt. A second call installs nothing.
 """
 
 import hashlib
@@ -13,10 +14,10 @@ import subprocess
 import sys
 import time
 import venv
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CONSTRAINTS = ROOT / "constraints.txt"
 STAMP = "phi-edge-ready"
 
 
@@ -24,9 +25,11 @@ def main() -> None:
     """Make the environment that was asked for."""
     if sys.version_info < (3, 11):
         sys.exit(f"phi-edge needs Python 3.11 or newer; this is {platform.python_version()}. Try make PYTHON=python3.12")
-    folder = ROOT / (sys.argv[1] if len(sys.argv) > 1 else ".venv")
-    wanted = sys.argv[2:] or ["--editable", f"{ROOT}[dev]"]
-    key = fingerprint(wanted)
+    clients = sys.argv[1:] == ["clients"]
+    folder = ROOT / (".venv-clients" if clients else ".venv")
+    constraints = ROOT / ("constraints-clients.txt" if clients else "constraints.txt")
+    wanted = ["optimum-onnx", "onnxruntime"] if clients else ["--editable", f"{ROOT}[dev]"]
+    key = fingerprint(constraints, wanted)
     stamp = folder / STAMP
     if stamp.is_file() and stamp.read_text() == key:
         say(f"environment {folder.name}: ready, nothing to install")
@@ -35,37 +38,38 @@ def main() -> None:
     if not (folder / "bin" / "python").exists():
         say(f"environment {folder.name}: creating it")
         venv.create(folder, with_pip=True, clear=folder.exists())
-    python = folder / "bin" / "python"
+    pip = Pip(folder / "bin" / "python", constraints)
     # torch goes first: other packages ask for it without a version.
     say("installing torch (a few hundred MB)")
-    pip(python, "install", f"torch=={pinned('torch')}")
-    if sys.argv[2:] == []:
-        install_llama_cpp(python)
-    say("installing the other packages; deepspeed builds a wheel, about a minute")
-    pip(python, "install", *wanted)
+    pip("install", f"torch=={pinned(constraints, 'torch')}")
+    if not clients:
+        install_llama_cpp(pip)
+    say("installing the other packages, a minute or two")
+    pip("install", *wanted)
     stamp.write_text(key)
     say(f"environment {folder.name}: ready after {time.monotonic() - began:.0f} s")
 
 
-def fingerprint(wanted: list[str]) -> str:
+def fingerprint(constraints: Path, wanted: list[str]) -> str:
     """What the environment depends on; another value means installing again."""
-    parts = [platform.python_version(), *wanted, (ROOT / "pyproject.toml").read_text(), CONSTRAINTS.read_text()]
+    parts = [platform.python_version(), *wanted, (ROOT / "pyproject.toml").read_text()]
+    parts.append(constraints.read_text())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def pinned(name: str) -> str:
+def pinned(constraints: Path, name: str) -> str:
     """The tested version of a package."""
-    match = re.search(rf"^{re.escape(name)}==(\S+)", CONSTRAINTS.read_text(), re.MULTILINE)
-    assert match, f"{name} is not pinned in constraints.txt"
+    match = re.search(rf"^{re.escape(name)}==(\S+)", constraints.read_text(), re.MULTILINE)
+    assert match, f"{name} is not pinned in {constraints.name}"
     return match[1]
 
 
-def install_llama_cpp(python: Path) -> None:
+def install_llama_cpp(pip: "Pip") -> None:
     """Compile llama-cpp-python for this processor once, and keep the wheel for the next environment.
 
     pip's own cache will not do: it knows neither the processor nor the compiler flags.
     """
-    version = pinned("llama-cpp-python")
+    version = pinned(pip.constraints, "llama-cpp-python")
     flags = compiler_flags()
     key = hashlib.sha256("\n".join([version, *flags, cpu(), platform.python_version()]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "phi-edge" / f"llama-cpp-{key}"
@@ -76,11 +80,11 @@ def install_llama_cpp(python: Path) -> None:
         for name in ("CFLAGS", "CXXFLAGS"):
             environment[name] = " ".join([environment.get(name, ""), *flags]).strip()
         requirement = f"llama-cpp-python=={version}"
-        pip(python, "wheel", "--no-cache-dir", "--no-deps", "--wheel-dir", str(cache), requirement, env=environment)
+        pip("wheel", "--no-cache-dir", "--no-deps", "--wheel-dir", str(cache), requirement, env=environment)
         wheels = sorted(cache.glob("*.whl"))
     else:
         say("llama.cpp: compiled for this processor before, taking that")
-    pip(python, "install", str(wheels[-1]))
+    pip("install", str(wheels[-1]))
 
 
 def compiler_flags() -> list[str]:
@@ -108,17 +112,25 @@ def cpu() -> str:
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.machine())
 
 
-def pip(python: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
-    """Run pip under the constraints; its warnings about sources are noise here."""
-    command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments, "--constraint", str(CONSTRAINTS)]
-    quiet = re.compile(r"^(WARNING: Location|Looking in|Requirement already satisfied|\s+Preparing metadata)")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
-        assert process.stdout
-        for line in process.stdout:
-            if not quiet.match(line):
-                print("   ", line.rstrip()[:160], flush=True)
-    if process.returncode:
-        sys.exit(f"pip failed ({process.returncode}); the lines above say why. The same command tries again")
+@dataclass(frozen=True)
+class Pip:
+    """pip of one environment, under its constraints; what it says of its sources is noise here."""
+
+    python: Path
+    constraints: Path
+
+    def __call__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+        """Run pip; its failure ends the program."""
+        command = [str(self.python), "-m", "pip", "--disable-pip-version-check", *arguments]
+        command += ["--constraint", str(self.constraints)]
+        quiet = re.compile(r"^(WARNING: Location|Looking in|Requirement already satisfied|\s+Preparing metadata)")
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
+            assert process.stdout
+            for line in process.stdout:
+                if not quiet.match(line):
+                    print("   ", line.rstrip()[:160], flush=True)
+        if process.returncode:
+            sys.exit(f"pip failed ({process.returncode}); the lines above say why. The same command tries again")
 
 
 def say(text: str) -> None:

@@ -1,7 +1,7 @@
 """Training a tokenizer of Phi-3's kind: BPE with byte fallback, and Phi-3's special tokens.
 
-Laid out as phi-3-mini's (ids 0..2, bytes, pieces, then the chat tokens at the end), so what handles
-one handles the other. Unlike it, no space is put before a text, because code begins at column 0.
+Laid out as phi-3-mini's (ids 0..2, bytes, pieces, then the chat tokens at the end) and with its
+normalizer and decoder, so what handles one handles the other.
 """
 
 import json
@@ -36,9 +36,10 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
-# Where a piece may end while pieces are learnt: a line break takes its indentation along, a word
-# the space before it. Digits stand alone.
-_PIECES = f"\n{_SPACE}*|{_SPACE}?[^\\s{_SPACE}\\d\\W]+|\\d|{_SPACE}?[^\\s{_SPACE}\\w]+|{_SPACE}+|\\s+"
+# What pieces are learnt from: a word, digit or run of signs, each with one space before it, or line
+# breaks, or all but the last of several spaces. A space never follows anything else within a piece:
+# clients that split texts at spaces before they merge then find the same tokens.
+_PIECES = f"{_SPACE}+(?={_SPACE}\\S)|{_SPACE}?[^\\W\\d{_SPACE}]+|{_SPACE}?\\d|{_SPACE}?[^\\s\\w{_SPACE}]+|\n+|{_SPACE}+|\\s"
 
 
 def train_tokenizer(corpus: str, vocab_size: int, out: Path) -> None:
@@ -58,7 +59,8 @@ def train_tokenizer(corpus: str, vocab_size: int, out: Path) -> None:
 
 
 def _learn(texts: Iterable[str], count: int) -> list[str]:
-    """The `count` most useful pieces, in the order in which BPE finds them, single characters first."""
+    """The `count` most useful pieces, single characters first, in the order in which they are to merge:
+    that in which BPE finds them, but runs of spaces last, so that a word takes its space first."""
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Replace(" ", _SPACE)
     learner.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECES), "isolated")
@@ -66,7 +68,7 @@ def _learn(texts: Iterable[str], count: int) -> list[str]:
     trainer = trainers.BpeTrainer(vocab_size=count, limit_alphabet=200, show_progress=False)
     learner.train_from_iterator(texts, trainer)
     vocab = learner.get_vocab()
-    return sorted(vocab, key=lambda piece: vocab[piece])
+    return sorted(vocab, key=lambda piece: (len(piece) > 1 and not piece.strip(_SPACE), vocab[piece]))
 
 
 def build_tokenizer(pieces: list[str]) -> Tokenizer:
@@ -83,9 +85,9 @@ def build_tokenizer(pieces: list[str]) -> Tokenizer:
         if piece[:i] in vocab and piece[i:] in vocab
     ]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in _LEADING])
     tokenizer.add_special_tokens(

@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+from collections import deque
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,8 @@ class LlamaCppBackend:
         self._c: Any = llama_cpp
         self.context = context
         self._position = 0
-        self._log_lines: list[str] = []
-        self._log = _collect_log(llama_cpp, self._log_lines)
+        log = _log_lines()
+        log.clear()
         llama_cpp.llama_backend_init()
 
         model_params = llama_cpp.llama_model_default_params()
@@ -38,7 +40,7 @@ class LlamaCppBackend:
             model_params.use_extra_bufts = False
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params)
         if not self._model:
-            why = next((line for line in self._log_lines if "error" in line), "unknown reason")
+            why = next((line for line in log if "error" in line), "unknown reason")
             raise BundleError(f"{path}: llama.cpp cannot load it ({why.strip()}); export it again")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = context
@@ -105,13 +107,24 @@ class LlamaCppBackend:
         return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)).copy()
 
 
-def _collect_log(llama_cpp: Any, lines: list[str]) -> Any:
-    """Keep llama.cpp's log out of the terminal, and its last lines for our messages."""
+@cache
+def _log_lines() -> deque[str]:
+    """llama.cpp's last log lines, kept out of the terminal and at hand for our messages.
+
+    The library has one log for the whole process and calls into Python for it, so the callback
+    lives as long as the process does.
+    """
+    import llama_cpp
+
+    lines: deque[str] = deque(maxlen=50)
 
     @llama_cpp.llama_log_callback
     def collect(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
         lines.append(text.decode("utf-8", "replace"))
-        del lines[:-50]
 
     llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
-    return collect
+    _CALLBACKS.append(collect)
+    return lines
+
+
+_CALLBACKS: list[Any] = []

@@ -1,0 +1,107 @@
+"""Stock clients open the bundles and give the same greedy tokens as our runtime does."""
+
+import json
+import os
+import subprocess
+import warnings
+
+import numpy as np
+import pytest
+
+import phi_runtime
+
+PROMPT = 40
+NEW = 32
+
+
+@pytest.fixture(scope="module")
+def prompt(tokens) -> list[int]:
+    return tokens[:PROMPT]
+
+
+def ours(bundle, prompt) -> list[int]:
+    """Greedy tokens of our own runtime, stop tokens not heeded."""
+    with phi_runtime.load(bundle) as phi:
+        phi.engine.stop_tokens = frozenset()
+        answer = phi.generate(prompt, max_tokens=NEW)
+    assert len(set(answer.tokens)) > 3, "one token over and over would prove little"
+    return list(answer.tokens)
+
+
+def test_llama_cpp(bundles, prompt, text):
+    import llama_cpp
+
+    model = llama_cpp.Llama(str(bundles / "gguf" / "model.gguf"), n_ctx=100, verbose=False, logits_all=False)
+    stream = model.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
+    theirs = [next(stream) for _ in range(NEW)]
+    assert theirs == ours(bundles / "gguf", prompt)
+
+    with phi_runtime.load(bundles / "gguf") as phi:
+        for sample in (text.read_text()[:5000], "  é→日本 \U0001f600\n\n\tx", "<|user|>\nhi <|end|>\n<|assistant|>\n"):
+            theirs = model.tokenize(sample.encode(), add_bos=False, special=True)
+            assert theirs == phi.tokenize(sample)
+
+
+def test_onnxruntime_genai(bundles, prompt):
+    import onnxruntime_genai as og
+
+    model = og.Model(str(bundles / "onnx"))
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=PROMPT + NEW, do_sample=False, min_length=PROMPT + NEW)
+    generator = og.Generator(model, params)
+    generator.append_tokens(np.array([prompt], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    theirs = generator.get_sequence(0)[PROMPT:].tolist()
+    assert theirs[:NEW] == ours(bundles / "onnx", prompt)[: len(theirs)]
+    assert len(theirs) == NEW
+
+
+def test_coremltools_loads_the_package(bundles):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import coremltools as ct
+
+        package = str(bundles / "coreml" / "model.mlpackage")
+        spec = ct.utils.load_spec(package)
+        model = ct.models.MLModel(package, skip_model_load=True)
+    assert spec.specificationVersion == 9
+    assert {f.name for f in spec.description.functions} == {"prefill", "decode"}
+    assert [s.name for s in spec.description.functions[0].state] == ["key_cache", "value_cache"]
+    assert set(spec.mlProgram.functions) == {"prefill", "decode"}
+    # coremltools' own reader of the program rebuilds it op by op, with its own type inference.
+    from coremltools.converters.mil.frontend.milproto.load import load
+
+    program = load(spec, specification_version=9, file_weights_dir=model.weights_dir)
+    for name, function in program.functions.items():
+        declared = spec.mlProgram.functions[name].block_specializations["CoreML8"]
+        kinds = {op.type for op in declared.operations}
+        assert {"constexpr_blockwise_shift_scale", "read_state", "slice_update"} <= kinds
+        (output,) = function.outputs
+        length = 1 if name == "decode" else 64
+        assert tuple(output.shape) == (1, length, 768)
+
+
+OPTIMUM = """
+import json, sys
+from optimum.onnxruntime import ORTModelForCausalLM
+import torch
+folder, prompt, new = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+model = ORTModelForCausalLM.from_pretrained(folder, use_cache=True, use_io_binding=False)
+ids = torch.tensor([prompt])
+out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False)
+print(json.dumps(out[0, len(prompt):].tolist()))
+"""
+
+
+@pytest.mark.clients
+def test_optimum(bundles, prompt):
+    arguments = [os.environ["PHI_EDGE_CLIENTS"], "-c", OPTIMUM, str(bundles / "onnx"), json.dumps(prompt), str(NEW)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # min_new_tokens keeps the stop tokens from being chosen, as it must to go on to the end.
+    stops = {757, 758, 764}
+    expected = ours(bundles / "onnx", prompt)
+    until = next((i for i, t in enumerate(expected) if t in stops), NEW)
+    assert until > 8
+    assert json.loads(done.stdout.splitlines()[-1])[:until] == expected[:until]

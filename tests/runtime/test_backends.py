@@ -1,0 +1,97 @@
+"""Every backend against the reference: prefill, decode, rewind, the window, the chunks."""
+
+import numpy as np
+import pytest
+from support import run
+
+import phi_runtime
+from phi_export.formats import get_format
+from phi_runtime.backends.reference import ReferenceBackend
+from phi_runtime.bundle import FORMATS, read_manifest
+from phi_runtime.errors import ContextError
+
+
+@pytest.fixture(params=FORMATS)
+def phi(request, bundles):
+    with phi_runtime.load(bundles / request.param) as model:
+        yield model
+
+
+@pytest.fixture
+def reference(phi, bundles):
+    manifest = phi.manifest
+    read = get_format(manifest.format).read(bundles / manifest.format, manifest.artifact)
+    return lambda: ReferenceBackend(manifest.config(), read)
+
+
+def close(a, b, limit=0.02):
+    return np.sqrt(np.square(a - b).mean()) < limit * b.std()
+
+
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 99, 100, 101, 127, 128, 129, 200, 255, 256, 257, 319, 320])
+def test_prompts_of_every_length(phi, reference, tokens, count):
+    """Around the prefill chunks of 64 and 256, the window of 100, the context of 320."""
+    if count > phi.context:  # the GGUF bundle ends at the window, which stock llama.cpp would not apply
+        assert phi.backend == "llama.cpp"
+        with pytest.raises(ContextError, match="holds 100"):
+            phi.logits(tokens[:count])
+        return
+    assert close(phi.logits(tokens[:count]), reference().forward(tokens[:count], every=True))
+
+
+def test_a_token_at_a_time_is_the_same(phi, reference, tokens):
+    count = min(phi.context, 300)
+    backend, expected = phi.engine.backend, reference().forward(tokens[:count], every=True)
+    backend.rewind(0)
+    assert close(backend.forward(tokens[:60], every=False), expected[59:60])
+    for i in range(60, count):
+        assert close(backend.forward([tokens[i]], every=False), expected[i : i + 1], 0.04), i
+    assert backend.position == count
+
+
+def test_rewind_forgets(phi, reference, tokens):
+    backend = phi.engine.backend
+    backend.rewind(0)
+    backend.forward(tokens[:50], every=False)
+    backend.rewind(20)
+    assert backend.position == 20
+    again = backend.forward(tokens[300:340], every=True)
+    assert close(again, reference().forward(tokens[:20] + tokens[300:340], every=True)[20:])
+
+
+def test_greedy_tokens_are_the_references(phi, reference, tokens):
+    prompt = tokens[:30]
+    answer = phi.generate(prompt, max_tokens=24)
+    model, chosen = reference(), []
+    logits = model.forward(prompt, every=False)[-1]
+    for token in answer.tokens:
+        # Rounding may turn a tie; a token that is chosen must be a tie's.
+        assert logits[token] >= logits.max() - 0.05 * logits.std()
+        chosen.append(token)
+        logits = model.forward([token], every=False)[-1]
+    assert len(chosen) == 24 or answer.stop == "stop_token"
+
+
+def test_streamed_text_is_the_generated_text(phi):
+    prompt = "def read(path):\n    "
+    pieces = list(phi.stream(prompt, max_tokens=40, temperature=1.0, seed=3))
+    answer = phi.generate(prompt, max_tokens=40, temperature=1.0, seed=3)
+    assert "".join(p.text for p in pieces) == answer.text == str(answer)
+    assert answer.text == phi.detokenize([t for t in answer.tokens if t not in phi.manifest.stop_tokens])
+    assert all(lp <= 0 for lp in answer.logprobs)
+    assert pieces[-1].step.stop == answer.stop is not None
+
+
+def test_threads_do_not_change_the_answer(phi, bundles, tokens):
+    with phi_runtime.load(bundles / phi.manifest.format, threads=1) as single:
+        assert close(single.logits(tokens[:80]), phi.logits(tokens[:80]), 0.005)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_command_prints_what_the_library_gives(name, bundles):
+    args = ["--prompt", "def f(x):", "--max-tokens", "12", "--temperature", "0"]
+    done = run("phi-run", "generate", bundles / name, *args)
+    assert done.returncode == 0, done.stderr
+    with phi_runtime.load(bundles / name) as phi:
+        assert done.stdout == "def f(x):" + phi.generate("def f(x):", max_tokens=12).text + "\n"
+    assert "12 tokens" in done.stderr or "stop_token" in done.stderr
