@@ -23,8 +23,10 @@ STAMP = "phi-edge-ready"
 
 def main() -> None:
     """Make the environment that was asked for."""
-    if sys.version_info < (3, 11):
-        sys.exit(f"phi-edge needs Python 3.11 or newer; this is {platform.python_version()}. Try make PYTHON=python3.12")
+    if sys.version_info < (3, 11):  # noqa: UP036, an older Python may well be what calls this
+        sys.exit(
+            f"phi-edge needs Python 3.11 or newer; this is {platform.python_version()}. Try make PYTHON=python3.12"
+        )
     clients = sys.argv[1:] == ["clients"]
     folder = ROOT / (".venv-clients" if clients else ".venv")
     constraints = ROOT / ("constraints-clients.txt" if clients else "constraints.txt")

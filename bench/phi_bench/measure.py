@@ -17,7 +17,7 @@ from phi_export.compare import Agreement, windows
 from phi_export.verify import WINDOW, sample_tokens
 from phi_runtime.backends import cores
 from phi_runtime.backends.reference import ReferenceBackend
-from phi_runtime.bundle import Manifest, read_manifest
+from phi_runtime.bundle import Manifest, find_bundle, read_manifest
 from phi_runtime.checkpoint import Checkpoint, open_checkpoint
 from phi_runtime.config import read_json
 from phi_runtime.errors import BundleError, UsageError
@@ -87,6 +87,7 @@ def run(
     """
     if (against is None) != (text is None):
         raise UsageError("quality needs both --against CKPT and --text FILE")
+    bundles = [find_bundle(b) for b in bundles]
     manifests = [read_manifest(b) for b in bundles]
     checkpoint = open_checkpoint(against) if against is not None else None
     speeds: list[list[Speed]] = [[] for _ in bundles]
@@ -136,7 +137,9 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        cpu = next((x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
+        cpu = next(
+            (x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu
+        )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": cpu,
@@ -160,7 +163,7 @@ def _speed(bundle: Path, prompt_tokens: int, decode_tokens: int) -> Speed:
 
 def _result(bundle: Path, manifest: Manifest, speeds: list[Speed], agreement: Agreement | None) -> Result:
     def median(name: str) -> float:
-        return statistics.median(getattr(s, name) for s in speeds)
+        return float(statistics.median(getattr(s, name) for s in speeds))
 
     with phi_runtime.load(bundle) as phi:
         samples = [phi.generate(p, max_tokens=SAMPLE_TOKENS, temperature=0.7, top_k=40).text for p in PROMPTS]
@@ -187,10 +190,10 @@ def _describe(checkpoint: Checkpoint | None, agreement: Agreement | None) -> dic
     if checkpoint is None:
         return None
     training = checkpoint.folder / "training"
-    log = training / "log.jsonl"
+    log, recipe = training / "log.jsonl", training / "recipe.json"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     return {
-        "name": checkpoint.folder.name,
+        "name": read_json(recipe)["name"] if recipe.is_file() else checkpoint.folder.resolve().name,
         "parameters": checkpoint.config.num_parameters(),
         "file_bytes": sum(f.stat().st_size for f in checkpoint.folder.iterdir() if f.is_file()),
         "bits_per_weight": 8 * sum(t.nbytes for t in checkpoint.tensors.values()) / checkpoint.config.num_parameters(),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from phi_runtime.bundle import FORMATS
-from phi_runtime.cli import parser, run
+from phi_runtime.cli import parser, positive, run
 from phi_runtime.errors import UsageError
 
 
@@ -63,7 +63,7 @@ def _verify(argv: list[str]) -> None:
     p.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder of a bundle that phi-export wrote")
     p.add_argument("--against", metavar="CKPT", required=True, help="the checkpoint's folder")
     p.add_argument("--text", type=Path, metavar="FILE", help="text to compare over (default: a built-in sample)")
-    p.add_argument("--tokens", type=int, metavar="N", help="how much of the text (default: 256; with --text, all)")
+    p.add_argument("--tokens", type=positive, metavar="N", help="how much of the text (default: 256; with --text, all)")
     args = p.parse_args(argv)
 
     from phi_export import show

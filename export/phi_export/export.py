@@ -13,7 +13,7 @@ from phi_runtime.bundle import MANIFEST, Manifest, Parity, Source, list_files, w
 from phi_runtime.checkpoint import Checkpoint, open_checkpoint
 from phi_runtime.config import read_json
 from phi_runtime.errors import CheckpointError, MissingExtraError, OutputExistsError
-from phi_runtime.files import replace_folder, sha256, folder_beside
+from phi_runtime.files import folder_beside, replace_folder, sha256
 from phi_runtime.tokenizer import Tokenizer
 
 # What clients of every format find beside the artifact.

@@ -38,7 +38,7 @@ class BlobWriter:
     """Appends entries to a weight file; the count in its head is set when it is closed."""
 
     def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = open(path, "wb")  # closed by __exit__
+        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115, closed by __exit__
         self._file.write(FILE_HEAD.pack(0, VERSION))
         self._count = 0
 

@@ -108,7 +108,13 @@ def _float16(scale: F32) -> F32:
 
 def pack_pairs(codes: U8) -> U8:
     """Neighbours share a byte, the first in the low half (ONNX, Core ML): [rows, columns / 2]."""
-    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+    packed: U8 = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
+    return packed
+
+
+def pack_signed_pairs(codes: U8) -> U8:
+    """As `pack_pairs`, of the codes less 8 in two's complement (INT4 of ONNX and Core ML)."""
+    return pack_pairs(codes ^ np.uint8(8))
 
 
 def unpack_pairs(packed: U8) -> U8:

@@ -19,7 +19,7 @@ from phi_export.compare import Agreement, windows
 from phi_export.formats import get_format
 from phi_runtime.backends import open_backend
 from phi_runtime.backends.reference import ReadTensor, ReferenceBackend
-from phi_runtime.bundle import Manifest, Parity, check_files, read_manifest
+from phi_runtime.bundle import Manifest, Parity, check_files, find_bundle, read_manifest
 from phi_runtime.checkpoint import F32, Checkpoint
 from phi_runtime.engine import Engine
 from phi_runtime.errors import BundleError, CheckpointError, PhiError, UsageError, VerificationError
@@ -88,6 +88,7 @@ def verify(
     Raises NotFoundError where there is no bundle, UsageError if it is of another architecture; a
     bundle that is there but broken is a Verification that did not pass.
     """
+    bundle = find_bundle(bundle)
     manifest = read_manifest(bundle)
     return verify_manifest(bundle, manifest, checkpoint, tokens, progress)
 
@@ -188,7 +189,8 @@ def _run(
     progress: Progress,
 ) -> tuple[Agreement, Agreement, Agreement]:
     """Against the reference on the bundle's own weights: its logits, and the imitation of its
-    arithmetic; against the checkpoint: its logits."""
+    arithmetic; against the checkpoint: its logits.
+    """
     graph, arithmetic, quality = Agreement(), Agreement(), Agreement()
     rounding = get_format(manifest.format).rounding
     length = min(WINDOW, manifest.context)

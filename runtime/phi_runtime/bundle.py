@@ -101,9 +101,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_file(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
 
 
-def has_manifest(folder: Path) -> bool:
-    """Whether a folder holds a manifest."""
-    return (folder / MANIFEST).is_file()
+def find_bundle(path: str | Path) -> Path:
+    """The folder of a bundle, given it or the artifact in it. Raises NotFoundError."""
+    path = Path(path)
+    if not path.exists():
+        raise NotFoundError(f"{path}: no such file or folder; give a bundle that phi-export wrote")
+    for folder in (path, path.parent):
+        if (folder / MANIFEST).is_file():
+            return folder
+    raise NotFoundError(f"{path}: holds no {MANIFEST}; give a bundle that phi-export wrote")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -111,13 +117,9 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises NotFoundError if there is none, BundleError if it is damaged or newer than we are.
     """
-    path = folder / MANIFEST
+    path = find_bundle(folder) / MANIFEST
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        if not folder.exists():
-            raise NotFoundError(f"{folder}: no such folder; give a bundle that phi-export wrote") from None
-        raise NotFoundError(f"{folder}: holds no {MANIFEST}; give a bundle that phi-export wrote") from None
     except (ValueError, RecursionError):
         raise BundleError(f"{path}: is not valid JSON; export the bundle again") from None
     version = raw.get("version") if isinstance(raw, dict) else None

@@ -7,7 +7,6 @@ never loaded whole.
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from phi_runtime.errors import CheckpointError, NotFoundError
 
 F32 = npt.NDArray[np.float32]
 
+# NumPy has no bfloat16; its bits are read as integers.
+_STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _MAX_HEADER = 100_000_000  # the format's own cap
 _INDEX = "model.safetensors.index.json"
@@ -43,7 +44,7 @@ class Tensor:
 
     def read(self, start: int = 0, stop: int | None = None) -> F32:
         """Rows start..stop as float32 [stop - start, ...]."""
-        stored = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}[self.dtype]
+        stored: np.dtype = np.dtype(_STORED[self.dtype])
         mapped = np.memmap(self.path, dtype=stored, mode="r", offset=self.offset, shape=self.shape)
         rows = np.asarray(mapped[start:stop])
         if self.dtype == "BF16":  # bf16 is the upper half of a float32
@@ -141,7 +142,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         raise CheckpointError(f"{index}: has no weight_map")
     names = sorted({str(v) for v in weight_map.values()})
     for name in names:
-        if os.path.basename(name) != name or not name.endswith(".safetensors"):
+        if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index}: shard {name!r} points outside the folder or is no safetensors file")
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: shard {name} is named by the index but not there; fetch it again")
@@ -165,4 +166,6 @@ def _check_shapes(folder: Path, config: Phi3Config, tensors: dict[str, Tensor]) 
             )
     extra = sorted(set(tensors) - set(expected))
     if extra:
-        raise CheckpointError(f"{folder}: tensor {extra[0]} is not part of {config.model_type}; is config.json its own?")
+        raise CheckpointError(
+            f"{folder}: tensor {extra[0]} is not part of {config.model_type}; is config.json its own?"
+        )

@@ -39,6 +39,14 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     return p
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
 def main() -> NoReturn:
     """Entry point of `phi-run`."""
     run(_main)
@@ -50,13 +58,15 @@ def _main(argv: list[str]) -> None:
     g = commands.add_parser("generate", help="continue a prompt")
     g.add_argument("bundle", metavar="BUNDLE", help="folder of a bundle that phi-export wrote")
     g.add_argument("--prompt", required=True, help="the text to continue")
-    g.add_argument("--max-tokens", type=int, default=256, metavar="N", help="tokens to generate (default %(default)s)")
+    g.add_argument(
+        "--max-tokens", type=positive, default=256, metavar="N", help="at most N tokens (default %(default)s)"
+    )
     g.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     g.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens (default 0: all)")
     g.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this share (default 1)")
     g.add_argument("--seed", type=int, default=0, help="seed of the draw (default 0)")
     g.add_argument("--backend", help="engine to use (default: the fastest installed)")
-    g.add_argument("--threads", type=int, help="threads (default: one per core)")
+    g.add_argument("--threads", type=positive, help="threads (default: one per core)")
     g.add_argument("--quiet", action="store_true", help="no timings after the text")
     args = p.parse_args(argv)
     _generate(args)

@@ -118,8 +118,7 @@ def parse_config(raw: dict[str, Any], path: Path) -> Phi3Config:
     model_type = raw.get("model_type")
     if model_type not in KNOWN_MODEL_TYPES:
         raise UnsupportedError(
-            f"{path}: model_type {model_type!r} is not one we know "
-            f"(we know: {', '.join(KNOWN_MODEL_TYPES)})"
+            f"{path}: model_type {model_type!r} is not one we know (we know: {', '.join(KNOWN_MODEL_TYPES)})"
         )
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):

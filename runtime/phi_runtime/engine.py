@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from phi_runtime.checkpoint import F32
-from phi_runtime.errors import ContextError, TokenError
+from phi_runtime.errors import ContextError, TokenError, UsageError
 from phi_runtime.sampler import Sampler, Sampling, log_softmax
 
 StopReason = Literal["stop_token", "max_tokens", "context"]
@@ -61,8 +61,8 @@ class Engine:
     def stream(self, tokens: list[int], max_tokens: int, sampling: Sampling) -> Iterator[Step]:
         """Generate after the prompt; each step's `seconds` is what that token took."""
         self._check(tokens)
-        if max_tokens <= 0:
-            return
+        if max_tokens < 1:
+            raise UsageError(f"max_tokens {max_tokens} is less than 1")
         sampler = Sampler(sampling)
         self.backend.rewind(0)
         began = time.perf_counter()
@@ -90,9 +90,7 @@ class Engine:
             raise TokenError("the prompt is empty; give at least one token")
         low, high = int(np.min(tokens)), int(np.max(tokens))
         if low < 0 or high >= self.backend.vocab_size:
-            raise TokenError(
-                f"token {low if low < 0 else high} is outside the vocabulary of {self.backend.vocab_size}"
-            )
+            raise TokenError(f"token {low if low < 0 else high} is outside the vocabulary of {self.backend.vocab_size}")
         if len(tokens) > self.backend.context:
             raise ContextError(
                 f"the prompt has {len(tokens)} tokens, the context holds {self.backend.context}; shorten it"

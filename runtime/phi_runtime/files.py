@@ -83,8 +83,7 @@ def disk_full_named(target: Path) -> Iterator[None]:
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DiskFullError(
-                f"{target}: the disk is full; nothing was left behind. "
-                "Free some space, or choose another folder"
+                f"{target}: the disk is full; nothing was left behind. Free some space, or choose another folder"
             ) from e
         if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise PhiError(f"{target}: cannot be written ({e.strerror}); choose another folder") from e
@@ -103,7 +102,7 @@ def sync_folder(path: Path) -> None:
 def _sync_tree(folder: Path) -> None:
     for root, _, names in os.walk(folder):
         for name in names:
-            fd = os.open(os.path.join(root, name), os.O_RDONLY)
+            fd = os.open(Path(root) / name, os.O_RDONLY)
             try:
                 os.fsync(fd)
             finally:

@@ -7,10 +7,9 @@ from types import TracebackType
 from typing import Self
 
 from phi_runtime.backends import open_backend
-from phi_runtime.bundle import Manifest, has_manifest, read_manifest
+from phi_runtime.bundle import Manifest, find_bundle, read_manifest
 from phi_runtime.checkpoint import F32
 from phi_runtime.engine import Engine, Step, StopReason
-from phi_runtime.errors import NotFoundError
 from phi_runtime.sampler import Sampling
 from phi_runtime.tokenizer import StreamDecoder, Tokenizer
 
@@ -124,11 +123,7 @@ def load(path: str | Path, backend: str | None = None, context: int | None = Non
     the fastest that is installed. context: tokens to reserve, by default all the bundle has.
     threads: by default one per core. Raises NotFoundError, BundleError, MissingExtraError.
     """
-    folder = Path(path)
-    if not folder.exists():
-        raise NotFoundError(f"{folder}: no such file or folder; give a bundle that phi-export wrote")
-    if not has_manifest(folder) and has_manifest(folder.parent):
-        folder = folder.parent
+    folder = find_bundle(path)
     manifest = read_manifest(folder)
     engine = Engine(open_backend(folder, manifest, backend, context, threads), manifest.stop_tokens)
     return Phi(manifest, engine, Tokenizer(folder))

@@ -28,7 +28,16 @@ def report(bundles, checkpoint, text, tmp_path_factory):
     paths = [bundles / f for f in FORMATS]
     quality = ["--against", checkpoint, "--text", text, "--tokens", 600]
     done = run(
-        "phi-bench", "run", *paths, "--out", folder / "report.json", "--html", folder / "report.html", "--rounds", 1, *quality
+        "phi-bench",
+        "run",
+        *paths,
+        "--out",
+        folder / "report.json",
+        "--html",
+        folder / "report.html",
+        "--rounds",
+        1,
+        *quality,
     )
     assert done.returncode == 0, done.stderr
     return folder
@@ -73,7 +82,9 @@ def test_no_text_of_a_bundle_becomes_markup(report):
 
 
 def test_without_a_checkpoint_quality_is_left_open(bundles, tmp_path):
-    done = run("phi-bench", "run", bundles / "onnx", "--out", tmp_path / "r.json", "--html", tmp_path / "r.html", "--rounds", 1)
+    done = run(
+        "phi-bench", "run", bundles / "onnx", "--out", tmp_path / "r.json", "--html", tmp_path / "r.html", "--rounds", 1
+    )
     assert done.returncode == 0, done.stderr
     (result,) = json.loads((tmp_path / "r.json").read_text())["results"]
     assert result["perplexity"] is result["kld_mean"] is result["top1_agreement"] is None
@@ -82,7 +93,7 @@ def test_without_a_checkpoint_quality_is_left_open(bundles, tmp_path):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["{tmp}/none"], "no such folder"),
+        (["{tmp}/none"], "no such file or folder"),
         (["{bundle}", "--against", "{tmp}"], "both --against"),
         (["{bundle}", "--against", "{tmp}/none", "--text", "{text}"], "no such folder"),
         (["{bundle}", "--against", "{checkpoint}", "--text", "{tmp}/none.txt"], "none.txt"),

@@ -214,7 +214,10 @@ def test_an_unknown_option_is_exit_code_2(copy):
 
 
 def test_a_bundle_that_is_none(tmp_path, checkpoint):
-    for command in (["phi-export", "verify", tmp_path, "--against", checkpoint], ["phi-run", "generate", tmp_path, "--prompt", "x"]):
+    for command in (
+        ["phi-export", "verify", tmp_path, "--against", checkpoint],
+        ["phi-run", "generate", tmp_path, "--prompt", "x"],
+    ):
         refused(run(*command), "phi-bundle.json")
     refused(run("phi-run", "generate", tmp_path / "nowhere", "--prompt", "x"), "nowhere")
 
@@ -239,7 +242,10 @@ def test_interrupted_at_any_moment(number, delay, copy, tmp_path):
     out = tmp_path / "out" / "bundles"
     out.parent.mkdir()
     process = subprocess.Popen(
-        [SCRIPTS / "phi-export", "--int4", copy, "--out", out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [SCRIPTS / "phi-export", "--int4", copy, "--out", out],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while not list(out.parent.iterdir()) and process.poll() is None:
         time.sleep(0.005)
@@ -247,7 +253,7 @@ def test_interrupted_at_any_moment(number, delay, copy, tmp_path):
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert "Traceback" not in errors
-    if process.returncode == 0:  # it was done before the signal came
+    if out.exists():  # it was done before the signal came
         assert sorted(os.listdir(out)) == ["coreml", "gguf", "onnx"]
     else:
         assert process.returncode == (130 if number == signal.SIGINT else 143)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import phi_runtime
+from phi_runtime.bundle import list_files
 
 PROMPT = 40
 NEW = 32
@@ -63,8 +64,10 @@ def test_coremltools_loads_the_package(bundles):
         import coremltools as ct
 
         package = str(bundles / "coreml" / "model.mlpackage")
+        before = list_files(bundles / "coreml")
         spec = ct.utils.load_spec(package)
         model = ct.models.MLModel(package, skip_model_load=True)
+    assert list_files(bundles / "coreml") == before, "opening a package rewrites its manifest"
     assert spec.specificationVersion == 9
     assert {f.name for f in spec.description.functions} == {"prefill", "decode"}
     assert [s.name for s in spec.description.functions[0].state] == ["key_cache", "value_cache"]

@@ -2,10 +2,10 @@ import shutil
 
 import numpy as np
 import pytest
+from breakage import BREAKERS, rehash
 from support import run
 
 import phi_runtime
-from breakage import BREAKERS, rehash
 from phi_export.compare import Agreement
 from phi_export.verify import verify
 from phi_runtime.bundle import FORMATS

@@ -7,7 +7,7 @@ from support import run
 import phi_runtime
 from phi_export.formats import get_format
 from phi_runtime.backends.reference import ReferenceBackend
-from phi_runtime.bundle import FORMATS, read_manifest
+from phi_runtime.bundle import FORMATS
 from phi_runtime.errors import ContextError
 
 
@@ -77,7 +77,8 @@ def test_streamed_text_is_the_generated_text(phi):
     pieces = list(phi.stream(prompt, max_tokens=40, temperature=1.0, seed=3))
     answer = phi.generate(prompt, max_tokens=40, temperature=1.0, seed=3)
     assert "".join(p.text for p in pieces) == answer.text == str(answer)
-    assert answer.text == phi.detokenize([t for t in answer.tokens if t not in phi.manifest.stop_tokens])
+    kept = [t for t in answer.tokens if t not in phi.manifest.stop_tokens]
+    assert prompt + answer.text == phi.detokenize(phi.tokenize(prompt) + kept)
     assert all(lp <= 0 for lp in answer.logprobs)
     assert pieces[-1].step.stop == answer.stop is not None
 

@@ -1,7 +1,17 @@
 import subprocess
 import sys
 
-BLOCKED = ("torch", "transformers", "onnx", "coremltools", "deepspeed", "safetensors", "onnxruntime", "llama_cpp", "rich")
+BLOCKED = (
+    "torch",
+    "transformers",
+    "onnx",
+    "coremltools",
+    "deepspeed",
+    "safetensors",
+    "onnxruntime",
+    "llama_cpp",
+    "rich",
+)
 
 PROGRAM = """
 import sys
@@ -36,8 +46,10 @@ def test_every_help_answers_without_them():
 
 def test_a_missing_extra_is_named(bundles, checkpoint):
     for name, extra in (("gguf", "gguf"), ("onnx", "onnx")):
-        done = python(f"import sys; sys.argv = ['x', 'generate', {str(bundles / name)!r}, '--prompt', 'x']\n"
-                      "import phi_runtime.cli as m; m.main()")
+        done = python(
+            f"import sys; sys.argv = ['x', 'generate', {str(bundles / name)!r}, '--prompt', 'x']\n"
+            "import phi_runtime.cli as m; m.main()"
+        )
         assert done.returncode == 2
         assert f"pip install 'phi-edge[{extra}]'" in done.stderr
     done = python("import sys; sys.argv = ['x', 'phi3-demo', '--out', '/tmp/x']\nimport phi_train.cli as m; m.main()")

@@ -49,7 +49,9 @@ def test_a_stream_is_its_whole(tokenizer, string):
 def test_special_tokens_stand_where_phi3_has_them(tokenizer):
     assert [tokenizer.id(t) for t in ("<unk>", "<s>", "</s>")] == [0, 1, 2]
     assert [tokenizer.id(t) for t in CHAT_TOKENS] == list(range(757, 768))
-    assert tokenizer.encode("<|user|>\n  hi<|end|>") == [767, *tokenizer.encode("hi"), 764], "role tokens take the space after"
+    assert tokenizer.encode("<|user|>\n  hi<|end|>") == [767, *tokenizer.encode("hi"), 764], (
+        "role tokens take the space after"
+    )
 
 
 def test_the_split_is_by_file_and_stable(corpus):
@@ -74,9 +76,7 @@ def test_shards_hold_the_documents_in_order(corpus, tokenizer, data):
         (held if d.held_out else train).extend([*tokenizer.encode(d.text), end])
     assert np.array_equal(np.concatenate(data.shards), train)
     assert np.array_equal(data.heldout, held)
-    assert (data.folder / "heldout.txt").read_text() == "\n".join(
-        d.text for d in documents(str(corpus)) if d.held_out
-    )
+    assert (data.folder / "heldout.txt").read_text() == "\n".join(d.text for d in documents(str(corpus)) if d.held_out)
 
 
 def test_batches_depend_on_the_step_alone_and_cover_an_epoch(data):

@@ -26,14 +26,14 @@ def test_a_second_run_does_no_work_twice(checkpoint, corpus):
 
 def test_killed_and_continued_it_ends_in_the_same_bytes(tmp_path, checkpoint):
     training = checkpoint / "training"
-    common = settings(
-        f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "steps=40", "save_every=8"
-    )
+    common = settings(f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "steps=40", "save_every=8")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run("phi-train", "phi3-demo", "--out", whole, *common).returncode == 0
 
     process = subprocess.Popen(
-        [SCRIPTS / "phi-train", "phi3-demo", "--out", broken, *common], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [SCRIPTS / "phi-train", "phi3-demo", "--out", broken, *common],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     while not list((broken / "training" / "state").glob("step-*")) and process.poll() is None:
         time.sleep(0.01)
@@ -53,9 +53,9 @@ def test_killed_and_continued_it_ends_in_the_same_bytes(tmp_path, checkpoint):
 def test_a_damaged_state_is_passed_over(tmp_path, checkpoint):
     import torch
 
+    from phi_runtime.config import read_config
     from phi_train.models.phi3 import Phi3ForCausalLM
     from phi_train.state import load_state, save_state
-    from phi_runtime.config import read_config
 
     model = Phi3ForCausalLM(read_config(checkpoint))
     optimizer = torch.optim.AdamW(model.parameters())

@@ -17,7 +17,8 @@ _STOPS = ("<|endoftext|>", "<|assistant|>", "<|end|>")
 
 def write_checkpoint(out: Path, config: Phi3Config, weights: dict[str, Tensor], tokenizer: Path) -> None:
     """Write weights as bfloat16, tokenizer and configs into `out`; config.json last, so that a
-    folder that was interrupted is not taken for a checkpoint."""
+    folder that was interrupted is not taken for a checkpoint.
+    """
     for name in ("tokenizer.json", "tokenizer_config.json"):
         write_file(out / name, (tokenizer / name).read_bytes())
     ids = [Tokenizer(tokenizer).id(token) for token in _STOPS]

@@ -1,7 +1,8 @@
 """`phi-train`."""
 
 import argparse
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -94,7 +95,9 @@ def _shards(argv: list[str]) -> None:
 
 
 def _corpus_and_out(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--corpus", default="stdlib", help="`stdlib`, or a folder of .txt, .md and .py (default %(default)s)")
+    p.add_argument(
+        "--corpus", default="stdlib", help="`stdlib`, or a folder of .txt, .md and .py (default %(default)s)"
+    )
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
 
 
@@ -109,8 +112,12 @@ def _progress() -> Iterator["Progress"]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(console.print)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bar:
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as bar:
         task = bar.add_task("starting", note="")
 
         def progress(what: str, done: int, total: int, figures: dict[str, float]) -> None:
@@ -120,3 +127,23 @@ def _progress() -> Iterator["Progress"]:
             bar.update(task, description=what, completed=done, total=total, note=note)
 
         yield progress
+
+
+def _lines(say: Callable[[str], None]) -> "Progress":
+    """For a log rather than a terminal: a line at each new thing, then one every twenty seconds."""
+    last = ("", 0.0)
+
+    def progress(what: str, done: int, total: int, figures: dict[str, float]) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if what == last[0] and now - last[1] < 20:
+            return
+        last = (what, now)
+        if figures:
+            rate = figures["tokens"] / figures["seconds"]
+            left = figures["seconds"] / done * (total - done)
+            say(f"{what}: step {done} of {total}, loss {figures['loss']:.3f}, {rate:.0f} tokens/s, {left:.0f} s left")
+        else:
+            say(what)
+
+    return progress

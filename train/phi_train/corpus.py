@@ -9,9 +9,8 @@ from pathlib import Path
 from phi_runtime.errors import NotFoundError, UsageError
 
 # Generated tables, vendored copies and test suites teach nothing about writing code.
-_SKIPPED = frozenset(
-    "test tests idlelib turtledemo lib2to3 encodings pydoc_data ensurepip site-packages dist-packages __pycache__".split()
-)
+_SKIPPED = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "encodings", "pydoc_data", "ensurepip"}
+_SKIPPED |= {"site-packages", "dist-packages", "__pycache__"}
 _HELD_OUT_OF_100 = 4
 
 

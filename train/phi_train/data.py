@@ -92,7 +92,8 @@ class Data:
 
     def batch(self, step: int, size: int, length: int, seed: int) -> Tokens:
         """The batch [size, length] of one step: a function of these arguments alone, so that a
-        continued run sees what an unbroken one would. Each epoch has an order of its own."""
+        continued run sees what an unbroken one would. Each epoch has an order of its own.
+        """
         count = self.windows(length)
         rows = []
         for n in range(step * size, (step + 1) * size):

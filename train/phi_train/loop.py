@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.path.exists("/dev/nvidiactl") else "cuda")
+import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import deepspeed
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -158,7 +159,8 @@ def _engine(model: nn.Module, r: Recipe) -> tuple[Any, torch.optim.Optimizer]:
         # A file to meet at, because a port may be taken.
         meeting = Path(tempfile.mkdtemp(prefix="phi-train-")) / "meeting"
         os.environ.setdefault("LOCAL_RANK", "0")
-        torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, init_method=f"file://{meeting}", rank=0, world_size=1)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine, optimizer
 
@@ -176,8 +178,8 @@ def _claim(recipe: Recipe, out: Path, training: Path) -> None:
                 f"{out}: holds a run with {k}={there.get(k)}, not {wanted[k]}; choose another --out, or its settings"
             )
         return
-    if out.exists() and any(out.iterdir()):
-        raise OutputExistsError(f"{out}: is not empty and holds no run of ours; choose another --out")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputExistsError(f"{out}: is there already and holds no run of ours; choose another --out")
     write_file(record, json.dumps(wanted, indent=1) + "\n")
 
 

@@ -52,7 +52,8 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
             name, _, part = key.rpartition("|")
             by_parameter.setdefault(name, {})[part] = value
         for name, parameter in model.named_parameters():
-            optimizer.state[parameter] = by_parameter.get(name, {})
+            moved = {part: value.to(parameter.device) for part, value in by_parameter.get(name, {}).items()}
+            optimizer.state[parameter] = moved
         return int(counters["step"]), float(counters["seconds"])
     return 0, 0.0
 

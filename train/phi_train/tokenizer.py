@@ -15,7 +15,8 @@ from phi_runtime.files import staged_folder
 from phi_train.corpus import documents
 
 _SPACE = "\u2581"
-_LEADING = ("<unk>", "<s>", "</s>")
+_UNKNOWN = "<unk>"
+_LEADING = (_UNKNOWN, "<s>", "</s>")
 END_OF_TEXT = "<|endoftext|>"
 # In phi-3-mini's order, ids 32000 to 32010.
 CHAT_TOKENS = (
@@ -39,7 +40,9 @@ CHAT_TEMPLATE = (
 # What pieces are learnt from: a word, digit or run of signs, each with one space before it, or line
 # breaks, or all but the last of several spaces. A space never follows anything else within a piece:
 # clients that split texts at spaces before they merge then find the same tokens.
-_PIECES = f"{_SPACE}+(?={_SPACE}\\S)|{_SPACE}?[^\\W\\d{_SPACE}]+|{_SPACE}?\\d|{_SPACE}?[^\\s\\w{_SPACE}]+|\n+|{_SPACE}+|\\s"
+_PIECES = (
+    f"{_SPACE}+(?={_SPACE}\\S)|{_SPACE}?[^\\W\\d{_SPACE}]+|{_SPACE}?\\d|{_SPACE}?[^\\s\\w{_SPACE}]+|\n+|{_SPACE}+|\\s"
+)
 
 
 def train_tokenizer(corpus: str, vocab_size: int, out: Path) -> None:
@@ -60,7 +63,8 @@ def train_tokenizer(corpus: str, vocab_size: int, out: Path) -> None:
 
 def _learn(texts: Iterable[str], count: int) -> list[str]:
     """The `count` most useful pieces, single characters first, in the order in which they are to merge:
-    that in which BPE finds them, but runs of spaces last, so that a word takes its space first."""
+    that in which BPE finds them, but runs of spaces last, so that a word takes its space first.
+    """
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Replace(" ", _SPACE)
     learner.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECES), "isolated")
@@ -84,7 +88,7 @@ def build_tokenizer(pieces: list[str]) -> Tokenizer:
         for i in range(1, len(piece))
         if piece[:i] in vocab and piece[i:] in vocab
     ]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=_UNKNOWN, fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

@@ -18,9 +18,9 @@ import numpy as np
 
 from phi_export.formats import Plan, Progress, plan_int4
 from phi_export.mil import BlobWriter, FunctionBuilder, Shape, Var, Weight
-from phi_export.quantize import BLOCK, Int4, finite, pack_pairs, quantize
+from phi_export.quantize import BLOCK, Int4, finite, pack_signed_pairs, quantize
 from phi_runtime.backends.coreml import DECODE, PREFILL, PREFILL_TOKENS
-from phi_runtime.backends.reference import ReadTensor, round_float16, rope_tables
+from phi_runtime.backends.reference import ReadTensor, rope_tables, round_float16
 from phi_runtime.checkpoint import F32, Checkpoint
 from phi_runtime.config import Phi3Config
 from phi_runtime.errors import BundleError
@@ -69,7 +69,7 @@ def write(checkpoint: Checkpoint, plan: Plan, folder: Path, progress: Progress) 
                 weights[name] = blob.add(finite(tensor), "float32", tensor.shape)
             else:
                 q = quantize(tensor)
-                packed = blob.add(pack_pairs((q.codes - 8) & 15), "int4", tensor.shape)
+                packed = blob.add(pack_signed_pairs(q.codes), "int4", tensor.shape)
                 weights[name] = _Matrix(packed, blob.add(q.scales, "float16", q.scales.shape))
             progress(name)
         frequency = c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
@@ -83,7 +83,7 @@ def write(checkpoint: Checkpoint, plan: Plan, folder: Path, progress: Progress) 
     for function, length in ((DECODE, 1), (PREFILL, PREFILL_TOKENS)):
         model.mlProgram.functions[function].CopyFrom(_Decoder(c, weights, length).build())
     write_file(data / _MODEL, model.SerializeToString(deterministic=True))
-    write_file(folder / ARTIFACT / "Manifest.json", json.dumps(_package_manifest(), indent=4) + "\n")
+    write_file(folder / ARTIFACT / "Manifest.json", json.dumps(_package_manifest(), indent=4, sort_keys=True) + "\n")
 
 
 def read(folder: Path, artifact: str) -> ReadTensor:
@@ -255,10 +255,15 @@ def _set_array(array: Any, dtype: str, shape: Shape) -> None:
 
 
 def _package_manifest() -> dict[str, Any]:
-    """The package's own list of contents; its identifiers are fixed, so that equal input gives equal bytes."""
+    """The package's own list of contents.
+
+    Its identifiers are fixed, so that equal input gives equal bytes. Core ML's tools write the list
+    back, sorted, when they open a package; written sorted, the bundle's digests survive that.
+    """
     entries = {}
+    identifiers = {path: str(uuid.uuid5(uuid.NAMESPACE_URL, path)).upper() for path in (_MODEL, _WEIGHTS)}
     for name, path, text in (("model.mlmodel", _MODEL, "Specification"), ("weights", _WEIGHTS, "Weights")):
-        entries[str(uuid.uuid5(uuid.NAMESPACE_URL, path)).upper()] = {
+        entries[identifiers[path]] = {
             "author": "com.apple.CoreML",
             "description": f"CoreML Model {text}",
             "name": name,
@@ -267,5 +272,5 @@ def _package_manifest() -> dict[str, Any]:
     return {
         "fileFormatVersion": "1.0.0",
         "itemInfoEntries": entries,
-        "rootModelIdentifier": next(iter(entries)),
+        "rootModelIdentifier": identifiers[_MODEL],
     }

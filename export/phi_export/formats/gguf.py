@@ -43,6 +43,7 @@ def gguf_name(name: str) -> str:
     _, _, layer, rest = stem.split(".", 3)
     return f"blk.{layer}.{_LAYER_NAMES[rest]}.{suffix}"
 
+
 rounding = round_int8
 ROUNDING_MARGIN = 2
 

@@ -21,7 +21,9 @@ def tokenizer_metadata(checkpoint: Checkpoint) -> dict[str, tuple[int, Any]]:
     raw = read_json(path)
     model = raw.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or not model.get("byte_fallback"):
-        raise UnsupportedError(f"{path}: GGUF export carries byte-fallback BPE tokenizers only; try --format onnx,coreml")
+        raise UnsupportedError(
+            f"{path}: GGUF export carries byte-fallback BPE tokenizers only; try --format onnx,coreml"
+        )
     size = checkpoint.config.vocab_size
     tokens = [f"<|unused_{i}|>" for i in range(size)]
     types = [_UNUSED] * size

@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from phi_export.formats import Plan, Progress, plan_int4
-from phi_export.quantize import BLOCK, Int4, finite, pack_pairs, quantize, unpack_pairs
-from phi_runtime.backends.reference import ReadTensor, round_int8, rope_tables
+from phi_export.quantize import BLOCK, Int4, finite, pack_pairs, pack_signed_pairs, quantize, unpack_pairs
+from phi_runtime.backends.reference import ReadTensor, rope_tables, round_int8
 from phi_runtime.checkpoint import F32, Checkpoint
 from phi_runtime.config import Phi3Config
 from phi_runtime.errors import BundleError
@@ -103,7 +103,9 @@ class _DataFile:
     def __init__(self, file: BinaryIO, folder: Path) -> None:
         self._file, self._folder = file, folder
 
-    def add(self, name: str, array: np.ndarray, dtype: ir.DataType | None = None, shape: Any = None) -> ir.ExternalTensor:
+    def add(
+        self, name: str, array: np.ndarray, dtype: ir.DataType | None = None, shape: Any = None
+    ) -> ir.ExternalTensor:
         self._file.write(bytes(-self._file.tell() % _ALIGN))
         offset = self._file.tell()
         self._file.write(np.ascontiguousarray(array).tobytes())
@@ -123,7 +125,7 @@ def _int4(weights: _DataFile, name: str, q: Int4) -> list[ir.ExternalTensor]:
     rows, columns = q.codes.shape
     scales = q.scales.astype(np.float32)  # of the activations' type; a float16 scale survives exactly
     if name == _EMBEDDING:
-        signed = pack_pairs((q.codes - 8) & 15)
+        signed = pack_signed_pairs(q.codes)
         return [
             weights.add(f"{name}.int4", signed, ir.DataType.INT4, (rows, columns)),
             weights.add(f"{name}.scales", scales),
@@ -136,7 +138,7 @@ class _Graph:
     """Nodes under construction, values found by name."""
 
     def __init__(self) -> None:
-        self.initializers: list[ir.ExternalTensor | ir.Tensor] = []
+        self.initializers: list[ir.TensorProtocol] = []
         self._values: dict[str, ir.Value] = {}
         self._nodes: list[ir.Node] = []
         self._inputs: list[ir.Value] = []
@@ -170,7 +172,7 @@ class _Graph:
         values = []
         for tensor in self.initializers:
             value = self._value(str(tensor.name))
-            value.const_value, value.dtype, value.shape = tensor, tensor.dtype, ir.Shape(tensor.shape)
+            value.const_value, value.dtype, value.shape = tensor, tensor.dtype, ir.Shape(tensor.shape.numpy())
             values.append(value)
         graph = ir.Graph(
             self._inputs,
@@ -202,7 +204,9 @@ def _decoder(g: _Graph, c: Phi3Config) -> None:
             g.input(f"past_key_values.{n}.{part}", f32, past)
 
     # GroupQueryAttention wants, per sequence, its length less one, and the longest length.
-    lengths = g.op("ReduceSum", ["attention_mask", g.constant("axis_1", np.array([1], np.int64))], ["lengths"], keepdims=0)
+    lengths = g.op(
+        "ReduceSum", ["attention_mask", g.constant("axis_1", np.array([1], np.int64))], ["lengths"], keepdims=0
+    )
     less_one = g.op("Sub", [lengths, g.constant("one", np.array(1, np.int64))], ["lengths_less_one"])
     seqlens_k = g.op("Cast", [less_one], ["seqlens_k"], to=ir.DataType.INT32.value)
     shape = g.op("Shape", ["attention_mask"], ["mask_shape"])
@@ -231,7 +235,17 @@ def _decoder(g: _Graph, c: Phi3Config) -> None:
         qkv = _linear(g, c.hidden_size, c.qkv_size, normed, p + "self_attn.qkv_proj.weight", f"qkv.{n}")
         g.op(
             "GroupQueryAttention",
-            [qkv, "", "", f"past_key_values.{n}.key", f"past_key_values.{n}.value", seqlens_k, total, "cos_cache", "sin_cache"],
+            [
+                qkv,
+                "",
+                "",
+                f"past_key_values.{n}.key",
+                f"past_key_values.{n}.value",
+                seqlens_k,
+                total,
+                "cos_cache",
+                "sin_cache",
+            ],
             [f"attention.{n}", f"present.{n}.key", f"present.{n}.value"],
             _MS,
             num_heads=c.num_attention_heads,

@@ -61,7 +61,8 @@ def open_backend(
     folder: Path, manifest: Manifest, name: str | None, context: int | None, threads: int | None
 ) -> Backend:
     """Open a bundle's artifact. Raises UsageError for a backend that does not run its format,
-    ContextError for a context beyond the bundle's, BundleError for a damaged artifact."""
+    ContextError for a context beyond the bundle's, BundleError for a damaged artifact.
+    """
     openers = BACKENDS[manifest.format]
     if name is not None and name not in openers:
         raise UsageError(f"backend {name!r} does not run {manifest.format} here; choose from {', '.join(openers)}")

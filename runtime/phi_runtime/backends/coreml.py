@@ -21,7 +21,8 @@ PREFILL_TOKENS = 64  # length of the `prefill` function's input
 class Function(Protocol):
     """One function of a package: arrays by name in, arrays by name out; the state changes in place."""
 
-    def __call__(self, inputs: dict[str, np.ndarray], state: Any) -> dict[str, np.ndarray]: ...
+    def __call__(self, inputs: dict[str, np.ndarray], state: Any, /) -> dict[str, np.ndarray]:
+        """Run it."""
 
 
 @dataclass(frozen=True)

@@ -118,12 +118,12 @@ def _log_lines() -> deque[str]:
 
     lines: deque[str] = deque(maxlen=50)
 
-    @llama_cpp.llama_log_callback
     def collect(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
         lines.append(text.decode("utf-8", "replace"))
 
-    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
-    _CALLBACKS.append(collect)
+    callback = llama_cpp.llama_log_callback(collect)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    _CALLBACKS.append(callback)
     return lines
 
 

@@ -27,7 +27,7 @@ class BlobReader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
-        if self._data.size < FILE_HEAD.size or FILE_HEAD.unpack(self._data[: FILE_HEAD.size])[1] != VERSION:
+        if self._data.size < FILE_HEAD.size or FILE_HEAD.unpack(self._data[: FILE_HEAD.size].tobytes())[1] != VERSION:
             raise BundleError(f"{path}: is not a version-{VERSION} weight file; export the bundle again")
 
     def read(self, offset: int, dtype: str, count: int) -> np.ndarray:
@@ -36,7 +36,7 @@ class BlobReader:
         size = self._data.size
         if offset % ALIGN or offset + ENTRY_HEAD.size > size:
             raise BundleError(f"{self._path}: entry offset {offset} lies outside the file's {size} bytes")
-        sentinel, kind, nbytes, start, _ = ENTRY_HEAD.unpack(self._data[offset : offset + ENTRY_HEAD.size])
+        sentinel, kind, nbytes, start, _ = ENTRY_HEAD.unpack(self._data[offset : offset + ENTRY_HEAD.size].tobytes())
         if sentinel != SENTINEL or not bits or kind != BLOB_TYPES[dtype] or nbytes != (count * bits + 7) // 8:
             raise BundleError(f"{self._path}: the entry at {offset} is not {count} elements of {dtype}")
         if start + nbytes > size:

@@ -161,7 +161,7 @@ class Program:
         rows, columns = codes.shape
         blocks = codes.reshape(rows, scales.shape[1], -1).astype(np.float32)
         # Core ML makes float16 of it, so it is rounded to that before it is used.
-        weight = (blocks * scales[:, :, None]).reshape(rows, columns).astype(np.float16).astype(np.float32)
+        weight: np.ndarray = (blocks * scales[:, :, None]).reshape(rows, columns).astype(np.float16).astype(np.float32)
         if self._kept_bytes + weight.nbytes <= _KEEP_BYTES:
             self._kept[key] = weight
             self._kept_bytes += weight.nbytes
@@ -183,10 +183,10 @@ class Program:
             return self._blob.read(value.blobFileValue.offset, dtype, count).reshape(shape)
         tensor = value.immediateValue.tensor
         kind = tensor.WhichOneof("kind")
-        content = getattr(tensor, kind).values if kind else ()
+        content: Any = getattr(tensor, kind).values if kind else ()
         if dtype == "str":
-            return str(content[0])
-        array = np.frombuffer(content, dtype) if kind == "bytes" else np.array(list(content), dtype)
+            return str(content[0]) if content else ""
+        array: np.ndarray = np.frombuffer(content, dtype) if kind == "bytes" else np.array(list(content), dtype)
         if array.size != count:
             raise BundleError(f"{self.path}: a constant of {count} elements holds {array.size}")
         return array.reshape(shape)

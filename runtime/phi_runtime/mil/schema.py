@@ -51,6 +51,8 @@ _MESSAGES = {
     "Bytes": "1 values bytes",
 }
 
+_SCALARS = ("int32", "int64", "uint64", "float", "bool", "string", "bytes")
+
 SPECIFICATION_VERSION = 9  # iOS 18, macOS 15
 OPSET = "CoreML8"
 BLOB_FILE = "@model_path/weights/weight.bin"
@@ -70,7 +72,10 @@ def messages() -> dict[str, Any]:
     field_types = descriptor_pb2.FieldDescriptorProto
     scalars = {
         "enum": field_types.TYPE_INT32,  # on the wire an enum is an int32
-        **{n: getattr(field_types, f"TYPE_{n.upper()}") for n in "int32 int64 uint64 float bool string bytes".split()},
+        **{
+            n: getattr(field_types, f"TYPE_{n.upper()}")
+            for n in ["int32", "int64", "uint64", "float", "bool", "string", "bytes"]
+        },
     }
     file = descriptor_pb2.FileDescriptorProto(name="mil.proto", package="mil", syntax="proto3")
     for message_name, spec in _MESSAGES.items():

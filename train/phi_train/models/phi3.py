@@ -43,7 +43,12 @@ class Phi3Attention(nn.Module):
         q, k, v = heads.split([c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads], dim=1)
         q, k = rotate(q, cos_TD, sin_TD).to(v.dtype), rotate(k, cos_TD, sin_TD).to(v.dtype)
         out_BHTD = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask_TT, is_causal=mask_TT is None, enable_gqa=c.num_key_value_heads < c.num_attention_heads
+            q,
+            k,
+            v,
+            attn_mask=mask_TT,
+            is_causal=mask_TT is None,
+            enable_gqa=c.num_key_value_heads < c.num_attention_heads,
         )
         out: Tensor = self.o_proj(out_BHTD.transpose(1, 2).reshape(B, T, c.hidden_size))
         return out
@@ -77,7 +82,8 @@ class Phi3DecoderLayer(nn.Module):
     def forward(self, x_BTE: Tensor, cos_TD: Tensor, sin_TD: Tensor, mask_TT: Tensor | None) -> Tensor:
         """One layer."""
         x_BTE = x_BTE + self.self_attn(self.input_layernorm(x_BTE), cos_TD, sin_TD, mask_TT)
-        return x_BTE + self.mlp(self.post_attention_layernorm(x_BTE))
+        out: Tensor = x_BTE + self.mlp(self.post_attention_layernorm(x_BTE))
+        return out
 
 
 class Phi3Model(nn.Module):
