@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+from support import run, settings
 
 import phi_runtime
 from phi_runtime.bundle import list_files
@@ -98,13 +99,21 @@ print(json.dumps(out[0, len(prompt):].tolist()))
 
 
 @pytest.mark.clients
-def test_optimum(bundles, prompt):
-    arguments = [os.environ["PHI_EDGE_CLIENTS"], "-c", OPTIMUM, str(bundles / "onnx"), json.dumps(prompt), str(NEW)]
+def test_optimum(checkpoint, prompt, tmp_path):
+    # optimum 0.1.0 takes every phi3 for one without grouped queries, so this one has none.
+    training = checkpoint / "training"
+    more = (f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "model.num_key_value_heads=2")
+    plain = tmp_path / "plain"
+    assert run("phi-train", "phi3-demo", "--out", plain, *settings(*more)).returncode == 0
+    assert run("phi-export", "--int4", plain, "--out", tmp_path / "out", "--format", "onnx").returncode == 0
+    bundle = tmp_path / "out" / "onnx"
+
+    arguments = [os.environ["PHI_EDGE_CLIENTS"], "-c", OPTIMUM, str(bundle), json.dumps(prompt), str(NEW)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     # min_new_tokens keeps the stop tokens from being chosen, as it must to go on to the end.
     stops = {757, 758, 764}
-    expected = ours(bundles / "onnx", prompt)
+    expected = ours(bundle, prompt)
     until = next((i for i, t in enumerate(expected) if t in stops), NEW)
     assert until > 8
     assert json.loads(done.stdout.splitlines()[-1])[:until] == expected[:until]
