@@ -1,6 +1,7 @@
 """A checkpoint's tokenizer in GGUF's terms, for clients that tokenise with llama.cpp itself."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from phi_runtime.checkpoint import Checkpoint
@@ -43,8 +44,7 @@ def tokenizer_metadata(checkpoint: Checkpoint) -> dict[str, tuple[int, Any]]:
         "tokenizer.ggml.model": (_STRING, "llama"),
         "tokenizer.ggml.pre": (_STRING, "default"),
         "tokenizer.ggml.tokens": (_ARRAY, (_STRING, tokens)),
-        # Merges happen in the order of ids, as in every byte-fallback BPE of this family.
-        "tokenizer.ggml.scores": (_ARRAY, (_FLOAT, [-float(i) for i in range(size)])),
+        "tokenizer.ggml.scores": (_ARRAY, (_FLOAT, _scores(path, model, tokens))),
         "tokenizer.ggml.token_type": (_ARRAY, (_I32, types)),
         "tokenizer.ggml.add_bos_token": (_BOOL, False),
         "tokenizer.ggml.add_space_prefix": (_BOOL, _prepends_space(raw)),
@@ -63,7 +63,21 @@ def tokenizer_metadata(checkpoint: Checkpoint) -> dict[str, tuple[int, Any]]:
     return metadata
 
 
-def _check(path: Any, token: object, i: object, size: int) -> None:
+def _scores(path: Path, model: dict[str, Any], tokens: list[str]) -> list[float]:
+    """llama.cpp merges the pair whose result scores highest: so the earlier a merge, the higher.
+
+    Ids do not tell: Llama's runs of spaces have low ones and are merged last.
+    """
+    ranks: dict[str, int] = {}
+    for i, merge in enumerate(model.get("merges", [])):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) for p in pair):
+            raise CheckpointError(f"{path}: merge {i} is {merge!r}, not a pair of pieces")
+        ranks.setdefault("".join(pair), i)
+    return [-float(ranks.get(token, len(ranks))) for token in tokens]
+
+
+def _check(path: Path, token: object, i: object, size: int) -> None:
     if not isinstance(token, str) or not isinstance(i, int) or not 0 <= i < size:
         raise CheckpointError(f"{path}: token {token!r} has id {i!r}, the embedding has {size} rows")
 
