@@ -6,10 +6,11 @@ are those llama.cpp's `phi3` architecture reads.
 
 import struct
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from phi_export.formats import Plan, Progress, plan_int4
 from phi_export.formats.gguf_tokenizer import tokenizer_metadata
+from phi_export.formats.gguf_values import Kind, Metadata, encode, encode_string
 from phi_export.quantize import finite, pack_q4_0, quantize
 from phi_runtime.backends.reference import ReadTensor, round_int8
 from phi_runtime.checkpoint import F32, Checkpoint
@@ -21,8 +22,6 @@ _ALIGN = 32
 _F32, _Q4_0 = 0, 2  # ggml_type
 _Q4_0_BYTES = 18  # of a block
 _FILE_TYPE_Q4_0 = 2  # llama_ftype: mostly Q4_0
-
-_U32, _I32, _FLOAT, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
@@ -66,13 +65,13 @@ def write(checkpoint: Checkpoint, plan: Plan, folder: Path, progress: Progress) 
     with open(folder / ARTIFACT, "wb") as f:
         f.write(b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(metadata)))
         for key, (kind, value) in metadata.items():
-            f.write(_string(key) + struct.pack("<I", kind) + _value(kind, value))
+            f.write(encode_string(key) + struct.pack("<I", kind) + encode(kind, value))
         offset = 0
         for name, shape in infos.items():
-            kind = _F32 if len(shape) == 1 else _Q4_0
+            ggml_type = _F32 if len(shape) == 1 else _Q4_0
             dims = struct.pack(f"<{len(shape)}Q", *reversed(shape))
-            f.write(_string(gguf_name(name)) + struct.pack("<I", len(shape)) + dims)
-            f.write(struct.pack("<IQ", kind, offset))
+            f.write(encode_string(gguf_name(name)) + struct.pack("<I", len(shape)) + dims)
+            f.write(struct.pack("<IQ", ggml_type, offset))
             offset += _aligned(plan[name].bytes)
         _pad(f)
         for name in infos:
@@ -107,43 +106,28 @@ def read(folder: Path, artifact: str) -> ReadTensor:
     return tensor
 
 
-def _architecture(c: Phi3Config, name: str) -> dict[str, tuple[int, Any]]:
+def _architecture(c: Phi3Config, name: str) -> Metadata:
     # llama.cpp lets Phi-3's role tokens swallow the white space after them, as the tokenizer
     # asks, only in a model whose name contains "phi-3".
-    metadata: dict[str, tuple[int, Any]] = {
-        "general.architecture": (_STRING, "phi3"),
-        "general.name": (_STRING, name if "phi-3" in name.lower() else f"phi-3 {name}"),
-        "general.file_type": (_U32, _FILE_TYPE_Q4_0),
-        "general.quantization_version": (_U32, 2),
-        "phi3.context_length": (_U32, context(c)),
-        "phi3.rope.scaling.original_context_length": (_U32, c.max_position_embeddings),
-        "phi3.embedding_length": (_U32, c.hidden_size),
-        "phi3.feed_forward_length": (_U32, c.intermediate_size),
-        "phi3.block_count": (_U32, c.num_hidden_layers),
-        "phi3.attention.head_count": (_U32, c.num_attention_heads),
-        "phi3.attention.head_count_kv": (_U32, c.num_key_value_heads),
-        "phi3.attention.layer_norm_rms_epsilon": (_FLOAT, c.rms_norm_eps),
-        "phi3.rope.dimension_count": (_U32, c.head_dim),
-        "phi3.rope.freq_base": (_FLOAT, c.rope_theta),
+    metadata: Metadata = {
+        "general.architecture": (Kind.STRING, "phi3"),
+        "general.name": (Kind.STRING, name if "phi-3" in name.lower() else f"phi-3 {name}"),
+        "general.file_type": (Kind.U32, _FILE_TYPE_Q4_0),
+        "general.quantization_version": (Kind.U32, 2),
+        "phi3.context_length": (Kind.U32, context(c)),
+        "phi3.rope.scaling.original_context_length": (Kind.U32, c.max_position_embeddings),
+        "phi3.embedding_length": (Kind.U32, c.hidden_size),
+        "phi3.feed_forward_length": (Kind.U32, c.intermediate_size),
+        "phi3.block_count": (Kind.U32, c.num_hidden_layers),
+        "phi3.attention.head_count": (Kind.U32, c.num_attention_heads),
+        "phi3.attention.head_count_kv": (Kind.U32, c.num_key_value_heads),
+        "phi3.attention.layer_norm_rms_epsilon": (Kind.F32, c.rms_norm_eps),
+        "phi3.rope.dimension_count": (Kind.U32, c.head_dim),
+        "phi3.rope.freq_base": (Kind.F32, c.rope_theta),
     }
     if c.sliding_window is not None:
-        metadata["phi3.attention.sliding_window"] = (_U32, c.sliding_window)
+        metadata["phi3.attention.sliding_window"] = (Kind.U32, c.sliding_window)
     return metadata
-
-
-def _value(kind: int, value: Any) -> bytes:
-    if kind == _STRING:
-        return _string(value)
-    if kind == _ARRAY:
-        element, items = value
-        head = struct.pack("<IQ", element, len(items))
-        return head + b"".join(_value(element, item) for item in items)
-    return struct.pack({_U32: "<I", _I32: "<i", _FLOAT: "<f", _BOOL: "<?"}[kind], value)
-
-
-def _string(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
 
 
 def _aligned(size: int) -> int:

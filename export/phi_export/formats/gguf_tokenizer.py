@@ -4,16 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from phi_export.formats.gguf_values import Kind, Metadata
 from phi_runtime.checkpoint import Checkpoint
 from phi_runtime.config import read_json
 from phi_runtime.errors import CheckpointError, UnsupportedError
 from phi_runtime.tokenizer import FILE
 
-_U32, _I32, _FLOAT, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 
-def tokenizer_metadata(checkpoint: Checkpoint) -> dict[str, tuple[int, Any]]:
+def tokenizer_metadata(checkpoint: Checkpoint) -> Metadata:
     """GGUF's `tokenizer.*` keys for a byte-fallback BPE (Llama's and Phi-3-mini's kind).
 
     Raises CheckpointError for a damaged or oversized tokenizer, UnsupportedError for another kind.
@@ -40,26 +40,26 @@ def tokenizer_metadata(checkpoint: Checkpoint) -> dict[str, tuple[int, Any]]:
     if unknown in tokens:
         types[tokens.index(unknown)] = _UNKNOWN
 
-    metadata: dict[str, tuple[int, Any]] = {
-        "tokenizer.ggml.model": (_STRING, "llama"),
-        "tokenizer.ggml.pre": (_STRING, "default"),
-        "tokenizer.ggml.tokens": (_ARRAY, (_STRING, tokens)),
-        "tokenizer.ggml.scores": (_ARRAY, (_FLOAT, _scores(path, model, tokens))),
-        "tokenizer.ggml.token_type": (_ARRAY, (_I32, types)),
-        "tokenizer.ggml.add_bos_token": (_BOOL, False),
-        "tokenizer.ggml.add_space_prefix": (_BOOL, _prepends_space(raw)),
+    metadata: Metadata = {
+        "tokenizer.ggml.model": (Kind.STRING, "llama"),
+        "tokenizer.ggml.pre": (Kind.STRING, "default"),
+        "tokenizer.ggml.tokens": (Kind.ARRAY, (Kind.STRING, tokens)),
+        "tokenizer.ggml.scores": (Kind.ARRAY, (Kind.F32, _scores(path, model, tokens))),
+        "tokenizer.ggml.token_type": (Kind.ARRAY, (Kind.I32, types)),
+        "tokenizer.ggml.add_bos_token": (Kind.BOOL, False),
+        "tokenizer.ggml.add_space_prefix": (Kind.BOOL, _prepends_space(raw)),
     }
     c = checkpoint.config
     ids = {"bos": c.bos_token_id, "eos": c.eos_token_id, "padding": c.pad_token_id}
     for key, token_id in ids.items():
         if token_id is not None:
-            metadata[f"tokenizer.ggml.{key}_token_id"] = (_U32, token_id)
+            metadata[f"tokenizer.ggml.{key}_token_id"] = (Kind.U32, token_id)
     settings = checkpoint.folder / "tokenizer_config.json"
     if settings.is_file():
         config = read_json(settings)
-        metadata["tokenizer.ggml.add_bos_token"] = (_BOOL, bool(config.get("add_bos_token", False)))
+        metadata["tokenizer.ggml.add_bos_token"] = (Kind.BOOL, bool(config.get("add_bos_token", False)))
         if isinstance(config.get("chat_template"), str):
-            metadata["tokenizer.chat_template"] = (_STRING, config["chat_template"])
+            metadata["tokenizer.chat_template"] = (Kind.STRING, config["chat_template"])
     return metadata
 
 
