@@ -1,20 +1,21 @@
 import os
+import shutil
+import sysconfig
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
-from support import ROOT, run, settings
+from support import run, settings
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """A folder of real text: this repository's own sources."""
+    """A folder of real text: some packages of the standard library."""
     folder = tmp_path_factory.mktemp("corpus")
-    for path in [*ROOT.glob("*/phi_*/**/*.py"), *ROOT.glob("tests/**/*.py")]:
-        target = folder / path.relative_to(ROOT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(path.read_text())
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    for package in ("asyncio", "email", "importlib", "json", "logging", "unittest"):
+        shutil.copytree(stdlib / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "tests"))
     return folder
 
 

@@ -37,12 +37,15 @@ def main() -> None:
         say(f"environment {folder.name}: ready, nothing to install")
         return
     began = time.monotonic()
-    if not (folder / "bin" / "python").exists():
+    if not made_by_this_python(folder):
         say(f"environment {folder.name}: creating it")
-        venv.create(folder, with_pip=True, clear=folder.exists())
+        try:
+            venv.create(folder, with_pip=True, clear=folder.exists())
+        except subprocess.CalledProcessError:
+            sys.exit("this Python cannot make environments; install its venv module (Debian: apt install python3-venv)")
     pip = Pip(folder / "bin" / "python", constraints)
     # torch goes first: other packages ask for it without a version.
-    say("installing torch (a few hundred MB)")
+    say("installing torch: some hundred MB, or some GB where pip takes the build for GPUs")
     pip("install", f"torch=={pinned(constraints, 'torch')}")
     if not clients:
         install_llama_cpp(pip)
@@ -50,6 +53,12 @@ def main() -> None:
     pip("install", *wanted)
     stamp.write_text(key)
     say(f"environment {folder.name}: ready after {time.monotonic() - began:.0f} s")
+
+
+def made_by_this_python(folder: Path) -> bool:
+    """Whether there is an environment, and of this very version of Python."""
+    settings = folder / "pyvenv.cfg"
+    return settings.is_file() and f"version = {platform.python_version()}" in settings.read_text()
 
 
 def fingerprint(constraints: Path, wanted: list[str]) -> str:
@@ -91,8 +100,6 @@ def install_llama_cpp(pip: "Pip") -> None:
 
 def compiler_flags() -> list[str]:
     """GCC before 13 drops stores that ggml's AMX kernels need (ggml-org/llama.cpp#20824): go without them."""
-    if platform.machine() != "x86_64":
-        return []
     compiler = os.environ.get("CC", "cc")
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
@@ -100,7 +107,7 @@ def compiler_flags() -> list[str]:
         sys.exit(f"the C compiler {compiler!r} does not run; install one (on Debian: apt install build-essential)")
     major = subprocess.run([compiler, "-dumpversion"], capture_output=True, text=True, check=False).stdout.split(".")[0]
     is_gcc = "clang" not in version.lower()
-    if is_gcc and major.strip().isdigit() and int(major) < 13:
+    if platform.machine() == "x86_64" and is_gcc and major.strip().isdigit() and int(major) < 13:
         return ["-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"]
     return []
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from phi_runtime.cli import parser, positive, run
-from phi_runtime.errors import MissingExtraError
+from phi_runtime.errors import OutputExistsError, missing_extra
 from phi_runtime.files import write_file
 
 # The page has every column; a terminal has room for these.
@@ -34,10 +34,15 @@ def _main(argv: list[str]) -> None:
 
         from phi_bench import measure, page
     except ImportError as e:
-        raise MissingExtraError(str(e.name), "bench") from None
+        raise missing_extra(e, "bench") from None
+    for path in (args.out, args.html):
+        if path and path.is_dir():
+            raise OutputExistsError(f"{path}: is a folder; name the file to write")
 
-    with Console(stderr=True).status("measuring") as status:
-        report = measure.run(args.bundles, args.against, args.text, args.tokens, args.rounds, progress=status.update)
+    console = Console(stderr=True)
+    with console.status("measuring") as status:
+        say = status.update if console.is_terminal else console.print
+        report = measure.run(args.bundles, args.against, args.text, args.tokens, args.rounds, progress=say)
     write_file(args.out, report.to_json())
     if args.html:
         write_file(args.html, page.render(report))

@@ -15,7 +15,7 @@ import phi_runtime
 from phi_bench.worker import Speed
 from phi_export.compare import Agreement, windows
 from phi_export.verify import WINDOW, sample_tokens
-from phi_runtime.backends import cores
+from phi_runtime.backends import BACKENDS, cores
 from phi_runtime.backends.reference import ReferenceBackend
 from phi_runtime.bundle import Manifest, find_bundle, read_manifest
 from phi_runtime.checkpoint import Checkpoint, open_checkpoint
@@ -45,6 +45,8 @@ class Result:
     backend: str
     file_bytes: int
     bits_per_weight: float
+    prompt_tokens: int
+    decode_tokens: int
     load_s: float
     ttft_s: float
     prompt_tps: float
@@ -54,6 +56,15 @@ class Result:
     kld_mean: float | None
     top1_agreement: float | None
     samples: list[str]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A bundle and one of the backends that run it here."""
+
+    bundle: Path
+    manifest: Manifest
+    backend: str
 
 
 @dataclass(frozen=True)
@@ -90,37 +101,34 @@ def run(
     bundles = [find_bundle(b) for b in bundles]
     manifests = [read_manifest(b) for b in bundles]
     checkpoint = open_checkpoint(against) if against is not None else None
-    speeds: list[list[Speed]] = [[] for _ in bundles]
+    subjects = [Subject(b, m, name) for b, m in zip(bundles, manifests, strict=True) for name in BACKENDS[m.format]]
+    speeds: list[list[Speed]] = [[] for _ in subjects]
     for r in range(rounds):
-        for i, bundle in enumerate(bundles):
-            progress(f"speed of {bundle}, round {r + 1} of {rounds}")
-            speeds[i].append(_speed(bundle, prompt_tokens, decode_tokens))
-    agreements: list[Agreement | None] = [None] * len(bundles)
+        for measured, subject in zip(speeds, subjects, strict=True):
+            progress(f"speed, round {r + 1} of {rounds}: {subject.bundle} on {subject.backend}")
+            measured.append(_speed(subject, prompt_tokens, decode_tokens))
+    agreements: list[Agreement | None] = [None] * len(subjects)
     if checkpoint is not None and text is not None:
-        agreements = list(quality(bundles, manifests, checkpoint, sample_tokens(checkpoint, text, tokens), progress))
+        agreements = list(quality(subjects, checkpoint, sample_tokens(checkpoint, text, tokens), progress))
     results = []
-    for bundle, manifest, measured, agreement in zip(bundles, manifests, speeds, agreements, strict=True):
-        progress(f"samples of {bundle}")
-        results.append(_result(bundle, manifest, measured, agreement))
+    for subject, measured, agreement in zip(subjects, speeds, agreements, strict=True):
+        progress(f"samples: {subject.bundle} on {subject.backend}")
+        results.append(_result(subject, measured, agreement))
     settings = {
         "rounds": rounds,
-        "prompt_tokens": prompt_tokens,
-        "decode_tokens": decode_tokens,
         "quality_tokens": agreements[0].tokens if agreements[0] else None,
         "prompts": list(PROMPTS),
     }
     return Report(machine(), settings, _describe(checkpoint, agreements[0]), results)
 
 
-def quality(
-    bundles: list[Path], manifests: list[Manifest], checkpoint: Checkpoint, tokens: list[int], progress: Progress
-) -> list[Agreement]:
-    """Each bundle's agreement with the checkpoint; its logits are computed once for all of them."""
-    for bundle, manifest in zip(bundles, manifests, strict=True):
-        if manifest.config() != checkpoint.config:
-            raise UsageError(f"{bundle}: is not of the architecture of {checkpoint.folder}; give its own checkpoint")
-    agreements = [Agreement() for _ in bundles]
-    models = [phi_runtime.load(b) for b in bundles]
+def quality(subjects: list[Subject], checkpoint: Checkpoint, tokens: list[int], progress: Progress) -> list[Agreement]:
+    """Each subject's agreement with the checkpoint; its logits are computed once for all of them."""
+    for s in subjects:
+        if s.manifest.config() != checkpoint.config:
+            raise UsageError(f"{s.bundle}: is not of the architecture of {checkpoint.folder}; give its own checkpoint")
+    agreements = [Agreement() for _ in subjects]
+    models = [phi_runtime.load(s.bundle, backend=s.backend) for s in subjects]
     length = min(WINDOW, *(m.context for m in models))
     for i, piece in enumerate(windows(tokens, length)):
         progress(f"quality, tokens {i * length} to {i * length + len(piece)} of {len(tokens)}")
@@ -152,8 +160,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _speed(bundle: Path, prompt_tokens: int, decode_tokens: int) -> Speed:
-    command = [sys.executable, "-m", "phi_bench.worker", str(bundle), str(prompt_tokens), str(decode_tokens)]
+def _speed(subject: Subject, prompt_tokens: int, decode_tokens: int) -> Speed:
+    bundle = subject.bundle
+    command = [sys.executable, "-m", "phi_bench.worker", str(bundle), subject.backend]
+    command += [str(prompt_tokens), str(decode_tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -161,18 +171,22 @@ def _speed(bundle: Path, prompt_tokens: int, decode_tokens: int) -> Speed:
     return Speed(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _result(bundle: Path, manifest: Manifest, speeds: list[Speed], agreement: Agreement | None) -> Result:
+def _result(subject: Subject, speeds: list[Speed], agreement: Agreement | None) -> Result:
+    manifest = subject.manifest
+
     def median(name: str) -> float:
         return float(statistics.median(getattr(s, name) for s in speeds))
 
-    with phi_runtime.load(bundle) as phi:
+    with phi_runtime.load(subject.bundle, backend=subject.backend) as phi:
         samples = [phi.generate(p, max_tokens=SAMPLE_TOKENS, temperature=0.7, top_k=40).text for p in PROMPTS]
     return Result(
-        name=bundle.name,
+        name=subject.bundle.resolve().name,
         format=manifest.format,
-        backend=speeds[0].backend,
+        backend=subject.backend,
         file_bytes=manifest.file_bytes(),
         bits_per_weight=manifest.bits_per_weight(),
+        prompt_tokens=speeds[0].prompt_tokens,
+        decode_tokens=speeds[0].decode_tokens,
         load_s=median("load_s"),
         ttft_s=median("ttft_s"),
         prompt_tps=median("prompt_tps"),

@@ -144,9 +144,10 @@ def _notes(report: Report) -> str:
         if any(r.backend == "mil-reference" for r in report.results)
         else ""
     )
+    first = report.results[0]
     return (
         f'<p class="soft">Speed: medians of {s["rounds"]} rounds in turn, each in a fresh process; a prompt of '
-        f"{s['prompt_tokens']} tokens, then {s['decode_tokens']} generated. Peak memory is the whole process, "
+        f"{first.prompt_tokens} tokens, then {first.decode_tokens} generated. Peak memory is the whole process, "
         f"Python and libraries included.{quality}{reference}</p>"
     )
 

@@ -16,7 +16,8 @@ COLOURS = {"checkpoint": "#8a8f98", "gguf": "#d9822b", "onnx": "#3b82c4", "corem
 def bars(labels: list[str], values: list[float], unit: str, digits: int) -> str:
     """Horizontal bars with their figures at the end."""
     figure = Figure(figsize=(4.6, 0.42 * len(labels) + 0.2))
-    axes = figure.add_axes((0.22, 0.02, 0.76, 0.96))
+    left = 0.22 if max(map(len, labels)) < 12 else 0.45
+    axes = figure.add_axes((left, 0.02, 0.98 - left, 0.96))
     drawn = axes.barh(labels, values, color=[COLOURS.get(x.split()[0], _INK) for x in labels], height=0.62)
     axes.bar_label(drawn, [f"{v:,.{digits}f} {unit}" for v in values], padding=4, color=_INK, fontsize=9)
     axes.set_xlim(0, max(values) * 1.42)
@@ -52,7 +53,9 @@ def loss_curve(loss: list[list[float]], summary: dict[str, Any]) -> str:
 def all_bars(report: Report) -> dict[str, str]:
     """Each figure by its heading."""
     results = report.results
-    labels = [r.format for r in results]
+    formats = [r.format for r in results]
+    alone = len(set(formats)) == len(formats)
+    labels = [r.format if alone else f"{r.format} {r.name}, {r.backend}" for r in results]
     c = report.checkpoint
     sizes = [r.file_bytes / 1e6 for r in results]
     pictures = {

@@ -1,6 +1,6 @@
 """One bundle on one backend, in a process of its own, so that its memory is its own.
 
-`python -m phi_bench.worker BUNDLE PROMPT_TOKENS DECODE_TOKENS` prints one JSON object.
+`python -m phi_bench.worker BUNDLE BACKEND PROMPT_TOKENS DECODE_TOKENS` prints one JSON object.
 """
 
 import json
@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -21,6 +22,8 @@ class Speed:
     """What one run measured: seconds, tokens per second, bytes."""
 
     backend: str
+    prompt_tokens: int
+    decode_tokens: int
     load_s: float
     ttft_s: float
     prompt_tps: float
@@ -28,10 +31,13 @@ class Speed:
     peak_rss_bytes: int
 
 
-def measure(bundle: str, prompt_tokens: int, decode_tokens: int) -> Speed:
-    """Load, warm up, then read a prompt and generate after it, stop tokens ignored."""
+def measure(bundle: str, backend_name: str, prompt_tokens: int, decode_tokens: int) -> Speed:
+    """Load, warm up, then read a prompt and generate after it, stop tokens ignored.
+
+    Both counts are cut to what the context holds; what was taken is in the result.
+    """
     began = time.perf_counter()
-    phi = phi_runtime.load(bundle)
+    phi = phi_runtime.load(bundle, backend=backend_name)
     load_s = time.perf_counter() - began
     backend = phi.engine.backend
     engine = Engine(backend, stop_tokens=())
@@ -42,6 +48,8 @@ def measure(bundle: str, prompt_tokens: int, decode_tokens: int) -> Speed:
     steps = list(engine.stream(prompt, decode_tokens, Sampling()))
     return Speed(
         backend=backend.name,
+        prompt_tokens=prompt_tokens,
+        decode_tokens=len(steps),
         load_s=load_s,
         ttft_s=steps[0].seconds,
         prompt_tps=prompt_tokens / steps[0].seconds,
@@ -52,9 +60,13 @@ def measure(bundle: str, prompt_tokens: int, decode_tokens: int) -> Speed:
 
 def peak_rss() -> int:
     """The most memory this process had resident, bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # what getrusage says begins with the peak of the process that started this one
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))))
+    print(json.dumps(asdict(measure(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))))

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from phi_runtime.bundle import FORMATS
 from phi_runtime.cli import parser, positive, run
-from phi_runtime.errors import UsageError
+from phi_runtime.errors import UsageError, missing_extra
 
 
 def main() -> NoReturn:
@@ -40,11 +40,14 @@ def _export(argv: list[str]) -> None:
         raise UsageError("say where the bundles go: --out DIR")
     formats = tuple(dict.fromkeys(f.strip() for f in args.format.split(",")))
 
-    from phi_export import show
-    from phi_export.export import check_runtimes, export, plan
-    from phi_export.formats import get_format
     from phi_runtime.checkpoint import open_checkpoint
 
+    try:
+        from phi_export import show
+        from phi_export.export import export, plan
+        from phi_export.formats import get_format
+    except ImportError as e:
+        raise missing_extra(e, "export") from None
     for name in formats:
         get_format(name)
     if args.dry_run:
@@ -52,7 +55,6 @@ def _export(argv: list[str]) -> None:
         for planned in plan(checkpoint, formats):
             show.ledger(checkpoint, planned)
         return
-    check_runtimes(formats)
     with show.export_progress() as progress:
         bundles = export(args.checkpoint, args.out, formats, args.force, progress)
     show.exported(bundles)
@@ -63,16 +65,23 @@ def _verify(argv: list[str]) -> None:
     p.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder of a bundle that phi-export wrote")
     p.add_argument("--against", metavar="CKPT", required=True, help="the checkpoint's folder")
     p.add_argument("--text", type=Path, metavar="FILE", help="text to compare over (default: a built-in sample)")
-    p.add_argument("--tokens", type=positive, metavar="N", help="how much of the text (default: 256; with --text, all)")
+    p.add_argument(
+        "--tokens",
+        type=positive,
+        metavar="N",
+        help="how many tokens of it (default: all, or enough of the sample)",
+    )
     args = p.parse_args(argv)
 
-    from phi_export import show
-    from phi_export.verify import DEFAULT_TOKENS, sample_tokens, verify
     from phi_runtime.checkpoint import open_checkpoint
 
+    try:
+        from phi_export import show
+        from phi_export.verify import sample_tokens, verify
+    except ImportError as e:
+        raise missing_extra(e, "export") from None
     checkpoint = open_checkpoint(args.against)
-    count = args.tokens or (DEFAULT_TOKENS if args.text is None else 10**9)
-    tokens = sample_tokens(checkpoint, args.text, count)
+    tokens = sample_tokens(checkpoint, args.text, args.tokens)
     with show.spinner("verifying") as progress:
         outcome = verify(args.bundle, checkpoint, tokens, progress)
     show.verified(args.bundle, outcome)

@@ -10,7 +10,7 @@ from pathlib import Path
 from phi_export.formats import Plan, get_format
 from phi_export.verify import sample_tokens, verify_manifest
 from phi_runtime.bundle import MANIFEST, Manifest, Parity, Source, list_files, write_manifest
-from phi_runtime.checkpoint import Checkpoint, open_checkpoint
+from phi_runtime.checkpoint import Checkpoint, open_checkpoint, stop_tokens
 from phi_runtime.config import read_json
 from phi_runtime.errors import CheckpointError, MissingExtraError, OutputExistsError
 from phi_runtime.files import folder_beside, replace_folder, sha256
@@ -69,10 +69,12 @@ def export(
 ) -> list[Exported]:
     """Write `out`/FORMAT for each format, verified against the checkpoint.
 
-    All of it appears at once at the end, or nothing does. `force` replaces bundles that are there.
-    Raises the errors of `open_checkpoint` and `plan`, OutputExistsError, VerificationError.
+    A new `out` appears at once, with all formats in it, or not at all. `force` replaces the bundles
+    that are there, each at once, after all were verified. Raises the errors of `open_checkpoint` and
+    `plan`, OutputExistsError, MissingExtraError, VerificationError.
     """
     out = Path(out)
+    check_runtimes(formats)
     source = open_checkpoint(checkpoint)
     planned = plan(source, formats)
     _check_tokenizer(source)
@@ -137,19 +139,6 @@ def _bundle(
     write_manifest(folder, manifest)
     progress(planned.format, "done", 2 * total, 2 * total)
     return Exported(folder, manifest, parity)
-
-
-def stop_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Tokens that end an answer: all that generation_config.json and config.json name as eos."""
-    found = {checkpoint.config.eos_token_id}
-    path = checkpoint.folder / "generation_config.json"
-    if path.is_file():
-        eos = read_json(path).get("eos_token_id")
-        found |= set(eos) if isinstance(eos, list) else {eos}
-    ids = sorted(t for t in found if t is not None)
-    if not all(isinstance(t, int) and 0 <= t < checkpoint.config.vocab_size for t in ids):
-        raise CheckpointError(f"{path}: eos_token_id names a token outside the vocabulary: {ids}")
-    return tuple(ids)
 
 
 def _describe_source(checkpoint: Checkpoint) -> Source:

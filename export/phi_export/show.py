@@ -71,7 +71,11 @@ def export_progress() -> Iterator[ExportProgress]:
 
 @contextmanager
 def spinner(what: str) -> Iterator[Callable[[str], None]]:
-    """A line that says what is being looked at."""
+    """A line that says what is being looked at; in a log, one line for all of it."""
+    if not _err.is_terminal:
+        _err.print(what)
+        yield lambda _: None
+        return
     with _err.status(what) as status:
         yield lambda detail: status.update(f"{what} {detail}")
 

@@ -3,15 +3,18 @@
 1. `files`: every file is the one the manifest describes.
 2. `weights`: what the artifact stores, read back, is the checkpoint's tensor up to the rounding
    its type allows, block by block.
-3. `graph`: the artifact run by its own runtime gives the logits of the reference computation on
-   those same weights. How far its arithmetic alone may move them is not guessed: the reference
-   imitates it on the same tokens. Here a wrong RoPE, mask or wiring shows.
-4. `quality`: the loss against the checkpoint itself is one of rounding, not of breakage.
+3. `graph`: the artifact run by its own runtime, prompts and single tokens both, gives the logits of
+   the reference computation on those same weights. How far its arithmetic alone may move them is not
+   guessed: the reference imitates it on the same tokens. Here a wrong RoPE, mask or wiring shows; a
+   wrong window too, because the tokens reach beyond it unless fewer are asked for.
+4. `tokenizer`: where the artifact has a tokenizer of its own (GGUF), it makes the same tokens.
+5. `quality`: the loss against the checkpoint itself is one of rounding, not of breakage.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,13 +23,15 @@ from phi_export.formats import get_format
 from phi_runtime.backends import open_backend
 from phi_runtime.backends.reference import ReadTensor, ReferenceBackend
 from phi_runtime.bundle import Manifest, Parity, check_files, find_bundle, read_manifest
-from phi_runtime.checkpoint import F32, Checkpoint
-from phi_runtime.engine import Engine
-from phi_runtime.errors import BundleError, CheckpointError, PhiError, UsageError, VerificationError
+from phi_runtime.checkpoint import F32, Checkpoint, stop_tokens
+from phi_runtime.engine import Backend
+from phi_runtime.errors import BundleError, CheckpointError, PhiError, UnsupportedError, UsageError, VerificationError
 from phi_runtime.tokenizer import Tokenizer
 
-DEFAULT_TOKENS = 256
-WINDOW = 512  # tokens read from an empty context at a time
+DEFAULT_TOKENS = 256  # or as many as reach beyond the model's window
+WINDOW = 512  # tokens read from an empty context at a time, or as many
+_BEYOND = 64
+_SINGLY = 8  # tokens at the end of each piece that are fed one by one, as generation does
 
 # Rounding to the nearest of 16 steps under a scale that reaches the largest weight m errs by at
 # most m/16 a weight: in a block of 32 that is 1/8 of the block's energy at the very worst.
@@ -89,7 +94,10 @@ def verify(
     bundle that is there but broken is a Verification that did not pass.
     """
     bundle = find_bundle(bundle)
-    manifest = read_manifest(bundle)
+    try:
+        manifest = read_manifest(bundle)
+    except PhiError as e:
+        return _failed("files", str(e))
     return verify_manifest(bundle, manifest, checkpoint, tokens, progress)
 
 
@@ -100,6 +108,8 @@ def verify_manifest(
     if manifest.config() != checkpoint.config:
         raise UsageError(f"{bundle}: is not of the architecture of {checkpoint.folder}; give its own checkpoint")
     tokens = sample_tokens(checkpoint) if tokens is None else tokens
+    if manifest.stop_tokens != stop_tokens(checkpoint):
+        return _failed("files", "the manifest's stop tokens are not the checkpoint's")
     if len(tokens) < 2:
         raise UsageError("verification needs at least two tokens of text")
     checks: list[Check] = []
@@ -109,8 +119,12 @@ def verify_manifest(
         read = get_format(manifest.format).read(bundle, manifest.artifact)
         checks += _check_weights(read, checkpoint, progress)
         graph, arithmetic, quality = _run(bundle, manifest, checkpoint, read, tokens, progress)
-    except BundleError as e:
-        return Verification((*checks, Check("files", np.inf, 0, str(e))), None)
+    except (BundleError, UnsupportedError) as e:
+        return _failed("files", str(e), checks)
+    except PhiError:
+        raise
+    except Exception as e:  # whatever reading or running a broken artifact meets: it does not pass
+        return _failed("files", f"the artifact cannot be read ({type(e).__name__}: {e})", checks)
     where = f"over {quality.tokens} tokens"
     allowed = get_format(manifest.format).ROUNDING_MARGIN * arithmetic.logit_error
     checks.append(Check("graph", graph.logit_error, allowed, f"relative error of the logits {where}"))
@@ -126,8 +140,12 @@ def verify_manifest(
     return Verification(tuple(checks), parity)
 
 
-def sample_tokens(checkpoint: Checkpoint, text: Path | None = None, count: int = DEFAULT_TOKENS) -> list[int]:
-    """The first `count` tokens of a text, by default of the built-in sample.
+def _failed(name: str, why: str, checks: list[Check] | None = None) -> Verification:
+    return Verification((*(checks or []), Check(name, np.inf, 0, why)), None)
+
+
+def sample_tokens(checkpoint: Checkpoint, text: Path | None = None, count: int | None = None) -> list[int]:
+    """The first `count` tokens of a text; by default, of the built-in sample, enough to see all there is.
 
     Raises UsageError for a text that cannot be read or is too short.
     """
@@ -136,7 +154,12 @@ def sample_tokens(checkpoint: Checkpoint, text: Path | None = None, count: int =
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(f"{path}: cannot be read as UTF-8 text ({e}); give another --text") from None
-    tokens = Tokenizer(checkpoint.folder).encode(content)[:count]
+    tokens = Tokenizer(checkpoint.folder).encode(content)
+    if text is None:  # the sample is short: read it again and again
+        wanted = count or max(DEFAULT_TOKENS, (checkpoint.config.window() or 0) + _BEYOND)
+        tokens *= -(-wanted // max(1, len(tokens)))
+        count = wanted
+    tokens = tokens[:count]
     if tokens and max(tokens) >= checkpoint.config.vocab_size:
         raise CheckpointError(f"{checkpoint.folder}: its tokenizer gives tokens beyond the embedding")
     if len(tokens) < 2:
@@ -180,6 +203,29 @@ def _nan_is_worst(value: float) -> float:
     return float("inf") if np.isnan(value) else float(value)
 
 
+@runtime_checkable
+class HasTokenizer(Protocol):
+    """A backend whose artifact brings a tokenizer of its own."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Tokens of a text, special ones recognised, none added."""
+
+
+def _check_tokenizer(backend: HasTokenizer, checkpoint: Checkpoint) -> None:
+    text = _SAMPLE.read_text(encoding="utf-8") + "\n\t  a   b\u00e9\u65e5\U0001f600 x"
+    if backend.tokenize(text) != Tokenizer(checkpoint.folder).encode(text):
+        raise BundleError("the artifact's own tokenizer splits text otherwise than tokenizer.json; export it again")
+
+
+def _logits(backend: Backend, piece: list[int]) -> F32:
+    """Logits of every position: the most of the piece at once, the last tokens one by one."""
+    backend.rewind(0)
+    cut = len(piece) - _SINGLY if len(piece) > 2 * _SINGLY else len(piece)
+    rows = [backend.forward(piece[:cut], every=True)]
+    rows += [backend.forward([token], every=True) for token in piece[cut:]]
+    return np.concatenate(rows)
+
+
 def _run(
     bundle: Path,
     manifest: Manifest,
@@ -193,15 +239,14 @@ def _run(
     """
     graph, arithmetic, quality = Agreement(), Agreement(), Agreement()
     rounding = get_format(manifest.format).rounding
-    length = min(WINDOW, manifest.context)
+    length = min(max(WINDOW, (checkpoint.config.window() or 0) + _BEYOND), manifest.context)
     backend = open_backend(bundle, manifest, None, None, None)
     try:
+        if isinstance(backend, HasTokenizer):
+            _check_tokenizer(backend, checkpoint)
         for i, piece in enumerate(windows(tokens, length)):
             progress(f"logits, tokens {i * length} to {i * length + len(piece)}")
-            try:
-                logits = Engine(backend, ()).logits(piece)
-            except PhiError as e:
-                raise BundleError(str(e)) from e
+            logits = _logits(backend, piece)
             config, count, targets = checkpoint.config, len(piece), piece[1:]
             stored = ReferenceBackend(config, read, count).forward(piece, True)
             graph.add(stored, logits, targets)

@@ -8,7 +8,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from phi_runtime.config import Phi3Config, parse_config
 from phi_runtime.errors import BundleError, NotFoundError
@@ -17,6 +17,9 @@ from phi_runtime.files import sha256, write_file
 VERSION = 1
 MANIFEST = "phi-bundle.json"
 FORMATS = ("gguf", "onnx", "coreml")
+
+
+_Items = TypeVar("_Items", list[Any], dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,11 @@ class TensorQuant:
 
 @dataclass(frozen=True)
 class Parity:
-    """How the bundle's logits agreed with the checkpoint's when it was verified."""
+    """How the bundle's logits agreed with the checkpoint's when it was verified.
+
+    KL(checkpoint || bundle) in nats, perplexities per token; `logit_error` is against the reference
+    computation on the bundle's own weights, relative to its logits' root mean square.
+    """
 
     tokens: int
     logit_error: float
@@ -137,9 +144,12 @@ def read_manifest(folder: Path) -> Manifest:
             context=_count(raw["context"]),
             window=None if raw["window"] is None else _count(raw["window"]),
             stop_tokens=tuple(_count(t, 0) for t in raw["stop_tokens"]),
-            chat=raw["chat"],
-            quantization={str(k): _quant(v) for k, v in raw["quantization"].items()},
-            files=tuple(BundleFile(_inside(f["path"]), _count(f["bytes"], 0), str(f["sha256"])) for f in raw["files"]),
+            chat=None if raw["chat"] is None else str(raw["chat"]),
+            quantization={str(k): _quant(v) for k, v in _some(dict(raw["quantization"])).items()},
+            files=tuple(
+                BundleFile(_inside(f["path"]), _count(f["bytes"], 0), str(f["sha256"]))
+                for f in _some(list(raw["files"]))
+            ),
             parity=None if parity is None else Parity(**parity),
             version=version,
         )
@@ -150,7 +160,16 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Hold every file of the bundle to its recorded size and digest. Raises BundleError."""
+    """Hold every file of the bundle to its recorded size and digest, and see that none is unrecorded.
+
+    Raises BundleError.
+    """
+    recorded = {f.path for f in manifest.files}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        if path.relative_to(folder).as_posix() not in recorded:
+            raise BundleError(f"{path}: is not in the bundle's manifest; move it away or export the bundle again")
+    if not (folder / manifest.artifact).exists():
+        raise BundleError(f"{folder / manifest.artifact}: is missing from the bundle; export it again")
     for f in manifest.files:
         path = folder / f.path
         if not path.is_file():
@@ -169,6 +188,12 @@ def _count(value: object, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{value!r} is not a whole number from {least} on")
     return value
+
+
+def _some(items: _Items) -> _Items:
+    if not items:
+        raise ValueError("a list that cannot be empty is")
+    return items
 
 
 def _one_of(value: object, known: tuple[str, ...]) -> str:

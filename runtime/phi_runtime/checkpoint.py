@@ -115,7 +115,7 @@ def read_header(path: Path) -> list[Tensor]:
 def _tensor(path: Path, name: str, entry: Any, base: int) -> Tensor:
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(type(n) is int and 0 <= n < 2**48 for n in (*shape, start, stop))
+        whole = isinstance(dtype, str) and all(type(n) is int and 0 <= n < 2**48 for n in (*shape, start, stop))
     except (TypeError, KeyError, ValueError):
         whole = False
     if not whole:
@@ -169,3 +169,19 @@ def _check_shapes(folder: Path, config: Phi3Config, tensors: dict[str, Tensor]) 
         raise CheckpointError(
             f"{folder}: tensor {extra[0]} is not part of {config.model_type}; is config.json its own?"
         )
+
+
+def stop_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Tokens that end an answer: all that generation_config.json and config.json name as eos.
+
+    Raises CheckpointError for what is no token of the vocabulary.
+    """
+    found = [checkpoint.config.eos_token_id]
+    path = checkpoint.folder / "generation_config.json"
+    if path.is_file():
+        eos = read_json(path).get("eos_token_id")
+        found += eos if isinstance(eos, list) else [eos]
+    ids = [t for t in found if t is not None]
+    if not all(type(t) is int and 0 <= t < checkpoint.config.vocab_size for t in ids):
+        raise CheckpointError(f"{path}: eos_token_id names a token outside the vocabulary: {ids}")
+    return tuple(sorted(set(ids)))

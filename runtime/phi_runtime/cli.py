@@ -25,6 +25,9 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except OSError as e:
+        print(f"error: {e.filename or 'the system'}: {e.strerror or e}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(0)
 
 
@@ -65,7 +68,7 @@ def _main(argv: list[str]) -> None:
     g.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens (default 0: all)")
     g.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this share (default 1)")
     g.add_argument("--seed", type=int, default=0, help="seed of the draw (default 0)")
-    g.add_argument("--backend", help="engine to use (default: the fastest installed)")
+    g.add_argument("--backend", help="engine to use (default: the first of the format)")
     g.add_argument("--threads", type=positive, help="threads (default: one per core)")
     g.add_argument("--quiet", action="store_true", help="no timings after the text")
     args = p.parse_args(argv)

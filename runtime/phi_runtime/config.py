@@ -11,6 +11,7 @@ from typing import Any
 from phi_runtime.errors import CheckpointError, UnsupportedError
 
 KNOWN_MODEL_TYPES = ("phi3",)
+_MAX_LAYERS = 1000  # the largest has 40; bounds the work on a config that lies
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,8 @@ def parse_config(raw: dict[str, Any], path: Path) -> Phi3Config:
         eos_token_id=_token(raw, "eos_token_id", path),
         pad_token_id=_token(raw, "pad_token_id", path),
     )
+    if config.num_hidden_layers > _MAX_LAYERS:
+        raise CheckpointError(f"{path}: num_hidden_layers {config.num_hidden_layers} is more than any Phi's")
     if config.hidden_size % heads or config.head_dim % 2 or heads % config.num_key_value_heads:
         raise CheckpointError(
             f"{path}: {heads} heads and {config.num_key_value_heads} key-value heads do not divide "
@@ -191,7 +194,7 @@ def _positive(raw: dict[str, Any], name: str, path: Path) -> int:
 
 
 def _real(value: object, name: str, path: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
         raise CheckpointError(f"{path}: {name} should be a positive number, it is {value!r}")
     return float(value)
 
@@ -202,6 +205,6 @@ def _token(raw: dict[str, Any], name: str, path: Path) -> int | None:
         value = value[0] if value else None
     if value is None:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise CheckpointError(f"{path}: {name} should be a token id, it is {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < raw["vocab_size"]:
+        raise CheckpointError(f"{path}: {name} should be a token id below vocab_size, it is {value!r}")
     return value

@@ -22,6 +22,11 @@ class MissingExtraError(PhiError):
         super().__init__(f"{what} is not installed: pip install 'phi-edge[{extra}]'")
 
 
+def missing_extra(e: ImportError, extra: str) -> ImportError | MissingExtraError:
+    """What to raise for a failed import: our error for a package of the extra, the failure itself for our own code."""
+    return e if (e.name or "phi_").startswith("phi_") else MissingExtraError(str(e.name), extra)
+
+
 class NotFoundError(PhiError):
     """A path that does not exist."""
 

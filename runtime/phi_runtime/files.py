@@ -1,6 +1,7 @@
 """Writing that leaves nothing half-written: beside, fsync, rename."""
 
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from phi_runtime.errors import DiskFullError, NotFoundError, PhiError
 
 _PARTIAL = ".partial-"
+_OLD = ".replaced-"  # what stood where a new folder is about to; put back if that does not come
 
 
 @contextmanager
@@ -42,14 +44,17 @@ def staged_folder(target: Path) -> Iterator[Path]:
 def replace_folder(new: Path, target: Path) -> None:
     """Rename `new` to `target` once it is safely on disk; a former `target` is moved away and deleted."""
     _sync_tree(new)
-    if target.exists():
-        old = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}-old"
-        os.rename(target, old)
+    old = target.parent / f".{target.name}{_OLD}{os.getpid()}"
+    try:
+        if target.exists():
+            os.rename(target, old)
         os.rename(new, target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(new, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise
     sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_file(path: Path, content: bytes | str) -> None:
@@ -86,7 +91,7 @@ def disk_full_named(target: Path) -> Iterator[None]:
                 f"{target}: the disk is full; nothing was left behind. Free some space, or choose another folder"
             ) from e
         if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise PhiError(f"{target}: cannot be written ({e.strerror}); choose another folder") from e
+            raise PhiError(f"{e.filename or target}: {e.strerror}; choose another, or mend its permissions") from e
         raise
 
 
@@ -119,11 +124,17 @@ def _check_parent(path: Path) -> None:
 
 
 def _sweep(target: Path) -> None:
-    """Remove what a killed run left beside `target`; a run that is still alive keeps its own."""
-    for stale in target.parent.glob(f".{target.name}{_PARTIAL}*"):
-        pid = stale.name.rsplit(_PARTIAL, 1)[1].split("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(stale, ignore_errors=True)
+    """Put right what a killed run left beside `target`; a run that is still alive keeps its own."""
+    name = glob.escape(target.name)
+    for mark in (_OLD, _PARTIAL):
+        for stale in target.parent.glob(f".{name}{mark}*"):
+            pid = stale.name.rsplit(mark, 1)[1].split("-")[0]
+            if not pid.isdigit() or _alive(int(pid)):
+                continue
+            if mark == _OLD and not target.exists():
+                os.rename(stale, target)
+            else:
+                shutil.rmtree(stale, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:

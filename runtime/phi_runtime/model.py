@@ -120,10 +120,12 @@ def load(path: str | Path, backend: str | None = None, context: int | None = Non
     """Open a bundle that phi-export wrote, on the backend of its format.
 
     path: the bundle's folder, or a file in it. backend: see `phi_runtime.backends`, by default
-    the fastest that is installed. context: tokens to reserve, by default all the bundle has.
-    threads: by default one per core. Raises NotFoundError, BundleError, MissingExtraError.
+    the first of its format. context: tokens to reserve, by default all the bundle has.
+    threads: by default one per core. Raises NotFoundError, BundleError, UnsupportedError, MissingExtraError,
+    UsageError for a backend that does not run the format, ContextError for a context beyond the bundle's.
     """
     folder = find_bundle(path)
     manifest = read_manifest(folder)
+    tokenizer = Tokenizer(folder)
     engine = Engine(open_backend(folder, manifest, backend, context, threads), manifest.stop_tokens)
-    return Phi(manifest, engine, Tokenizer(folder))
+    return Phi(manifest, engine, tokenizer)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import tokenizers
 
-from phi_runtime.errors import BundleError, NotFoundError
+from phi_runtime.errors import BundleError, NotFoundError, TokenError
 
 FILE = "tokenizer.json"
 _REPLACEMENT = "\ufffd"
@@ -28,12 +28,24 @@ class Tokenizer:
         return self._t.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; special tokens written in it are recognised, none are added."""
+        """Token ids of a text; special tokens written in it are recognised, none are added.
+
+        Raises TokenError for text that is not Unicode (lone surrogates, as from a broken argument).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise TokenError("the text is not valid Unicode; give it in UTF-8") from None
         return self._t.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens; special tokens are left out."""
         return self._t.decode(tokens)
+
+    def byte(self, token: int) -> int | None:
+        """The byte that a token spells, None if it spells something else."""
+        text = self._t.id_to_token(token) or ""
+        return int(text[3:5], 16) if len(text) == 6 and text.startswith("<0x") and text.endswith(">") else None
 
     def id(self, token: str) -> int | None:
         """Id of one token by its spelling, None if there is no such token."""
@@ -49,8 +61,9 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
         self._decode = tokenizer.decode
+        self._byte = tokenizer.byte
         # A few tokens of the prompt give the first pieces their context (a leading space, say).
-        self._tokens = prompt[-4:]
+        self._tokens = self._tail(prompt)
         self._start = len(self._decode(self._tokens))
 
     def push(self, token: int) -> str:
@@ -62,9 +75,16 @@ class StreamDecoder:
         piece = text[self._start :]
         self._start = len(text)
         if len(self._tokens) > 64:
-            self._tokens = self._tokens[-8:]
+            self._tokens = self._tail(self._tokens)
             self._start = len(self._decode(self._tokens))
         return piece
+
+    def _tail(self, tokens: list[int]) -> list[int]:
+        """The last few tokens, from the beginning of a character on."""
+        start = max(0, len(tokens) - 4)
+        while start > 0 and 0x80 <= (self._byte(tokens[start]) or 0) < 0xC0:  # inside a character
+            start -= 1
+        return tokens[start:]
 
     def flush(self) -> str:
         """What was still held back, at the end of the text."""

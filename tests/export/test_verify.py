@@ -1,8 +1,9 @@
 import shutil
 
 import numpy as np
+import onnx
 import pytest
-from breakage import BREAKERS, rehash
+from breakage import BREAKERS, overwrite, rehash
 from support import run
 
 import phi_runtime
@@ -10,6 +11,7 @@ from phi_export.compare import Agreement
 from phi_export.verify import verify
 from phi_runtime.bundle import FORMATS
 from phi_runtime.checkpoint import open_checkpoint
+from phi_runtime.mil.schema import messages
 
 
 @pytest.fixture
@@ -38,6 +40,58 @@ def test_a_broken_bundle_is_refused(name, break_it, copy, checkpoint):
     last = done.stderr.strip().splitlines()[-1]
     assert "does not agree with its checkpoint" in last
     assert ("graph" if break_it == "shift_rope" else "weights") in last
+
+
+def test_a_decode_function_that_differs_is_refused(copy, checkpoint):
+    """Prompts go through `prefill`, generation through `decode`: both are run."""
+    bundle = copy("coreml")
+    path = bundle / "model.mlpackage" / "Data" / "com.apple.CoreML" / "model.mlmodel"
+    model = messages()["Model"]()
+    model.ParseFromString(path.read_bytes())
+    offsets = BREAKERS["coreml"](bundle).index
+    cos, sin = offsets["cos"][0], offsets["sin"][0]
+    for op in model.mlProgram.functions["decode"].block_specializations["CoreML8"].operations:
+        value = op.attributes["val"].blobFileValue if op.type == "const" else None
+        if value and value.offset in (cos, sin):
+            value.offset = cos + sin - value.offset
+    path.write_bytes(model.SerializeToString())
+    rehash(bundle)
+    done = run("phi-export", "verify", bundle, "--against", checkpoint)
+    assert done.returncode == 1
+    assert "graph" in done.stderr
+
+    del model.mlProgram.functions["decode"]
+    path.write_bytes(model.SerializeToString())
+    rehash(bundle)
+    done = run("phi-export", "verify", bundle, "--against", checkpoint)
+    assert done.returncode == 1
+    assert "no function 'decode'" in done.stderr
+
+
+def test_a_lost_window_is_refused(copy, checkpoint):
+    bundle = copy("onnx")
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "local_window_size":
+                assert attribute.i == 100
+                attribute.i = -1
+    onnx.save(model, bundle / "model.onnx")
+    rehash(bundle)
+    done = run("phi-export", "verify", bundle, "--against", checkpoint)
+    assert done.returncode == 1
+    assert "graph" in done.stderr
+
+
+def test_another_tokenizer_inside_the_artifact_is_refused(copy, checkpoint):
+    bundle = copy("gguf")
+    key = b"tokenizer.ggml.add_space_prefix"
+    path = bundle / "model.gguf"
+    overwrite(path, path.read_bytes().index(key) + len(key) + 4, b"\0")
+    rehash(bundle)
+    done = run("phi-export", "verify", bundle, "--against", checkpoint)
+    assert done.returncode == 1
+    assert "tokenizer" in done.stderr
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -80,7 +134,7 @@ def test_a_changed_byte_is_noticed(name, copy, checkpoint):
 def test_a_truncated_artifact_is_refused(name, copy, checkpoint):
     bundle = copy(name)
     path = max((p for p in bundle.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    path.write_bytes(path.read_bytes()[:-1000])
+    path.write_bytes(path.read_bytes()[: -path.stat().st_size // 3])  # well into the weights
     rehash(bundle)
     done = run("phi-export", "verify", bundle, "--against", checkpoint)
     assert done.returncode == 1, done.stderr

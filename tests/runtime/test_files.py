@@ -49,5 +49,32 @@ def test_a_parent_that_is_a_file(tmp_path):
 
 
 def test_a_folder_that_may_not_be_written():
-    with pytest.raises(PhiError, match="cannot be written"), staged_folder(Path("/sys/phi-edge-out")):
+    with pytest.raises(PhiError, match="/sys/"), staged_folder(Path("/sys/phi-edge-out")):
         pass
+
+
+def test_a_replacement_that_fails_puts_the_old_one_back(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    with staged_folder(target) as stage:
+        (stage / "old").write_text("1")
+    rename = os.rename
+
+    def fail_second(a, b):
+        if Path(b) == target and "partial" in str(a):
+            raise KeyboardInterrupt
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", fail_second)
+    with pytest.raises(KeyboardInterrupt), staged_folder(target) as stage:
+        (stage / "new").write_text("2")
+    assert os.listdir(target) == ["old"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_a_kill_between_two_renames_leaves_is_put_back(tmp_path):
+    moved = tmp_path / ".out.replaced-999999999"
+    moved.mkdir()
+    (moved / "precious").write_text("x")
+    with pytest.raises(KeyboardInterrupt), staged_folder(tmp_path / "out"):
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path / "out") == ["precious"]

@@ -18,7 +18,7 @@ import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {blocked!r}:
-            raise ImportError("blocked: " + name)
+            raise ImportError("blocked: " + name, name=name)
 sys.meta_path.insert(0, Refuse())
 {body}
 """
@@ -55,3 +55,11 @@ def test_a_missing_extra_is_named(bundles, checkpoint):
     done = python("import sys; sys.argv = ['x', 'phi3-demo', '--out', '/tmp/x']\nimport phi_train.cli as m; m.main()")
     assert done.returncode == 2
     assert "phi-edge[train]" in done.stderr
+    for module, extra, arguments in (
+        ("phi_export", "export", ["--int4", str(checkpoint), "--dry-run"]),
+        ("phi_export", "export", ["verify", str(bundles / "onnx"), "--against", str(checkpoint)]),
+        ("phi_bench", "bench", ["run", str(bundles / "onnx"), "--out", "/tmp/x.json"]),
+    ):
+        done = python(f"import sys; sys.argv = ['x', *{arguments!r}]\nimport {module}.cli as m; m.main()")
+        assert done.returncode == 2, done.stderr
+        assert f"phi-edge[{extra}]" in done.stderr

@@ -15,6 +15,8 @@ STRINGS = [
     "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea e\u0301",
     "▁ the space mark itself ▁▁",
     "a" * 3000,
+    "日本語" * 100,
+    "x = 日本語です" * 9,
     "<0x41> <|notatoken|> </s",
 ]
 
@@ -39,11 +41,12 @@ def test_nothing_is_unencodable(tokenizer, string):
 
 @pytest.mark.parametrize("string", STRINGS)
 def test_a_stream_is_its_whole(tokenizer, string):
-    prompt, ids = tokenizer.encode("x = "), tokenizer.encode(string)
-    decoder = StreamDecoder(tokenizer, prompt)
-    pieces = [decoder.push(i) for i in ids]
-    assert "".join(pieces) + decoder.flush() == tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)) :]
-    assert not any("\ufffd" in p for p in pieces)
+    for prompt in (tokenizer.encode("x = "), tokenizer.encode("x = 日本")):
+        ids = tokenizer.encode(string)
+        decoder = StreamDecoder(tokenizer, prompt)
+        pieces = [decoder.push(i) for i in ids]
+        assert "".join(pieces) + decoder.flush() == tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)) :]
+        assert not any("\ufffd" in p for p in pieces)
 
 
 def test_special_tokens_stand_where_phi3_has_them(tokenizer):

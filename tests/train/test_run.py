@@ -1,4 +1,5 @@
 import json
+import resource
 import signal
 import subprocess
 import time
@@ -77,6 +78,9 @@ def test_a_damaged_state_is_passed_over(tmp_path, checkpoint):
         (["phi3-demo", "--set", "steps"], "key=value"),
         (["phi3-demo", "--set", "steps=0"], "above 0"),
         (["phi3-demo", "--set", "sequence_length=9999"], "sequence_length"),
+        (["phi3-demo", "--set", "model.num_attention_heads=5"], "do not divide"),
+        (["phi3-demo", "--set", "model.vocab_size=-4"], "vocab_size"),
+        (["phi3-demo", "--set", "beta1=7"], "beta1"),
         (["phi3-demo", "--set", "corpus=/no/such/folder"], "no such folder"),
         (["phi3-demo", "--set", "data=/no/such/folder", "--set", "tokenizer=/no"], "phi-train shards"),
     ],
@@ -126,3 +130,26 @@ def test_list_names_the_recipes():
     done = run("phi-train", "list")
     assert done.returncode == 0
     assert "phi3-demo" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["tokenizer", "shards", "phi3-demo"])
+def test_a_full_disk(command, tmp_path, checkpoint, corpus):
+    def restrict():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    training = checkpoint / "training"
+    arguments = {
+        "tokenizer": ["--corpus", corpus, "--vocab-size", "768"],
+        "shards": ["--corpus", corpus, "--tokenizer", training / "tokenizer"],
+        "phi3-demo": settings(
+            f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "steps=2", "save_every=1"
+        ),
+    }[command]
+    out = tmp_path / "out"
+    done = run("phi-train", command, *arguments, "--out", out, preexec_fn=restrict)
+    assert done.returncode == 2, done.stderr
+    assert "disk is full" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("**/.*")), "nothing half-written"
+    assert not (out / "config.json").exists()

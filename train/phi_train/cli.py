@@ -1,14 +1,15 @@
 """`phi-train`."""
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from phi_runtime.cli import parser, run
-from phi_runtime.errors import MissingExtraError, OutputExistsError
+from phi_runtime.cli import parser, positive, run
+from phi_runtime.errors import missing_extra
 
 if TYPE_CHECKING:
     from phi_train.loop import Progress
@@ -46,7 +47,7 @@ def _train(argv: list[str]) -> None:
     try:
         from phi_train.loop import train
     except ImportError as e:
-        raise MissingExtraError(str(e.name), "train") from None
+        raise missing_extra(e, "train") from None
     with _progress() as progress:
         s = train(recipe, args.out, progress)
     print(
@@ -72,11 +73,11 @@ def _list(argv: list[str]) -> None:
 def _tokenizer(argv: list[str]) -> None:
     p = argparse.ArgumentParser("phi-train tokenizer", description="Train a byte-fallback BPE on a corpus.")
     _corpus_and_out(p)
-    p.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="token ids (default %(default)s)")
+    p.add_argument("--vocab-size", type=positive, default=4096, metavar="N", help="token ids (default %(default)s)")
     args = p.parse_args(argv)
     from phi_train.tokenizer import train_tokenizer
 
-    _refuse_existing(args.out)
+    print(f"learning {args.vocab_size} tokens from {args.corpus}", file=sys.stderr)
     train_tokenizer(args.corpus, args.vocab_size, args.out)
     print(f"{args.out}: a tokenizer of {args.vocab_size} ids")
 
@@ -88,7 +89,7 @@ def _shards(argv: list[str]) -> None:
     args = p.parse_args(argv)
     from phi_train.data import open_data, write_shards
 
-    _refuse_existing(args.out)
+    print(f"tokenising {args.corpus}", file=sys.stderr)
     write_shards(args.corpus, args.tokenizer, args.out)
     data = open_data(args.out)
     print(f"{args.out}: {sum(len(s) for s in data.shards):,} tokens to train on, {len(data.heldout):,} held out")
@@ -99,11 +100,6 @@ def _corpus_and_out(p: argparse.ArgumentParser) -> None:
         "--corpus", default="stdlib", help="`stdlib`, or a folder of .txt, .md and .py (default %(default)s)"
     )
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-
-
-def _refuse_existing(out: Path) -> None:
-    if out.exists():
-        raise OutputExistsError(f"{out}: exists already; choose another --out")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from phi_runtime.errors import NotFoundError, UsageError
 
-# Generated tables, vendored copies and test suites teach nothing about writing code.
+# Of the standard library: generated tables, vendored copies and tests teach nothing about writing code.
 _SKIPPED = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "encodings", "pydoc_data", "ensurepip"}
 _SKIPPED |= {"site-packages", "dist-packages", "__pycache__"}
 _HELD_OUT_OF_100 = 4
@@ -42,7 +42,8 @@ def documents(corpus: str) -> Iterator[Document]:
     found = False
     for path in sorted(root.rglob("*")):
         relative = path.relative_to(root)
-        if path.suffix not in suffixes or _SKIPPED.intersection(relative.parts) or not path.is_file():
+        skipped = corpus == "stdlib" and _SKIPPED.intersection(relative.parts)
+        if path.suffix not in suffixes or skipped or not path.is_file():
             continue
         try:
             text = path.read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phi_runtime.config import read_json
-from phi_runtime.errors import NotFoundError, UsageError
+from phi_runtime.errors import NotFoundError, OutputExistsError, UsageError
 from phi_runtime.files import sha256, staged_folder
 from phi_runtime.tokenizer import FILE, Tokenizer
 from phi_train.corpus import documents
@@ -25,7 +25,13 @@ Tokens = npt.NDArray[np.int64]
 
 
 def write_shards(corpus: str, tokenizer_folder: Path, out: Path) -> None:
-    """Tokenise a corpus into `out`. Raises the errors of `documents` and of a missing tokenizer."""
+    """Tokenise a corpus into `out`.
+
+    Raises OutputExistsError, UsageError for a corpus too small to split, the errors of `documents`
+    and of a missing tokenizer.
+    """
+    if out.exists():
+        raise OutputExistsError(f"{out}: exists already; choose another --out")
     tokenizer = Tokenizer(tokenizer_folder)
     end = tokenizer.id(END_OF_TEXT)
     if end is None:
@@ -39,7 +45,7 @@ def write_shards(corpus: str, tokenizer_folder: Path, out: Path) -> None:
 
         def flush(tokens: list[int]) -> None:
             shards.append(f"train-{len(shards):05d}.bin")
-            np.array(tokens, dtype).tofile(stage / shards[-1])
+            (stage / shards[-1]).write_bytes(np.array(tokens, dtype).tobytes())
 
         for document in documents(corpus):
             tokens = [*tokenizer.encode(document.text), end]
@@ -54,7 +60,7 @@ def write_shards(corpus: str, tokenizer_folder: Path, out: Path) -> None:
             flush(pending[False])
         if not shards or not pending[True]:
             raise UsageError(f"corpus {corpus}: too few documents to train on some and hold others out")
-        np.array(pending[True], dtype).tofile(stage / "heldout.bin")
+        (stage / "heldout.bin").write_bytes(np.array(pending[True], dtype).tobytes())
         (stage / "heldout.txt").write_text("\n".join(texts), encoding="utf-8")
         index = {
             "dtype": dtype,
@@ -95,12 +101,9 @@ class Data:
         continued run sees what an unbroken one would. Each epoch has an order of its own.
         """
         count = self.windows(length)
-        rows = []
-        for n in range(step * size, (step + 1) * size):
-            epoch, place = divmod(n, count)
-            order = np.random.default_rng([seed, epoch]).permutation(count)
-            rows.append(self.window(int(order[place]), length))
-        return np.stack(rows)
+        places = [divmod(n, count) for n in range(step * size, (step + 1) * size)]
+        orders = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch, _ in places}
+        return np.stack([self.window(int(orders[epoch][place]), length) for epoch, place in places])
 
     def heldout_windows(self, length: int, most: int) -> Tokens:
         """Up to `most` windows [n, length], spread evenly over the held-out tokens."""
@@ -117,15 +120,20 @@ class Data:
 
 
 def open_data(folder: Path) -> Data:
-    """Map a data folder. Raises NotFoundError, or UsageError where it holds ids beyond its vocabulary."""
+    """Map a data folder. Raises NotFoundError, or UsageError where it is damaged or holds ids beyond its vocabulary."""
     if not (folder / _INDEX).is_file():
         raise NotFoundError(f"{folder}: holds no {_INDEX}; make it with phi-train shards")
     index = read_json(folder / _INDEX)
-    dtype = np.dtype(str(index["dtype"]))
-    shards = tuple(np.memmap(folder / Path(name).name, dtype, "r") for name in index["train"])
-    heldout = np.memmap(folder / "heldout.bin", dtype, "r")
-    vocab_size = int(index["vocab_size"])
+    try:
+        dtype = np.dtype({"uint16": np.uint16, "uint32": np.uint32}[index["dtype"]])
+        shards = tuple(np.memmap(folder / Path(name).name, dtype, "r") for name in index["train"])
+        heldout = np.memmap(folder / "heldout.bin", dtype, "r")
+        vocab_size, digest = int(index["vocab_size"]), str(index["tokenizer_sha256"])
+    except (KeyError, TypeError, ValueError, OSError) as e:
+        raise UsageError(
+            f"{folder}: is damaged ({type(e).__name__}: {e}); make it anew with phi-train shards"
+        ) from None
     for part in (*shards, heldout):
         if int(part.max()) >= vocab_size:
             raise UsageError(f"{part.filename}: holds a token beyond its vocabulary of {vocab_size}; make it anew")
-    return Data(folder, shards, heldout, str(index["tokenizer_sha256"]), vocab_size)
+    return Data(folder, shards, heldout, digest, vocab_size)

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,16 +27,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from phi_runtime.backends import cores
-from phi_runtime.config import read_json
+from phi_runtime.config import Phi3Config, read_json
 from phi_runtime.errors import OutputExistsError, UsageError
-from phi_runtime.files import sha256, write_file
-from phi_runtime.tokenizer import FILE
+from phi_runtime.files import disk_full_named, sha256, write_file
+from phi_runtime.tokenizer import FILE, Tokenizer
 from phi_train.checkpoint import write_checkpoint
 from phi_train.data import Data, open_data, write_shards
 from phi_train.models.phi3 import Phi3ForCausalLM
 from phi_train.recipes import Recipe
 from phi_train.state import load_state, save_state
-from phi_train.tokenizer import train_tokenizer
+from phi_train.tokenizer import END_OF_TEXT, train_tokenizer
 
 # Told what happens: (what, steps done, steps in all, figures).
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -66,10 +66,13 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
     _claim(recipe, out, training)
     if (training / "summary.json").is_file() and (out / "config.json").is_file():
         return Summary(**read_json(training / "summary.json"))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("this version trains on one process; start it without torchrun or the deepspeed launcher")
     tokenizer, data = _prepare(recipe, training, progress)
+    config = _with_tokens(recipe.model, tokenizer)
     torch.set_num_threads(cores())
     torch.manual_seed(recipe.seed)
-    model = Phi3ForCausalLM(recipe.model)
+    model = Phi3ForCausalLM(config)
     model.init_weights(recipe.seed)
     heldout = torch.from_numpy(data.heldout_windows(recipe.sequence_length, recipe.eval_windows))
     initial = evaluate(model, heldout, recipe)
@@ -110,7 +113,8 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
         heldout_tokens=heldout[:, 1:].numel(),
     )
     write_file(training / "summary.json", json.dumps(dataclasses.asdict(summary), indent=1) + "\n")
-    write_checkpoint(out, recipe.model, dict(model.named_parameters()), tokenizer)
+    write_checkpoint(out, config, dict(model.named_parameters()), tokenizer)
+    shutil.rmtree(training / "state")  # the run is over: nothing will be continued
     return summary
 
 
@@ -149,18 +153,17 @@ def _engine(model: nn.Module, r: Recipe) -> tuple[Any, torch.optim.Optimizer]:
         "train_batch_size": r.batch_size,
         "train_micro_batch_size_per_gpu": r.batch_size,
         "gradient_clipping": r.gradient_clipping,
-        "zero_optimization": {"stage": r.zero_stage},
-        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 0},
         "steps_per_print": 10**9,
     }
     if not torch.distributed.is_initialized():
         # One process has nobody to share memory with, so DeepSpeed need not compile its op for it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # A file to meet at, because a port may be taken.
-        meeting = Path(tempfile.mkdtemp(prefix="phi-train-")) / "meeting"
         os.environ.setdefault("LOCAL_RANK", "0")
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, init_method=f"file://{meeting}", rank=0, world_size=1)
+        # One process meets nobody: no port to be taken, no file to be left.
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # its stub is missing
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine, optimizer
 
@@ -199,12 +202,21 @@ def _prepare(recipe: Recipe, training: Path, progress: Progress) -> tuple[Path, 
     if data.vocab_size > recipe.model.vocab_size:
         raise UsageError(f"{folder}: has {data.vocab_size} token ids, the model {recipe.model.vocab_size}")
     available = data.windows(recipe.sequence_length)
-    if available < recipe.batch_size or len(data.heldout) < recipe.sequence_length:
+    if len(data.heldout) < recipe.sequence_length:
+        raise UsageError(f"{folder}: holds out {len(data.heldout)} tokens, fewer than one sequence; give more data")
+    if available < recipe.batch_size:
         raise UsageError(
             f"{folder}: holds {available} windows of {recipe.sequence_length} tokens, "
             f"a batch takes {recipe.batch_size}; give more data or a smaller batch"
         )
     return tokenizer, data
+
+
+def _with_tokens(config: Phi3Config, folder: Path) -> Phi3Config:
+    """The architecture with the tokenizer's own special tokens."""
+    tokenizer = Tokenizer(folder)
+    end = tokenizer.id(END_OF_TEXT)
+    return dataclasses.replace(config, bos_token_id=tokenizer.id("<s>"), eos_token_id=end, pad_token_id=end)
 
 
 class _Log:
@@ -216,5 +228,5 @@ class _Log:
         self._path = path
 
     def add(self, step: int, figures: dict[str, float]) -> None:
-        with open(self._path, "a") as f:
+        with disk_full_named(self._path), open(self._path, "a") as f:
             f.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in figures.items()}}) + "\n")

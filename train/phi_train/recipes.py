@@ -8,10 +8,11 @@ import difflib
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from phi_runtime.config import Phi3Config
-from phi_runtime.errors import UsageError
+from phi_runtime.config import Phi3Config, parse_config
+from phi_runtime.errors import PhiError, UsageError
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,6 @@ class Recipe:
     beta2: float = 0.95
     gradient_clipping: float = 1.0
     precision: str = "bf16"  # matrix products; weights and optimizer stay in float32
-    zero_stage: int = 0
     seed: int = 0
     save_every: int = 100
     eval_windows: int = 32
@@ -58,9 +58,9 @@ def phi3_demo() -> Recipe:
             rms_norm_eps=1e-5,
             rope_theta=10000.0,
             sliding_window=2047,
-            bos_token_id=1,
-            eos_token_id=4085,
-            pad_token_id=4085,
+            bos_token_id=None,  # these three come from the tokenizer
+            eos_token_id=None,
+            pad_token_id=None,
         ),
         steps=700,
         batch_size=4,
@@ -114,6 +114,14 @@ def _nearest(name: str, known: Any) -> str:
 
 
 def _check(r: Recipe) -> None:
+    try:
+        parse_config(r.model.to_json(), Path("--set model"))
+    except PhiError as e:
+        raise UsageError(str(e)) from None
+    bounds = {"beta1": 1, "beta2": 1, "weight_decay": 100, "final_learning_rate": 100, "warmup_steps": 2**31}
+    for name, most in (bounds | {"seed": 2**63, "gradient_clipping": 1e9}).items():
+        if not 0 <= getattr(r, name) < most:
+            raise UsageError(f"--set {name}={getattr(r, name)}: should be from 0 to below {most:g}")
     positive = ("steps", "batch_size", "sequence_length", "learning_rate", "save_every", "eval_windows")
     for name in positive:
         if not getattr(r, name) > 0:

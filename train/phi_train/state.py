@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from phi_runtime.config import read_json
@@ -29,8 +29,9 @@ def save_state(folder: Path, step: int, seconds: float, model: nn.Module, optimi
         for key, value in values.items():
             moments[f"{names[id(parameter)]}|{key}"] = torch.as_tensor(value).contiguous()
     with staged_folder(folder / f"step-{step:08d}") as stage:
-        save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, stage / _FILES[0])
-        save_file(moments, stage / _FILES[1])
+        weights = {n: p.detach().contiguous() for n, p in model.named_parameters()}
+        for name, tensors in zip(_FILES, (weights, moments), strict=True):
+            (stage / name).write_bytes(save(tensors))
         digests = {name: sha256(stage / name) for name in _FILES}
         (stage / "state.json").write_text(json.dumps({"step": step, "seconds": seconds, "sha256": digests}) + "\n")
     for old in sorted(folder.glob("step-*"))[:-_KEEP]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from phi_runtime.errors import UsageError
+from phi_runtime.errors import OutputExistsError, UsageError
 from phi_runtime.files import staged_folder
 from phi_train.corpus import documents
 
@@ -48,15 +48,21 @@ _PIECES = (
 def train_tokenizer(corpus: str, vocab_size: int, out: Path) -> None:
     """Learn a tokenizer of `vocab_size` ids on the training documents and write its Hugging Face files.
 
-    Raises UsageError for a vocabulary too small to hold the bytes and special tokens.
+    Raises UsageError for a vocabulary too small to hold the bytes and special tokens or too large for
+    the corpus, OutputExistsError, and the errors of `documents`.
     """
     learnt = vocab_size - len(_LEADING) - 256 - len(CHAT_TOKENS)
     if learnt < 256:
         raise UsageError(f"vocab_size {vocab_size} is too small; {vocab_size - learnt + 256} is the least")
+    if out.exists():
+        raise OutputExistsError(f"{out}: exists already; choose another --out")
     texts = (d.text for d in documents(corpus) if not d.held_out)
     tokenizer = build_tokenizer(_learn(texts, learnt))
+    found = tokenizer.get_vocab_size(with_added_tokens=True)
+    if found != vocab_size:
+        raise UsageError(f"corpus {corpus}: gives a vocabulary of {found} only; ask for that, or give more text")
     with staged_folder(out) as stage:
-        tokenizer.save(str(stage / "tokenizer.json"))
+        (stage / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         config = tokenizer_config(tokenizer)
         (stage / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 

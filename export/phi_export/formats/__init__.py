@@ -11,7 +11,7 @@ from phi_runtime.backends.reference import ReadTensor
 from phi_runtime.bundle import FORMATS, TensorQuant
 from phi_runtime.checkpoint import F32, Checkpoint
 from phi_runtime.config import Phi3Config
-from phi_runtime.errors import UsageError
+from phi_runtime.errors import UsageError, missing_extra
 
 # Called with the name of a tensor after it was written.
 Progress = Callable[[str], None]
@@ -45,10 +45,13 @@ class Format(Protocol):
 
 
 def get_format(name: str) -> Format:
-    """The module of a format. Raises UsageError for a name that is none."""
+    """The module of a format. Raises UsageError for a name that is none, MissingExtraError."""
     if name not in FORMATS:
         raise UsageError(f"format {name!r} is none of {', '.join(FORMATS)}")
-    return cast(Format, import_module(f"phi_export.formats.{name}"))
+    try:
+        return cast(Format, import_module(f"phi_export.formats.{name}"))
+    except ImportError as e:
+        raise missing_extra(e, "export") from None
 
 
 def plan_int4(config: Phi3Config, matrix: str, block_bytes: int, vector: str) -> Plan:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from phi_export.formats import Plan, Progress, plan_int4
 from phi_export.quantize import BLOCK, Int4, finite, pack_pairs, pack_signed_pairs, quantize, unpack_pairs
 from phi_runtime.backends.reference import ReadTensor, rope_tables, round_int8
-from phi_runtime.checkpoint import F32, Checkpoint
+from phi_runtime.checkpoint import F32, Checkpoint, stop_tokens
 from phi_runtime.config import Phi3Config
 from phi_runtime.errors import BundleError
 from phi_runtime.files import write_file
@@ -64,7 +64,7 @@ def write(checkpoint: Checkpoint, plan: Plan, folder: Path, progress: Progress) 
             graph.initializers.append(weights.add(name, table))
     _decoder(graph, c)
     ir.save(graph.model(), folder / ARTIFACT)
-    write_file(folder / "genai_config.json", json.dumps(_genai_config(c), indent=1) + "\n")
+    write_file(folder / "genai_config.json", json.dumps(_genai_config(c, stop_tokens(checkpoint)), indent=1) + "\n")
 
 
 def read(folder: Path, artifact: str) -> ReadTensor:
@@ -301,13 +301,13 @@ def _skip_norm(g: _Graph, c: Phi3Config, x: str, added: str, weight: str, name: 
     return f"normed.{name}", f"hidden.{name}"
 
 
-def _genai_config(c: Phi3Config) -> dict[str, Any]:
+def _genai_config(c: Phi3Config, stops: tuple[int, ...]) -> dict[str, Any]:
     """onnxruntime-genai's description of the model."""
     return {
         "model": {
             "type": "phi3",
             "bos_token_id": c.bos_token_id if c.bos_token_id is not None else c.eos_token_id,
-            "eos_token_id": c.eos_token_id,
+            "eos_token_id": list(stops),
             "pad_token_id": c.pad_token_id if c.pad_token_id is not None else c.eos_token_id,
             "vocab_size": c.vocab_size,
             "context_length": c.max_position_embeddings,

@@ -12,7 +12,7 @@ import numpy as np
 
 from phi_runtime.checkpoint import F32
 from phi_runtime.config import Phi3Config
-from phi_runtime.errors import MissingExtraError
+from phi_runtime.errors import BundleError, MissingExtraError
 
 PREFILL, DECODE = "prefill", "decode"
 PREFILL_TOKENS = 64  # length of the `prefill` function's input
@@ -45,6 +45,9 @@ class CoreMLBackend:
         self.vocab_size = config.vocab_size
         self.context = context
         self._capacity = config.max_position_embeddings
+        missing = {PREFILL, DECODE} - set(functions.call)
+        if missing:
+            raise BundleError(f"the Core ML package has no function {missing.pop()!r}; export the bundle again")
         self._functions = functions
         self._state = functions.make_state()
         self._position = 0
@@ -95,7 +98,10 @@ def coremltools_functions(path: Path) -> Functions:
         import coremltools as ct
     except ImportError:
         raise MissingExtraError("coremltools", "coreml") from None
-    models = {name: ct.models.MLModel(str(path), function_name=name) for name in (PREFILL, DECODE)}
+    try:
+        models = {name: ct.models.MLModel(str(path), function_name=name) for name in (PREFILL, DECODE)}
+    except Exception as e:  # the framework's errors share no base
+        raise BundleError(f"{path}: Core ML cannot load it ({e}); it wants macOS 15 or later") from None
 
     def function(name: str) -> Function:
         def call(inputs: dict[str, np.ndarray], state: Any) -> dict[str, np.ndarray]:

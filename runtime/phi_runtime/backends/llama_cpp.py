@@ -76,6 +76,14 @@ class LlamaCppBackend:
         self._c.llama_memory_seq_rm(memory, 0, position, -1)
         self._position = position
 
+    def tokenize(self, text: str) -> list[int]:
+        """What llama.cpp's own tokenizer, from the file's metadata, makes of a text."""
+        raw = text.encode()
+        vocab = self._c.llama_model_get_vocab(self._model)
+        out = (self._c.llama_token * (len(raw) + 16))()
+        count = self._c.llama_tokenize(vocab, raw, len(raw), out, len(out), False, True)
+        return list(out[: max(count, 0)])
+
     def close(self) -> None:
         """Free the context and the model."""
         if self._ctx:

@@ -69,7 +69,10 @@ class OnnxRuntimeBackend:
             binding.bind_ortvalue_input(f"past_key_values.{name}", cache)
             binding.bind_ortvalue_output(f"present.{name}", cache)
         binding.bind_output("logits", "cpu")
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as e:
+            raise BundleError(f"onnxruntime cannot run the model ({_first_line(e)}); export the bundle again") from None
         self._position = total
         logits: F32 = binding.get_outputs()[-1].numpy()[0]
         return logits

@@ -62,7 +62,7 @@ class Program:
     def __init__(self, program: Any, blob: BlobReader, path: Path) -> None:
         self.path = path
         self._blob = blob
-        self._kept: dict[int, np.ndarray] = {}
+        self._kept: dict[tuple[int, int], np.ndarray] = {}
         self._kept_bytes = 0
         self._states: dict[str, tuple[int, ...]] = {}
         self.functions: dict[str, Function] = {}
@@ -76,6 +76,8 @@ class Program:
     def _function(self, name: str, function: Any) -> Function:
         block = function.block_specializations[function.opset]
         steps = [self._step(op) for op in block.operations]
+        outputs = list(block.outputs)
+        expired = _expired(block.operations, outputs)
         inputs: dict[str, tuple[str, tuple[int, ...]]] = {}
         for value in function.inputs:
             if value.type.HasField("stateType"):
@@ -84,7 +86,6 @@ class Program:
                     raise BundleError(f"{self.path}: state {value.name} has two shapes; export the bundle again")
             else:
                 inputs[value.name] = self._type(value.type)
-        outputs = list(block.outputs)
 
         def call(given: dict[str, np.ndarray], state: State) -> dict[str, np.ndarray]:
             values: Values = {}
@@ -92,8 +93,14 @@ class Program:
                 if key not in given or given[key].shape != shape:
                     raise BundleError(f"{self.path}: function {name} wants {key} as {dtype} {list(shape)}")
                 values[key] = given[key].astype(dtype)
-            for step in steps:
-                step(values, state)
+            for op, step, unused in zip(block.operations, steps, expired, strict=True):
+                try:
+                    step(values, state)
+                except (KeyError, IndexError, TypeError, ValueError) as e:
+                    what = f"{type(e).__name__}: {e}"
+                    raise BundleError(f"{self.path}: op {op.type} in {name} cannot be run ({what})") from None
+                for key in unused:
+                    values.pop(key, None)
             return {key: values[key] for key in outputs}
 
         return call
@@ -152,7 +159,7 @@ class Program:
 
     def _dequantise(self, data: Any, scale: Any) -> np.ndarray:
         """data * scale, each scale over its block; kept between calls while they fit."""
-        key = data.blobFileValue.offset
+        key = (data.blobFileValue.offset, scale.blobFileValue.offset)
         if key in self._kept:
             return self._kept[key]
         codes, scales = self._value(data), self._value(scale).astype(np.float32)
@@ -192,15 +199,29 @@ class Program:
         return array.reshape(shape)
 
 
+def _expired(operations: Any, outputs: list[str]) -> list[list[str]]:
+    """For each operation, the values that nothing after it reads: they need not be kept."""
+    last: dict[str, int] = {}
+    for i, op in enumerate(operations):
+        for argument in op.inputs.values():
+            last |= {b.name: i for b in argument.arguments if b.HasField("name")}
+        last |= {o.name: max(i, last.get(o.name, i)) for o in op.outputs}
+    expired: list[list[str]] = [[] for _ in operations]
+    for name, i in last.items():
+        if name not in outputs:
+            expired[i].append(name)
+    return expired
+
+
 def _widen(value: Any) -> Any:
     return value.astype(np.float32) if isinstance(value, np.ndarray) and value.dtype == np.float16 else value
 
 
 def _slice_update(a: dict[str, Any]) -> list[np.ndarray]:
-    out = a["x"].copy()
+    # In place: our graphs update states alone, write each back at once and read it anew.
     spans = tuple(slice(int(b), int(e)) for b, e in zip(a["begin"], a["end"], strict=True))
-    out[spans] = a["update"]
-    return [out]
+    a["x"][spans] = a["update"]
+    return [a["x"]]
 
 
 def _slice_by_index(a: dict[str, Any]) -> list[np.ndarray]:
