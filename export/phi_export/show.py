@@ -11,6 +11,7 @@ from rich.table import Table
 
 from phi_export.export import Exported, Planned
 from phi_export.export import Progress as ExportProgress
+from phi_export.formats import get_format
 from phi_export.verify import Verification
 from phi_runtime.bundle import TensorQuant
 from phi_runtime.checkpoint import Checkpoint
@@ -43,8 +44,9 @@ def ledger(checkpoint: Checkpoint, planned: Planned) -> None:
     table.add_row("weights", "", f"{8 * total / weights:.3f}", f"{total:,}", gb(total))
     _out.print(table)
     c = checkpoint.config
-    per_1000 = 1000 * 2 * 2 * c.num_hidden_layers * c.kv_size
-    _out.print(f"KV cache, 16 bit: {gb(per_1000)} per 1,000 tokens; context {planned.context:,} tokens")
+    width = get_format(planned.format).KV_BYTES
+    per_1000 = 1000 * 2 * width * c.num_hidden_layers * c.kv_size
+    _out.print(f"KV cache, {8 * width} bit: {gb(per_1000)} per 1,000 tokens; context {planned.context:,} tokens")
 
 
 @contextmanager

@@ -25,6 +25,8 @@ class Format(Protocol):
     """What a format module offers."""
 
     ARTIFACT: str
+    # Of one element of the KV cache, as the runtime has it by default.
+    KV_BYTES: int
     # How many times the effect of `rounding` the runtime's logits may be off.
     ROUNDING_MARGIN: float
 

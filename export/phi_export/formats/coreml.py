@@ -43,6 +43,7 @@ class _Matrix:
 _Weights = dict[str, Weight | _Matrix]
 
 rounding = round_float16
+KV_BYTES = 2
 ROUNDING_MARGIN = 8  # float16 after every operation, not before the products alone
 
 
@@ -72,8 +73,7 @@ def write(checkpoint: Checkpoint, plan: Plan, folder: Path, progress: Progress) 
                 packed = blob.add(pack_signed_pairs(q.codes), "int4", tensor.shape)
                 weights[name] = _Matrix(packed, blob.add(q.scales, "float16", q.scales.shape))
             progress(name)
-        frequency = c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
-        cos, sin = rope_tables(frequency, np.arange(c.max_position_embeddings))
+        cos, sin = rope_tables(c, np.arange(c.max_position_embeddings))
         for name, table in (("cos", cos), ("sin", sin)):
             weights[name] = blob.add(table.astype(np.float16), "float16", table.shape)
 

@@ -44,6 +44,7 @@ def gguf_name(name: str) -> str:
 
 
 rounding = round_int8
+KV_BYTES = 2
 ROUNDING_MARGIN = 2
 
 

@@ -31,6 +31,7 @@ _MS = "com.microsoft"
 _INT8_ACTIVATIONS = 4  # MatMulNBits accuracy_level: activations to int8 per block, as genai's own models
 
 rounding = round_int8
+KV_BYTES = 4
 ROUNDING_MARGIN = 2
 
 
@@ -57,9 +58,8 @@ def write(checkpoint: Checkpoint, plan: Plan, folder: Path, progress: Progress) 
             else:
                 graph.initializers += _int4(weights, name, quantize(tensor))
             progress(name)
-        frequency = c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
         for name, table in zip(
-            ("cos_cache", "sin_cache"), rope_tables(frequency, np.arange(c.max_position_embeddings)), strict=True
+            ("cos_cache", "sin_cache"), rope_tables(c, np.arange(c.max_position_embeddings)), strict=True
         ):
             graph.initializers.append(weights.add(name, table))
     _decoder(graph, c)

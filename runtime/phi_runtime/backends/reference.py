@@ -42,7 +42,6 @@ class ReferenceBackend:
         shape = (config.num_hidden_layers, config.num_key_value_heads, self.context, config.head_dim)
         self._keys_LGSD = np.zeros(shape, np.float32)
         self._values_LGSD = np.zeros(shape, np.float32)
-        self._inv_freq = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
 
     @property
     def position(self) -> int:
@@ -84,7 +83,7 @@ class ReferenceBackend:
         count = len(qkv)
         stop = start + count
         q, k, v = np.split(qkv, [c.hidden_size, c.hidden_size + c.kv_size], axis=-1)
-        cos, sin = rope_tables(self._inv_freq, np.arange(start, stop))
+        cos, sin = rope_tables(c, np.arange(start, stop))
         q_HTD = rotate(_heads(q, c.num_attention_heads), cos, sin)
         self._keys_LGSD[layer, :, start:stop] = rotate(_heads(k, c.num_key_value_heads), cos, sin)
         self._values_LGSD[layer, :, start:stop] = _heads(v, c.num_key_value_heads)
@@ -122,8 +121,9 @@ def softmax(x: F32) -> F32:
     return out
 
 
-def rope_tables(inv_freq: np.ndarray, positions: np.ndarray) -> tuple[F32, F32]:
+def rope_tables(config: Phi3Config, positions: np.ndarray) -> tuple[F32, F32]:
     """cos and sin [len(positions), head_dim / 2] of the rotary embedding (arXiv:2104.09864)."""
+    inv_freq = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     angles = positions[:, None] * inv_freq[None, :]
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
