@@ -64,7 +64,7 @@ class Agreement:
     @property
     def logit_error(self) -> float:
         """Relative error of the logits."""
-        return float(np.sqrt(self.square_error / self.square))
+        return float(np.sqrt(self.square_error / self.square)) if self.square else float("inf")
 
 
 def windows(tokens: list[int], length: int) -> list[list[int]]:

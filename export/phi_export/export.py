@@ -8,23 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from phi_export.formats import Plan, get_format
-from phi_export.verify import sample_tokens, verify_manifest
+from phi_export.verify import COMPANIONS, sample_tokens, verify_manifest
 from phi_runtime.bundle import MANIFEST, Manifest, Parity, Source, list_files, write_manifest
 from phi_runtime.checkpoint import Checkpoint, open_checkpoint, stop_tokens
 from phi_runtime.config import read_json
 from phi_runtime.errors import CheckpointError, MissingExtraError, OutputExistsError
 from phi_runtime.files import folder_beside, replace_folder, sha256
 from phi_runtime.tokenizer import Tokenizer
-
-# What clients of every format find beside the artifact.
-_COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 # Told (format, what is being done, done so far, of how many).
 Progress = Callable[[str, str, int, int], None]
@@ -119,7 +109,7 @@ def _bundle(
         progress(planned.format, f"verifying {what}", done, 2 * total)
 
     module.write(source, planned.plan, folder, wrote)
-    for name in _COMPANIONS:
+    for name in COMPANIONS:
         if (source.folder / name).is_file() and not (folder / name).exists():
             shutil.copyfile(source.folder / name, folder / name)
     manifest = Manifest(

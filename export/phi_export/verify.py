@@ -1,6 +1,7 @@
 """Holding a bundle to its checkpoint. It fails closed: every check must pass.
 
-1. `files`: every file is the one the manifest describes.
+1. `files`: every file is the one the manifest describes; what the manifest says of the checkpoint is
+   so, and the files that came along with it (tokenizer, configurations) are its own.
 2. `weights`: what the artifact stores, read back, is the checkpoint's tensor up to the rounding
    its type allows, block by block.
 3. `graph`: the artifact run by its own runtime, prompts and single tokens both, gives the logits of
@@ -40,6 +41,16 @@ MAX_BLOCK_ERROR = 0.15
 MAX_TENSOR_ERROR = 0.03
 MAX_VECTOR_ERROR = 1e-6
 MAX_KLD = 1.0
+
+# What clients of every format find beside the artifact, as it is beside the checkpoint.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 _SAMPLE = Path(__file__).with_name("sample.txt")
 
@@ -108,8 +119,8 @@ def verify_manifest(
     if manifest.config() != checkpoint.config:
         raise UsageError(f"{bundle}: is not of the architecture of {checkpoint.folder}; give its own checkpoint")
     tokens = sample_tokens(checkpoint) if tokens is None else tokens
-    if manifest.stop_tokens != stop_tokens(checkpoint):
-        return _failed("files", "the manifest's stop tokens are not the checkpoint's")
+    if (wrong := _wrong_claim(bundle, manifest, checkpoint)) is not None:
+        return _failed("files", wrong)
     if len(tokens) < 2:
         raise UsageError("verification needs at least two tokens of text")
     checks: list[Check] = []
@@ -118,6 +129,8 @@ def verify_manifest(
         check_files(bundle, manifest)
         read = get_format(manifest.format).read(bundle, manifest.artifact)
         checks += _check_weights(read, checkpoint, progress)
+        if not all(c.passed for c in checks):
+            return Verification(tuple(checks), None)
         graph, arithmetic, quality = _run(bundle, manifest, checkpoint, read, tokens, progress)
     except (BundleError, UnsupportedError) as e:
         return _failed("files", str(e), checks)
@@ -138,6 +151,25 @@ def verify_manifest(
         checkpoint_perplexity=quality.perplexity_p,
     )
     return Verification(tuple(checks), parity)
+
+
+def _wrong_claim(bundle: Path, manifest: Manifest, checkpoint: Checkpoint) -> str | None:
+    """What the bundle says of itself that does not follow from the checkpoint, if anything."""
+    module = get_format(manifest.format)
+    expected: dict[str, tuple[object, object]] = {
+        "stop tokens": (manifest.stop_tokens, stop_tokens(checkpoint)),
+        "context": (manifest.context, module.context(checkpoint.config)),
+        "window": (manifest.window, checkpoint.config.sliding_window),
+        "types of tensors": (manifest.quantization, module.plan(checkpoint.config)),
+    }
+    for name, (said, is_so) in expected.items():
+        if said != is_so:
+            return f"the manifest's {name} are not what follows from the checkpoint"
+    for name in COMPANIONS:
+        original, copy = checkpoint.folder / name, bundle / name
+        if original.is_file() and not (copy.is_file() and copy.read_bytes() == original.read_bytes()):
+            return f"{copy}: is not the checkpoint's own {name}"
+    return None
 
 
 def _failed(name: str, why: str, checks: list[Check] | None = None) -> Verification:

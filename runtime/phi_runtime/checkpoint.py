@@ -118,7 +118,7 @@ def _tensor(path: Path, name: str, entry: Any, base: int) -> Tensor:
         whole = isinstance(dtype, str) and all(type(n) is int and 0 <= n < 2**48 for n in (*shape, start, stop))
     except (TypeError, KeyError, ValueError):
         whole = False
-    if not whole:
+    if not whole or not name.isprintable():
         raise CheckpointError(f"{path}: the header's entry for {name!r} is malformed; copy the file again")
     if dtype not in _BYTES:
         raise CheckpointError(f"{path}: tensor {name} has type {dtype}; we read {', '.join(_BYTES)}")
@@ -142,7 +142,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         raise CheckpointError(f"{index}: has no weight_map")
     names = sorted({str(v) for v in weight_map.values()})
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if not name.isprintable() or Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index}: shard {name!r} points outside the folder or is no safetensors file")
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: shard {name} is named by the index but not there; fetch it again")

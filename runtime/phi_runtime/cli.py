@@ -25,6 +25,9 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except MemoryError:
+        print("error: not enough memory for this; close other programs or use a smaller model", file=sys.stderr)
+        sys.exit(2)
     except OSError as e:
         print(f"error: {e.filename or 'the system'}: {e.strerror or e}", file=sys.stderr)
         sys.exit(2)

@@ -11,6 +11,7 @@ from typing import Any
 from phi_runtime.errors import CheckpointError, UnsupportedError
 
 KNOWN_MODEL_TYPES = ("phi3",)
+_MAX_CONTEXT = 1 << 20
 _MAX_LAYERS = 1000  # the largest has 40; bounds the work on a config that lies
 
 
@@ -143,13 +144,15 @@ def parse_config(raw: dict[str, Any], path: Path) -> Phi3Config:
         max_position_embeddings=_positive(raw, "max_position_embeddings", path),
         rms_norm_eps=_real(raw.get("rms_norm_eps", 1e-5), "rms_norm_eps", path),
         rope_theta=_real(rope.get("rope_theta", raw.get("rope_theta", 10000.0)), "rope_theta", path),
-        sliding_window=_positive(raw, "sliding_window", path) if raw.get("sliding_window") else None,
+        sliding_window=_positive(raw, "sliding_window", path) if raw.get("sliding_window") is not None else None,
         bos_token_id=_token(raw, "bos_token_id", path),
         eos_token_id=_token(raw, "eos_token_id", path),
         pad_token_id=_token(raw, "pad_token_id", path),
     )
     if config.num_hidden_layers > _MAX_LAYERS:
         raise CheckpointError(f"{path}: num_hidden_layers {config.num_hidden_layers} is more than any Phi's")
+    if not (config.window() or 2) >= 2 or not 2 <= config.max_position_embeddings <= _MAX_CONTEXT:
+        raise CheckpointError(f"{path}: its context or window is of one token, or above {_MAX_CONTEXT} tokens")
     if config.hidden_size % heads or config.head_dim % 2 or heads % config.num_key_value_heads:
         raise CheckpointError(
             f"{path}: {heads} heads and {config.num_key_value_heads} key-value heads do not divide "
@@ -164,6 +167,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises CheckpointError if the file is missing, not UTF-8 JSON, or not an object.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: is not a regular file")
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(

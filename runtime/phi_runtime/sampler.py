@@ -23,6 +23,8 @@ class Sampling:
             raise UsageError(f"temperature {self.temperature} is not between 0 and 100")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p {self.top_p} is not above 0 and at most 1")
+        if self.seed < 0:
+            raise UsageError(f"seed {self.seed} is negative")
         if self.top_k < 0:
             raise UsageError(f"top_k {self.top_k} is negative; 0 switches it off")
 

@@ -30,13 +30,19 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special tokens written in it are recognised, none are added.
 
-        Raises TokenError for text that is not Unicode (lone surrogates, as from a broken argument).
+        Raises TokenError for text that is not Unicode (lone surrogates, as from a broken argument),
+        BundleError for a tokenizer that is broken.
         """
         try:
             text.encode()
         except UnicodeEncodeError:
             raise TokenError("the text is not valid Unicode; give it in UTF-8") from None
-        return self._t.encode(text, add_special_tokens=False).ids
+        try:
+            return self._t.encode(text, add_special_tokens=False).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:  # bare Exception for a broken vocabulary, a panic for broken settings
+            raise BundleError(f"tokenizer.json cannot encode text ({e}); take the model's own") from None
 
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens; special tokens are left out."""

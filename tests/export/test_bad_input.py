@@ -110,6 +110,28 @@ def damage(kind, folder):
         weights.write_bytes(data)
     elif kind == "heads":
         edit_config(folder, num_attention_heads=7)
+    elif kind in ("token twice", "token NUL"):
+        raw = json.loads((folder / "tokenizer.json").read_text())
+        raw["added_tokens"][4]["content"] = "<|end|>" if kind == "token twice" else "a\0b"
+        (folder / "tokenizer.json").write_text(json.dumps(raw))
+    elif kind == "empty vocabulary":
+        raw = json.loads((folder / "tokenizer.json").read_text())
+        raw["model"] |= {"vocab": {}, "merges": []}
+        raw["added_tokens"] = []
+        (folder / "tokenizer.json").write_text(json.dumps(raw))
+    elif kind == "context":
+        edit_config(folder, max_position_embeddings=1)
+    elif kind == "context huge":
+        edit_config(folder, max_position_embeddings=10**9)
+    elif kind == "layers":
+        edit_config(folder, num_hidden_layers=10**9)
+    elif kind == "eps":
+        edit_config(folder, rms_norm_eps=10**400)
+    elif kind == "dtype a list":
+        rewrite_header(weights, lambda h: h[first].update(dtype=[]))
+    elif kind == "config a pipe":
+        config.unlink()
+        os.mkfifo(config)
     elif kind == "eos":
         (folder / "generation_config.json").write_text('{"eos_token_id": [5, 99999]}')
 
@@ -138,6 +160,15 @@ def damage(kind, folder):
         "beyond float16": "float16 cannot carry",
         "heads": "do not divide",
         "eos": "outside the vocabulary",
+        "token twice": "<|end|>' is there twice",
+        "token NUL": "holds a NUL",
+        "empty vocabulary": "tokenizer.json",
+        "context": "of one token",
+        "context huge": "above 1048576",
+        "layers": "more than any Phi's",
+        "eps": "rms_norm_eps",
+        "dtype a list": "malformed",
+        "config a pipe": "not a regular file",
     }.items(),
 )
 def test_a_damaged_checkpoint(kind, says, copy, tmp_path):

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import numpy as np
@@ -139,6 +140,45 @@ def test_a_truncated_artifact_is_refused(name, copy, checkpoint):
     done = run("phi-export", "verify", bundle, "--against", checkpoint)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: m.update(context=99), "context"),
+        (lambda m: m.update(window=None), "window"),
+        (lambda m: m.update(stop_tokens=[3]), "stop tokens"),
+        (lambda m: m["quantization"].popitem(), "types of tensors"),
+        (lambda m: m.update(version=99), "newer"),
+    ],
+)
+def test_a_manifest_that_claims_what_is_not_so_is_refused(change, says, copy, checkpoint):
+    bundle = copy("onnx")
+    path = bundle / "phi-bundle.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+    done = run("phi-export", "verify", bundle, "--against", checkpoint)
+    assert done.returncode == 1
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"])
+def test_a_companion_that_is_not_the_checkpoints_is_refused(name, copy, checkpoint):
+    bundle = copy("onnx")
+    (bundle / name).write_text((bundle / name).read_text() + " ")
+    rehash(bundle)
+    done = run("phi-export", "verify", bundle, "--against", checkpoint)
+    assert done.returncode == 1
+    assert f"the checkpoint's own {name}" in done.stderr
+
+
+def test_a_file_that_is_in_no_manifest_is_refused(copy, checkpoint):
+    bundle = copy("onnx")
+    (bundle / "extra.py").write_text("1")
+    done = run("phi-export", "verify", bundle, "--against", checkpoint)
+    assert done.returncode == 1
+    assert "extra.py" in done.stderr
 
 
 def test_another_checkpoint_of_the_same_shape_is_refused(bundles, checkpoint, tmp_path):

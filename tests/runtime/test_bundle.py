@@ -84,6 +84,9 @@ def test_the_artifact_itself_may_be_named(bundle):
 
 
 def test_unreasonable_requests(bundle):
+    for threads in (0, 10**6):
+        with pytest.raises(UsageError, match="threads"):
+            phi_runtime.load(bundle, threads=threads)
     with pytest.raises(UsageError, match="onnxruntime"):
         phi_runtime.load(bundle, backend="llama.cpp")
     for context in (0, 321):
@@ -98,7 +101,7 @@ def test_unreasonable_requests(bundle):
             phi.logits([-1])
         with pytest.raises(ContextError, match="17 tokens"):
             phi.generate([5] * 17)
-        for bad in ({"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_k": -1}):
+        for bad in ({"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_k": -1}, {"seed": -1}):
             with pytest.raises(UsageError):
                 phi.generate([5], **bad)
         assert phi.generate([5] * 16, max_tokens=5).stop == "context"

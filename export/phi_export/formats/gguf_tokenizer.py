@@ -36,6 +36,9 @@ def tokenizer_metadata(checkpoint: Checkpoint) -> Metadata:
         _check(path, added["content"], added["id"], size)
         tokens[added["id"]] = added["content"]
         types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
+    twice = next((t for i, t in enumerate(tokens) if t in tokens[:i]), None) if len(set(tokens)) < size else None
+    if twice is not None:
+        raise CheckpointError(f"{path}: the token {twice!r} is there twice; mend the tokenizer before exporting")
     unknown = model.get("unk_token")
     if unknown in tokens:
         types[tokens.index(unknown)] = _UNKNOWN
@@ -58,8 +61,9 @@ def tokenizer_metadata(checkpoint: Checkpoint) -> Metadata:
     if settings.is_file():
         config = read_json(settings)
         metadata["tokenizer.ggml.add_bos_token"] = (Kind.BOOL, bool(config.get("add_bos_token", False)))
-        if isinstance(config.get("chat_template"), str):
-            metadata["tokenizer.chat_template"] = (Kind.STRING, config["chat_template"])
+        template = config.get("chat_template")
+        if isinstance(template, str):
+            metadata["tokenizer.chat_template"] = (Kind.STRING, template.encode(errors="replace").decode())
     return metadata
 
 
@@ -80,6 +84,8 @@ def _scores(path: Path, model: dict[str, Any], tokens: list[str]) -> list[float]
 def _check(path: Path, token: object, i: object, size: int) -> None:
     if not isinstance(token, str) or not isinstance(i, int) or not 0 <= i < size:
         raise CheckpointError(f"{path}: token {token!r} has id {i!r}, the embedding has {size} rows")
+    if "\0" in token or not token:
+        raise CheckpointError(f"{path}: token {token!r} is empty or holds a NUL, which llama.cpp cannot carry")
 
 
 def _prepends_space(raw: dict[str, Any]) -> bool:

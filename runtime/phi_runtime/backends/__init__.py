@@ -17,6 +17,8 @@ from phi_runtime.bundle import Manifest
 from phi_runtime.engine import Backend
 from phi_runtime.errors import ContextError, UsageError
 
+_MAX_THREADS = 512  # engines die of absurd numbers
+
 Opener = Callable[[Path, Manifest, int, int], Backend]
 
 
@@ -68,8 +70,8 @@ def open_backend(
         raise UsageError(f"backend {name!r} does not run {manifest.format} here; choose from {', '.join(openers)}")
     if context is not None and not 0 < context <= manifest.context:
         raise ContextError(f"context {context} is not between 1 and the bundle's {manifest.context}")
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads {threads} is less than 1")
+    if threads is not None and not 1 <= threads <= _MAX_THREADS:
+        raise UsageError(f"threads {threads} is not between 1 and {_MAX_THREADS}")
     opener = openers[name or next(iter(openers))]
     return opener(folder / manifest.artifact, manifest, context or manifest.context, threads or cores())
 
