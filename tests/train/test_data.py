@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 
@@ -89,6 +91,16 @@ def test_batches_depend_on_the_step_alone_and_cover_an_epoch(data):
     every = np.stack([data.window(i, 64) for i in range(count)])
     assert np.array_equal(np.sort(seen, axis=0), np.sort(every, axis=0))
     assert not np.array_equal(seen, every)
+
+
+def test_the_same_corpus_gives_the_same_tokenizer(tmp_path, corpus):
+    rare = shutil.copytree(corpus, tmp_path / "corpus")
+    # More characters than get a token of their own, equally rare: which ones do must not be chance.
+    (rare / "rare.txt").write_text("".join(chr(0x4E00 + i) for i in range(500)))
+    for n in (1, 2, 3):
+        train_tokenizer(str(rare), 768, tmp_path / str(n))
+    first, *others = ((tmp_path / str(n) / "tokenizer.json").read_bytes() for n in (1, 2, 3))
+    assert all(o == first for o in others)
 
 
 def test_a_vocabulary_too_small_is_refused(tmp_path, corpus):

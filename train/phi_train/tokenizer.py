@@ -5,7 +5,7 @@ normalizer and decoder, so what handles one handles the other.
 """
 
 import json
-from collections.abc import Iterable
+from collections import Counter
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -17,6 +17,7 @@ from phi_train.corpus import documents
 _SPACE = "\u2581"
 _UNKNOWN = "<unk>"
 _LEADING = (_UNKNOWN, "<s>", "</s>")
+_ALPHABET = 200  # characters with a token of their own; rarer ones fall back to bytes
 END_OF_TEXT = "<|endoftext|>"
 # In phi-3-mini's order, ids 32000 to 32010.
 CHAT_TOKENS = (
@@ -56,7 +57,7 @@ def train_tokenizer(corpus: str, vocab_size: int, out: Path) -> None:
         raise UsageError(f"vocab_size {vocab_size} is too small; {vocab_size - learnt + 256} is the least")
     if out.exists():
         raise OutputExistsError(f"{out}: exists already; choose another --out")
-    texts = (d.text for d in documents(corpus) if not d.held_out)
+    texts = [d.text for d in documents(corpus) if not d.held_out]
     tokenizer = build_tokenizer(_learn(texts, learnt))
     found = tokenizer.get_vocab_size(with_added_tokens=True)
     if found != vocab_size:
@@ -67,15 +68,19 @@ def train_tokenizer(corpus: str, vocab_size: int, out: Path) -> None:
         (stage / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def _learn(texts: Iterable[str], count: int) -> list[str]:
+def _learn(texts: list[str], count: int) -> list[str]:
     """The `count` most useful pieces, single characters first, in the order in which they are to merge:
     that in which BPE finds them, but runs of spaces last, so that a word takes its space first.
     """
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Replace(" ", _SPACE)
     learner.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECES), "isolated")
-    # 200 characters cover the corpus but for rare symbols, which fall back to bytes.
-    trainer = trainers.BpeTrainer(vocab_size=count, limit_alphabet=200, show_progress=False)
+    # The trainer would break ties between rare characters differently in every run, so they are chosen here.
+    counts = Counter(character for text in texts for character in text.replace(" ", _SPACE))
+    alphabet = sorted(counts, key=lambda c: (-counts[c], c))[:_ALPHABET]
+    trainer = trainers.BpeTrainer(
+        vocab_size=count, initial_alphabet=alphabet, limit_alphabet=len(alphabet), show_progress=False
+    )
     learner.train_from_iterator(texts, trainer)
     vocab = learner.get_vocab()
     return sorted(vocab, key=lambda piece: (len(piece) > 1 and not piece.strip(_SPACE), vocab[piece]))
