@@ -64,7 +64,7 @@ def picture(report: Report) -> str:
     losses = {r.format: 1000 * (r.kld_mean or 0) for r in report.results}
     for place, title, values, unit in (
         (0, "bytes on disk, MB", sizes, "{:.2f}"),
-        (1, "KL divergence from the checkpoint, thousandths of a nat", losses, "{:.2f}"),
+        (1, "KL divergence, thousandths of a nat", losses, "{:.2f}"),
     ):
         axes = figure.add_axes((0.1 + 0.5 * place, 0.02, 0.38, 0.8))
         drawn = axes.barh(list(values), list(values.values()), color=[COLOURS[k] for k in values], height=0.62)
