@@ -26,7 +26,7 @@ demo: env $(DEMO)/report.html
 
 $(DEMO)/tokenizer/tokenizer.json: | env
 	@echo "==> 1/6 a tokenizer, learned from the standard library: seconds"
-	$(BIN)/phi-train tokenizer --corpus stdlib --vocab-size 4096 --out $(DEMO)/tokenizer
+	$(BIN)/phi-train tokenizer --corpus stdlib --out $(DEMO)/tokenizer
 
 $(DEMO)/shards/shards.json: | $(DEMO)/tokenizer/tokenizer.json
 	@echo "==> 2/6 the standard library as tokens, some files held out: seconds"

@@ -17,6 +17,7 @@ U8 = npt.NDArray[np.uint8]
 F16 = npt.NDArray[np.float16]
 
 BLOCK = 32
+Q4_0_BYTES = 2 + BLOCK // 2  # of a block in GGUF: its scale, then two codes a byte
 _PIECE = 1 << 20  # weights rounded at a time; bounds the memory
 # Tried as scales, in units of the one that just reaches a block's largest weight. Clipping it a
 # little often costs less than a coarser grid for the other 31.
@@ -130,4 +131,4 @@ def pack_q4_0(q: Int4) -> U8:
     blocks = q.codes.reshape(rows, -1, 2, BLOCK // 2)
     halves = blocks[:, :, 0] | (blocks[:, :, 1] << 4)
     scales = q.scales.view(np.uint8).reshape(rows, -1, 2)
-    return np.concatenate([scales, halves], axis=2).reshape(rows, columns // BLOCK * 18)
+    return np.concatenate([scales, halves], axis=2).reshape(rows, columns // BLOCK * Q4_0_BYTES)

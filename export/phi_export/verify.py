@@ -21,6 +21,7 @@ import numpy as np
 
 from phi_export.compare import Agreement, windows
 from phi_export.formats import get_format
+from phi_export.quantize import BLOCK
 from phi_runtime.backends import open_backend
 from phi_runtime.backends.reference import ReadTensor, ReferenceBackend
 from phi_runtime.bundle import Manifest, Parity, check_files, find_bundle, read_manifest
@@ -223,8 +224,8 @@ def _check_weights(read: ReadTensor, checkpoint: Checkpoint, progress: Progress)
 
 
 def _block_errors(stored: F32, original: F32) -> F32:
-    """Squared error of each run of 32 weights relative to its energy; runs of next to nothing count for nothing."""
-    a, b = stored.reshape(-1, 32), original.reshape(-1, 32)
+    """Squared error of each block of weights relative to its energy; blocks of next to nothing count for nothing."""
+    a, b = stored.reshape(-1, BLOCK), original.reshape(-1, BLOCK)
     energy = np.square(b).sum(axis=1)
     floor = 1e-6 * float(energy.mean()) + 1e-30
     errors: F32 = np.square(a - b).sum(axis=1) / (energy + floor)

@@ -1,5 +1,7 @@
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from support import run
@@ -56,6 +58,17 @@ def test_every_bundle_has_every_figure(report, bundles):
         assert r["perplexity"] == pytest.approx(content["checkpoint"]["perplexity"], rel=0.1)
         assert r["decode_tps"] > 1
     assert content["settings"]["quality_tokens"] == 600
+
+
+def test_peak_memory_is_the_workers_own(bundles):
+    """Linux hands a new program its parent's peak; a fat parent must not show in the figure."""
+    program = (
+        "import subprocess, sys; ballast = bytearray(b'x') * 600_000_000; "
+        "sys.exit(subprocess.run([sys.executable, '-m', 'phi_bench.worker', *sys.argv[1:]]).returncode)"
+    )
+    command = [sys.executable, "-c", program, bundles / "onnx", "onnxruntime", "20", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["peak_rss_bytes"] < 400e6
 
 
 def test_the_page_stands_alone(report):

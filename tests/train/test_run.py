@@ -3,11 +3,17 @@ import resource
 import signal
 import subprocess
 import time
+from collections import Counter
 
+import numpy as np
 import pytest
 from support import SCRIPTS, run, settings
 
+from phi_runtime.backends.reference import ReferenceBackend
+from phi_runtime.checkpoint import open_checkpoint
 from phi_runtime.files import sha256
+from phi_runtime.sampler import log_softmax
+from phi_train.data import open_data
 
 
 def test_the_model_learned(checkpoint):
@@ -16,6 +22,23 @@ def test_the_model_learned(checkpoint):
     assert summary["final_loss"] < summary["unigram_loss"] - 0.5
     log = [json.loads(line) for line in (checkpoint / "training" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(1, 151))
+
+
+def test_its_losses_are_what_a_count_and_the_reference_find(checkpoint):
+    """The two figures that say what was learned, each computed another way."""
+    summary = json.loads((checkpoint / "training" / "summary.json").read_text())
+    data = open_data(checkpoint / "training" / "shards")
+    rows = data.heldout_windows(160, 8)
+    counts = Counter(np.concatenate(data.shards).tolist())
+    total = sum(counts.values()) + data.vocab_size
+    unigram = -np.mean([np.log((counts[t] + 1) / total) for t in rows[:, 1:].ravel().tolist()])
+    assert summary["unigram_loss"] == pytest.approx(unigram, abs=1e-6)
+    opened = open_checkpoint(checkpoint)
+    losses = []
+    for row in rows.tolist():
+        log_p = log_softmax(ReferenceBackend(opened.config, opened.read).forward(row[:-1], every=True))
+        losses.append(-log_p[np.arange(len(row) - 1), row[1:]].mean())
+    assert summary["final_loss"] == pytest.approx(np.mean(losses), abs=0.02)  # bfloat16 against float32
 
 
 def test_a_second_run_does_no_work_twice(checkpoint, corpus):

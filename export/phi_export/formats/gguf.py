@@ -11,7 +11,7 @@ from typing import BinaryIO
 from phi_export.formats import Plan, Progress, plan_int4
 from phi_export.formats.gguf_tokenizer import tokenizer_metadata
 from phi_export.formats.gguf_values import Kind, Metadata, encode, encode_string
-from phi_export.quantize import finite, pack_q4_0, quantize
+from phi_export.quantize import Q4_0_BYTES, finite, pack_q4_0, quantize
 from phi_runtime.backends.reference import ReadTensor, round_int8
 from phi_runtime.checkpoint import F32, Checkpoint
 from phi_runtime.config import Phi3Config
@@ -20,7 +20,6 @@ from phi_runtime.errors import BundleError, MissingExtraError
 ARTIFACT = "model.gguf"
 _ALIGN = 32
 _F32, _Q4_0 = 0, 2  # ggml_type
-_Q4_0_BYTES = 18  # of a block
 _FILE_TYPE_Q4_0 = 2  # llama_ftype: mostly Q4_0
 
 _LAYER_NAMES = {
@@ -50,7 +49,7 @@ ROUNDING_MARGIN = 2
 
 def plan(config: Phi3Config) -> Plan:
     """Matrices as Q4_0, norms as F32."""
-    return plan_int4(config, "Q4_0", _Q4_0_BYTES, "F32")
+    return plan_int4(config, "Q4_0", Q4_0_BYTES, "F32")
 
 
 def context(config: Phi3Config) -> int:
