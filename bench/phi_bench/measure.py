@@ -16,10 +16,10 @@ from phi_bench.worker import Speed
 from phi_export.compare import Agreement, windows
 from phi_export.verify import WINDOW, sample_tokens
 from phi_runtime.backends import BACKENDS, cores
-from phi_runtime.backends.reference import ReferenceBackend
+from phi_runtime.backends.reference import Reference
 from phi_runtime.bundle import Manifest, find_bundle, read_manifest
 from phi_runtime.checkpoint import Checkpoint, open_checkpoint
-from phi_runtime.config import read_json
+from phi_runtime.config import num_parameters, read_json
 from phi_runtime.errors import BundleError, UsageError
 
 PROMPTS = (
@@ -132,7 +132,7 @@ def quality(subjects: list[Subject], checkpoint: Checkpoint, tokens: list[int], 
     length = min(WINDOW, *(m.context for m in models))
     for i, piece in enumerate(windows(tokens, length)):
         progress(f"quality, tokens {i * length} to {i * length + len(piece)} of {len(tokens)}")
-        exact = ReferenceBackend(checkpoint.config, checkpoint.read, len(piece)).forward(piece, True)
+        exact = Reference(checkpoint.config.decoder(), checkpoint.read, 0).forward(piece, True)[0]
         for model, agreement in zip(models, agreements, strict=True):
             agreement.add(exact, model.logits(piece), piece[1:])
     for model in models:
@@ -208,9 +208,9 @@ def _describe(checkpoint: Checkpoint | None, agreement: Agreement | None) -> dic
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     return {
         "name": read_json(recipe)["name"] if recipe.is_file() else checkpoint.folder.resolve().name,
-        "parameters": checkpoint.config.num_parameters(),
+        "parameters": num_parameters(checkpoint.config),
         "file_bytes": sum(f.stat().st_size for f in checkpoint.folder.iterdir() if f.is_file()),
-        "bits_per_weight": 8 * sum(t.nbytes for t in checkpoint.tensors.values()) / checkpoint.config.num_parameters(),
+        "bits_per_weight": 8 * sum(t.nbytes for t in checkpoint.tensors.values()) / num_parameters(checkpoint.config),
         "perplexity": agreement.perplexity_p if agreement else None,
         "training": read_json(training / "summary.json") if (training / "summary.json").is_file() else None,
         "loss": [[line["step"], line["loss"]] for line in lines],

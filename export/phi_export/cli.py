@@ -1,12 +1,15 @@
 """`phi-export`."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import NoReturn
 
 from phi_runtime.bundle import FORMATS
 from phi_runtime.cli import parser, positive, run
 from phi_runtime.errors import UsageError, missing_extra
+
+PREFERENCES = ("quality", "speed")
 
 
 def main() -> NoReturn:
@@ -17,27 +20,44 @@ def main() -> NoReturn:
 def _main(argv: list[str]) -> None:
     if argv[:1] == ["verify"]:
         _verify(argv[1:])
+    elif argv[:1] == ["calibrate-speed"]:
+        _calibrate_speed(argv[1:])
     else:
         _export(argv)
 
 
 def _export(argv: list[str]) -> None:
-    p = parser("phi-export", "Export a Phi checkpoint to 4-bit bundles, each verified against it.")
+    p = parser("phi-export", "Export a Phi checkpoint to 4-bit-class bundles, each verified against it.")
     p.usage = (
-        "phi-export --int4 CKPT --out DIR [--format gguf,onnx,coreml] [--dry-run] [--force]\n"
-        "       phi-export verify BUNDLE --against CKPT [--text FILE] [--tokens N]"
+        "phi-export (--int4 | --memory SIZE) CKPT --out DIR [--format gguf,onnx,coreml] [--dry-run] [--force]\n"
+        "       phi-export verify BUNDLE --against CKPT [--text FILE] [--tokens N]\n"
+        "       phi-export calibrate-speed [--threads N]"
     )
     p.add_argument("checkpoint", metavar="CKPT", help="a Hugging Face model folder")
     p.add_argument("--int4", action="store_true", help="4-bit weights, embedding and head included")
+    p.add_argument("--memory", metavar="SIZE", help="the best mix of types whose files fit, e.g. 1.8GB or 1.8GiB")
+    p.add_argument(
+        "--prefer",
+        choices=PREFERENCES,
+        help="what the mix is chosen for; speed: only types that decode as fast as 4 bits do (default: quality)",
+    )
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for the bundles: DIR/gguf, DIR/onnx, DIR/coreml")
     p.add_argument("--format", default=",".join(FORMATS), help="formats, comma-separated (default %(default)s)")
+    p.add_argument("--profile", help="onnx: fp32 or fp16 activations; coreml: gpu or ane (default: the first)")
+    p.add_argument("--context", type=positive, metavar="N", help="tokens of context: Core ML's cache, the ledger's memory")
+    p.add_argument("--split-qkv", action="store_true", help="gguf: queries, keys and values as tensors of their own")
+    p.add_argument("--tokens", type=positive, metavar="N", help="tokens to verify over (default: a sample)")
+    p.add_argument("--threads", type=positive, metavar="N", help="threads (default: one per core)")
     p.add_argument("--dry-run", action="store_true", help="print the ledger of bytes and write nothing")
     p.add_argument("--force", action="store_true", help="replace bundles that are in DIR already")
     args = p.parse_args(argv)
-    if not args.int4:
-        raise UsageError("say how to quantise: --int4 is the one dial there is")
+    if args.int4 == (args.memory is not None):
+        raise UsageError("say how to quantise: either --int4, or --memory SIZE for the best mix that fits")
+    if args.prefer and args.memory is None:
+        raise UsageError("--prefer chooses among mixes, so it goes with --memory SIZE")
     if not args.out and not args.dry_run:
         raise UsageError("say where the bundles go: --out DIR")
+    memory = parse_size(args.memory) if args.memory is not None else None
     formats = tuple(dict.fromkeys(f.strip() for f in args.format.split(",")))
 
     from phi_runtime.checkpoint import open_checkpoint
@@ -45,19 +65,40 @@ def _export(argv: list[str]) -> None:
     try:
         from phi_export import show
         from phi_export.export import export, plan
-        from phi_export.formats import get_format
+        from phi_export.formats import Options, get_format
+        from phi_export.plan import Ceiling
     except ImportError as e:
         raise missing_extra(e, "export") from None
     for name in formats:
         get_format(name)
+    if args.profile and len(formats) > 1:
+        raise UsageError("--profile belongs to one format: say which with --format")
+    if args.split_qkv and formats != ("gguf",):
+        raise UsageError("--split-qkv is gguf's: say --format gguf")
+    options = Options(args.profile, args.context, args.split_qkv)
+    ceiling = None if memory is None else Ceiling(memory, args.prefer or "quality")
     if args.dry_run:
         checkpoint = open_checkpoint(args.checkpoint)
-        for planned in plan(checkpoint, formats):
+        for planned in plan(checkpoint, formats, ceiling, options):
             show.ledger(checkpoint, planned)
+            if ceiling is not None:
+                both = [plan(checkpoint, (planned.format,), Ceiling(ceiling.memory, p), options) for p in PREFERENCES]
+                show.trade(both[0][0], both[1][0])
         return
     with show.export_progress() as progress:
-        bundles = export(args.checkpoint, args.out, formats, args.force, progress)
+        bundles = export(
+            args.checkpoint, args.out, formats, args.force, progress, ceiling, options, args.tokens, args.threads
+        )
     show.exported(bundles)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size with its unit: MB and GB are powers of ten, MiB and GiB powers of two. Raises UsageError."""
+    units = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    if found is None or found[2] not in units or not float(found[1]) > 0:
+        raise UsageError(f"--memory {text!r}: give a number and its unit, {', '.join(units)}; for example 1.8GB or 1.8GiB")
+    return int(float(found[1]) * units[found[2]])
 
 
 def _verify(argv: list[str]) -> None:
@@ -86,3 +127,20 @@ def _verify(argv: list[str]) -> None:
         outcome = verify(args.bundle, checkpoint, tokens, progress)
     show.verified(args.bundle, outcome)
     outcome.require(args.bundle)
+
+
+def _calibrate_speed(argv: list[str]) -> None:
+    p = argparse.ArgumentParser(
+        "phi-export calibrate-speed", description="Measure how fast each type decodes here; takes a minute or two."
+    )
+    p.add_argument("--threads", type=positive, metavar="N", help="threads (default: one per core)")
+    p.add_argument("--out", type=Path, metavar="FILE", help="where to write the table (default: where plans look for it)")
+    args = p.parse_args(argv)
+    try:
+        from phi_export import show
+        from phi_export.calibrate import calibrate_speed
+    except ImportError as e:
+        raise missing_extra(e, "export") from None
+    with show.spinner("measuring") as progress:
+        path, table = calibrate_speed(args.out, args.threads, progress)
+    show.speeds(path, table)

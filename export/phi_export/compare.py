@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from phi_runtime.checkpoint import F32
+from phi_runtime.decoder import F32
 from phi_runtime.sampler import log_softmax
 
 

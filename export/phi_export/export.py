@@ -1,19 +1,27 @@
 """The pipeline: read, plan, quantize and write, verify; then, and only then, rename into place."""
 
+import hashlib
+import json
 import re
 import shutil
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from phi_export.formats import Plan, get_format
+from phi_export.formats import Options, get_format
+from phi_export.plan import Ceiling, Planned, plan_int4, plan_memory
+from phi_export.speed import load_speeds
+from phi_export.stream import Stream
 from phi_export.verify import COMPANIONS, sample_tokens, verify_manifest
+from phi_runtime import __version__
+from phi_runtime.backends import cores
 from phi_runtime.bundle import MANIFEST, Manifest, Parity, Source, list_files, write_manifest
 from phi_runtime.checkpoint import Checkpoint, open_checkpoint, stop_tokens
 from phi_runtime.config import read_json
-from phi_runtime.errors import CheckpointError, MissingExtraError, OutputExistsError
-from phi_runtime.files import folder_beside, replace_folder, sha256
+from phi_runtime.errors import CheckpointError, MissingExtraError, OutputExistsError, PhiError
+from phi_runtime.files import replace_folder, resumable_folder, sha256
 from phi_runtime.tokenizer import Tokenizer
 
 # Told (format, what is being done, done so far, of how many).
@@ -21,32 +29,33 @@ Progress = Callable[[str, str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Planned:
-    """What an export will write in one format."""
-
-    format: str
-    plan: Plan
-    context: int
-
-
-@dataclass(frozen=True)
 class Exported:
-    """A bundle that was written and verified."""
+    """A bundle that was written and verified, and how long either took."""
 
     folder: Path
     manifest: Manifest
     parity: Parity
+    write_s: float
+    verify_s: float
 
 
-def plan(checkpoint: Checkpoint, formats: tuple[str, ...]) -> list[Planned]:
+def plan(
+    checkpoint: Checkpoint, formats: tuple[str, ...], ceiling: Ceiling | None = None, options: Options | None = None
+) -> list[Planned]:
     """How each format will store each tensor, from the headers alone.
 
-    Raises UsageError for an unknown format, UnsupportedError for a model it cannot carry.
+    Raises UsageError for an unknown format or a ceiling that cannot be met, UnsupportedError for a model or a
+    width that a format cannot carry.
     """
+    options = options or Options()
     planned = []
     for name in formats:
         module = get_format(name)
-        planned.append(Planned(name, module.plan(checkpoint.config), module.context(checkpoint.config)))
+        module.check(checkpoint.config, options)
+        if ceiling is None:
+            planned.append(plan_int4(name, module, checkpoint, options))
+        else:
+            planned.append(plan_memory(name, module, checkpoint, options, ceiling, load_speeds(module.ENGINE)))
     return planned
 
 
@@ -56,26 +65,34 @@ def export(
     formats: tuple[str, ...],
     force: bool = False,
     progress: Progress = lambda *_: None,
+    ceiling: Ceiling | None = None,
+    options: Options | None = None,
+    tokens: int | None = None,
+    threads: int | None = None,
 ) -> list[Exported]:
-    """Write `out`/FORMAT for each format, verified against the checkpoint.
+    """Write `out`/FORMAT for each format, verified against the checkpoint over `tokens` tokens.
 
     A new `out` appears at once, with all formats in it, or not at all. `force` replaces the bundles
-    that are there, each at once, after all were verified. Raises the errors of `open_checkpoint` and
-    `plan`, OutputExistsError, MissingExtraError, VerificationError.
+    that are there, each at once, after all were verified. An export that was interrupted goes on at the tensor
+    where it stopped. Raises the errors of `open_checkpoint` and `plan`, OutputExistsError, MissingExtraError,
+    VerificationError.
     """
     out = Path(out)
     check_runtimes(formats)
     source = open_checkpoint(checkpoint)
-    planned = plan(source, formats)
+    planned = plan(source, formats, ceiling, options)
     _check_tokenizer(source)
     _check_output(out, formats, force)
-    described = _describe_source(source)
-    stops = stop_tokens(source)
-    tokens = sample_tokens(source)
+    sample = sample_tokens(source, None, tokens)
+    job = _Job(source, stop_tokens(source), sample, threads or cores(), progress)
     bundles = []
-    with folder_beside(out) as stage:
+    with resumable_folder(out, _key(source, planned)) as stage:
         for p in planned:
-            bundles.append(_bundle(source, p, stage / p.format, described, stops, tokens, progress))
+            written = job.bundle(p, stage / p.format)
+            size = written.manifest.file_bytes() + (stage / p.format / MANIFEST).stat().st_size
+            if ceiling is not None and size > ceiling.memory:
+                raise PhiError(f"{p.format}: took {size:,} bytes, more than the ceiling; please report this as a bug")
+            bundles.append(written)
         if out.exists():
             for p in planned:
                 replace_folder(stage / p.format, out / p.format)
@@ -84,51 +101,66 @@ def export(
     return [replace(b, folder=out / b.folder.name) for b in bundles]
 
 
-def _bundle(
-    source: Checkpoint,
-    planned: Planned,
-    folder: Path,
-    described: Source,
-    stops: tuple[int, ...],
-    tokens: list[int],
-    progress: Progress,
-) -> Exported:
-    folder.mkdir()
-    module = get_format(planned.format)
-    done = 0
-    total = len(planned.plan)
+@dataclass(frozen=True)
+class _Job:
+    """What the bundles of one export share."""
 
-    def wrote(name: str) -> None:
-        nonlocal done
-        done += 1
-        progress(planned.format, f"writing {name}", done, 2 * total)
+    source: Checkpoint
+    stops: tuple[int, ...]
+    sample: list[int]
+    threads: int
+    progress: Progress
 
-    def verified(what: str) -> None:
-        nonlocal done
-        done = min(done + 1, 2 * total)
-        progress(planned.format, f"verifying {what}", done, 2 * total)
+    def bundle(self, planned: Planned, folder: Path) -> Exported:
+        """Write one bundle, what an earlier run left of it included, and verify it."""
+        folder.mkdir(exist_ok=True)
+        module = get_format(planned.format)
+        steps = 2 * len(planned.plan)
+        done = 0
 
-    module.write(source, planned.plan, folder, wrote)
-    for name in COMPANIONS:
-        if (source.folder / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(source.folder / name, folder / name)
-    manifest = Manifest(
-        format=planned.format,
-        artifact=module.ARTIFACT,
-        source=described,
-        architecture=source.config.to_json(),
-        context=planned.context,
-        window=source.config.sliding_window,
-        stop_tokens=stops,
-        chat=None,
-        quantization=planned.plan,
-        files=list_files(folder),
-    )
-    parity = verify_manifest(folder, manifest, source, tokens, verified).require(Path(planned.format))
-    manifest = replace(manifest, parity=parity)
-    write_manifest(folder, manifest)
-    progress(planned.format, "done", 2 * total, 2 * total)
-    return Exported(folder, manifest, parity)
+        def step(what: str) -> None:
+            nonlocal done
+            done = min(done + 1, steps)
+            self.progress(planned.format, what, done, steps)
+
+        began = time.perf_counter()
+        stream = Stream(folder, self.threads, lambda name: step(f"writing {name}"))
+        module.write(self.source, planned.plan, planned.options, folder, stream)
+        stream.close()
+        for name in COMPANIONS:
+            if (self.source.folder / name).is_file():
+                shutil.copyfile(self.source.folder / name, folder / name)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        manifest = Manifest(
+            format=planned.format,
+            artifact=module.artifact(folder),
+            source=_describe_source(self.source),
+            architecture=self.source.config.to_json(),
+            context=planned.context,
+            window=self.source.config.sliding_window,
+            stop_tokens=self.stops,
+            chat=None,
+            quantization=planned.plan,
+            files=list_files(folder),
+            options=asdict(planned.options),
+        )
+        wrote = time.perf_counter()
+        outcome = verify_manifest(
+            folder, manifest, self.source, self.sample, lambda what: step(f"verifying {what}"), written_now=True
+        )
+        parity = outcome.require(Path(planned.format))
+        manifest = replace(manifest, parity=parity)
+        write_manifest(folder, manifest)
+        self.progress(planned.format, "done", steps, steps)
+        return Exported(folder, manifest, parity, wrote - began, time.perf_counter() - wrote)
+
+
+def _key(checkpoint: Checkpoint, planned: list[Planned]) -> str:
+    """A digest of all that decides the bytes; files count by size and time, so that it takes no reading."""
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(checkpoint.folder.iterdir()) if f.is_file()]
+    plans = [(p.format, asdict(p.options), {n: q.type for n, q in p.plan.items()}) for p in planned]
+    said = json.dumps([__version__, str(checkpoint.folder.resolve()), files, plans])
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def _describe_source(checkpoint: Checkpoint) -> Source:

@@ -4,13 +4,14 @@ Only what our graphs need. Every output's type is declared as it is built, as MI
 reference interpreter holds each op's real result to it.
 """
 
+import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from phi_runtime.mil.blob import ALIGN, BLOB_TYPES, ENTRY_HEAD, FILE_HEAD, SENTINEL, VERSION
+from phi_export.stream import PlacedFile, align
+from phi_runtime.mil.blob import ALIGN, BITS, BLOB_TYPES, ENTRY_HEAD, FILE_HEAD, SENTINEL, VERSION
 from phi_runtime.mil.schema import BLOB_FILE, DATA_TYPES, OPSET, messages
 
 Shape = tuple[int, ...]
@@ -27,38 +28,42 @@ class Var:
 
 @dataclass(frozen=True)
 class Weight:
-    """An entry of the weight file."""
+    """An entry of the weight file; its content begins at `place`."""
 
     offset: int
     dtype: str
     shape: Shape
 
+    @property
+    def place(self) -> int:
+        """Where the content begins."""
+        return self.offset + ENTRY_HEAD.size
 
-class BlobWriter:
-    """Appends entries to a weight file; the count in its head is set when it is closed."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the content."""
+        return (math.prod(self.shape) * BITS[self.dtype] + 7) // 8
 
-    def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115, closed by __exit__
-        self._file.write(FILE_HEAD.pack(0, VERSION))
-        self._count = 0
 
-    def __enter__(self) -> "BlobWriter":
-        return self
+class BlobLayout:
+    """Places of the entries of a weight file, known before any of them is written."""
 
-    def __exit__(self, *exc: object) -> None:
-        self._file.seek(0)
-        self._file.write(FILE_HEAD.pack(self._count, VERSION))
-        self._file.close()
+    def __init__(self) -> None:
+        self.entries: list[Weight] = []
+        self.size = FILE_HEAD.size
 
-    def add(self, array: np.ndarray, dtype: str, shape: Shape) -> Weight:
-        """Append an entry; int4 comes packed, two to a byte."""
-        self._file.write(bytes(-self._file.tell() % ALIGN))
-        offset = self._file.tell()
-        data = np.ascontiguousarray(array).tobytes()
-        self._file.write(ENTRY_HEAD.pack(SENTINEL, BLOB_TYPES[dtype], len(data), offset + ENTRY_HEAD.size, 0))
-        self._file.write(data)
-        self._count += 1
-        return Weight(offset, dtype, shape)
+    def add(self, dtype: str, shape: Shape) -> Weight:
+        """Reserve an entry."""
+        weight = Weight(align(self.size, ALIGN), dtype, shape)
+        self.entries.append(weight)
+        self.size = weight.place + weight.nbytes
+        return weight
+
+    def write_heads(self, file: PlacedFile) -> None:
+        """Write all but the entries' content."""
+        file.write(0, FILE_HEAD.pack(len(self.entries), VERSION))
+        for e in self.entries:
+            file.write(e.offset, ENTRY_HEAD.pack(SENTINEL, BLOB_TYPES[e.dtype], e.nbytes, e.place, 0))
 
 
 def set_type(message: Any, dtype: str, shape: Shape) -> None:
@@ -114,9 +119,16 @@ class FunctionBuilder:
         return self._constants[weight]
 
     def dequantize(self, data: Weight, scale: Weight) -> Var:
-        """`constexpr_blockwise_shift_scale`: int4 data times float16 scales, as a float16 constant."""
-        op, (var,) = self._operation("constexpr_blockwise_shift_scale", [("float16", data.shape)])
-        for key, entry in (("data", data), ("scale", scale)):
+        """`constexpr_blockwise_shift_scale`: signed integers times float16 scales, as a float16 constant."""
+        return self._constexpr("constexpr_blockwise_shift_scale", data.shape, data=data, scale=scale)
+
+    def look_up(self, indices: Weight, lut: Weight) -> Var:
+        """`constexpr_lut_to_dense`: entries [.., .., 2**bits, 1] of float16 tables, as a float16 constant."""
+        return self._constexpr("constexpr_lut_to_dense", indices.shape, indices=indices, lut=lut)
+
+    def _constexpr(self, kind: str, shape: Shape, **entries: Weight) -> Var:
+        op, (var,) = self._operation(kind, [("float16", shape)])
+        for key, entry in entries.items():
             value = op.inputs[key].arguments.add().value
             set_type(value.type, entry.dtype, entry.shape)
             value.blobFileValue.fileName, value.blobFileValue.offset = BLOB_FILE, entry.offset
@@ -134,7 +146,7 @@ class FunctionBuilder:
 
     def binary(self, kind: str, x: Var, y: Var) -> Var:
         """Element-wise with broadcasting; comparisons give bool."""
-        dtype = "bool" if kind in ("less_equal", "greater", "logical_and") else x.dtype
+        dtype = "bool" if kind in ("less_equal", "greater", "greater_equal", "logical_and") else x.dtype
         return self.op(kind, [(dtype, np.broadcast_shapes(x.shape, y.shape))], x=x, y=y)[0]
 
     def cast(self, x: Var, dtype: str) -> Var:
@@ -174,9 +186,10 @@ class FunctionBuilder:
         flags = {"transpose_x": self.const(False, "bool"), "transpose_y": self.const(transpose_y, "bool")}
         return self.op("matmul", [(x.dtype, shape)], x=x, y=y, **flags)[0]
 
-    def linear(self, x: Var, weight: Var) -> Var:
-        """x @ weight^T."""
-        return self.op("linear", [(x.dtype, (*x.shape[:-1], weight.shape[0]))], x=x, weight=weight)[0]
+    def linear(self, x: Var, weight: Var, bias: Var | None = None) -> Var:
+        """x @ weight^T + bias."""
+        extra = {} if bias is None else {"bias": bias}
+        return self.op("linear", [(x.dtype, (*x.shape[:-1], weight.shape[0]))], x=x, weight=weight, **extra)[0]
 
     def gather(self, x: Var, indices: Var) -> Var:
         """Rows of x by index."""

@@ -1,71 +1,36 @@
-"""Rounding weights to 4 bits: one set of codes and scales, which every format packs its own way.
+"""Rounding weights onto uniform grids and palettes, a piece of rows at a time.
 
-value = scale * (code - 8), code in 0..15, one float16 scale per block of `BLOCK` weights along a
-row. That grid is GGUF's Q4_0, MatMulNBits' symmetric int4 and Core ML's int4 alike, so the three
-bundles of one checkpoint hold the very same weights.
+Grid: value = scale * code, signed codes of `bits` bits, one float16 scale per block of weights along
+a row. That is MatMulNBits' symmetric grid and Core ML's per-block int4 alike. Palette: value =
+table[code], one float16 table per group of rows (Core ML). GGUF's grids are ggml's own (`ggml`).
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from phi_runtime.checkpoint import F32, Tensor
-from phi_runtime.errors import CheckpointError, UnsupportedError
+from phi_runtime.checkpoint import Tensor
+from phi_runtime.decoder import F32
+from phi_runtime.errors import CheckpointError
 
 U8 = npt.NDArray[np.uint8]
+I8 = npt.NDArray[np.int8]
 F16 = npt.NDArray[np.float16]
 
-BLOCK = 32
-Q4_0_BYTES = 2 + BLOCK // 2  # of a block in GGUF: its scale, then two codes a byte
-_PIECE = 1 << 20  # weights rounded at a time; bounds the memory
+_CACHED = 1 << 16  # weights worked on at a time, so that every step stays in the cache
 # Tried as scales, in units of the one that just reaches a block's largest weight. Clipping it a
-# little often costs less than a coarser grid for the other 31.
-_SHRINK = np.linspace(0.72, 1.04, 9, dtype=np.float32)
-
-
-@dataclass(frozen=True)
-class Int4:
-    """A quantised matrix: codes [rows, columns] of 0..15 and scales [rows, columns / BLOCK]."""
-
-    codes: U8
-    scales: F16
-
-    def dequantize(self) -> F32:
-        """The weights [rows, columns] that a runtime computes with."""
-        rows, columns = self.codes.shape
-        centred = self.codes.reshape(rows, -1, BLOCK).astype(np.float32) - 8
-        out: F32 = (centred * self.scales.astype(np.float32)[:, :, None]).reshape(rows, columns)
-        return out
-
-
-def check_quantizable(name: str, shape: tuple[int, ...]) -> None:
-    """Raise UnsupportedError unless the rows divide into whole blocks."""
-    if shape[-1] % BLOCK:
-        raise UnsupportedError(f"tensor {name} has rows of {shape[-1]} weights; int4 needs a multiple of {BLOCK}")
-
-
-def quantize(tensor: Tensor) -> Int4:
-    """Round a matrix to the nearest codes under the best scale per block (least squared error).
-
-    The matrix is read in pieces, so memory stays at its quantised size.
-    Raises CheckpointError for a weight that is not finite or beyond float16's range.
-    """
-    rows, columns = tensor.shape
-    codes = np.empty((rows, columns), np.uint8)
-    scales = np.empty((rows, columns // BLOCK), np.float16)
-    step = max(1, _PIECE // columns)
-    for start in range(0, rows, step):
-        piece = finite(tensor, start, start + step)
-        part = quantize_rows(piece)
-        codes[start : start + step], scales[start : start + step] = part.codes, part.scales
-    return Int4(codes, scales)
+# little often costs less than a coarser grid for the others; the coarser the grid, the sooner.
+_SHRINK = {8: (1.0,), 4: (1.0, 0.9, 0.8), 2: (1.0, 0.75, 0.55, 0.4)}
+_BINS = 2048  # of the histogram that palettes are fitted to
+_ROUNDS = 12  # of Lloyd's algorithm
 
 
 def finite(tensor: Tensor, start: int = 0, stop: int | None = None) -> F32:
-    """Rows of a tensor, refused where a value cannot be carried in float16."""
+    """Rows of a tensor, refused where a value cannot be carried in float16.
+
+    Raises CheckpointError.
+    """
     piece = tensor.read(start, stop)
-    largest = np.abs(piece).max(initial=0.0)
+    largest = max(float(piece.max(initial=0.0)), -float(piece.min(initial=0.0)))
     if not largest <= np.finfo(np.float16).max:  # also false for NaN
         raise CheckpointError(
             f"{tensor.path}: tensor {tensor.name} holds {'a NaN' if np.isnan(largest) else f'the value {largest:g}'}, "
@@ -74,61 +39,87 @@ def finite(tensor: Tensor, start: int = 0, stop: int | None = None) -> F32:
     return piece
 
 
-def quantize_rows(x: F32) -> Int4:
-    """Quantise finite rows [rows, columns], columns a multiple of BLOCK."""
+def round_rows(x: F32, bits: int, block: int) -> tuple[I8, F16]:
+    """Codes [rows, columns] and scales [rows, columns / block] of finite rows."""
     rows, columns = x.shape
-    blocks = x.reshape(-1, BLOCK)
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)
-    best_error = np.full((len(blocks), 1), np.inf, np.float32)
-    best_scale = np.zeros((len(blocks), 1), np.float32)
-    for shrink in _SHRINK:
-        # The largest weight goes to code 0, i.e. -8: the grid reaches one step further that way.
-        scale = _float16(largest * (shrink / -8))
-        centred = _round(blocks, scale)
-        # The scale that fits these codes best, then the codes anew under it.
-        weight = (centred * centred).sum(axis=1, keepdims=True)
-        fitted = _float16((blocks * centred).sum(axis=1, keepdims=True) / np.maximum(weight, 1))
-        for candidate in (scale, fitted):
-            error = np.square(blocks - candidate * _round(blocks, candidate)).sum(axis=1, keepdims=True)
-            better = error < best_error
-            best_error = np.where(better, error, best_error)
-            best_scale = np.where(better, candidate, best_scale)
-    codes = (_round(blocks, best_scale) + 8).astype(np.uint8)
-    return Int4(codes.reshape(rows, columns), best_scale.astype(np.float16).reshape(rows, -1))
+    codes, scales = np.empty(x.shape, np.int8), np.empty((rows, columns // block), np.float16)
+    step = max(1, _CACHED // columns)
+    for i in range(0, rows, step):
+        codes[i : i + step], scales[i : i + step] = _round_cached(x[i : i + step], bits, block)
+    return codes, scales
 
 
-def _round(blocks: F32, scale: F32) -> F32:
-    """Codes less 8, as float32; 0 where the scale is 0."""
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
-    return np.clip(np.rint(blocks * inverse), -8, 7)
+def _round_cached(x: F32, bits: int, block: int) -> tuple[I8, F16]:
+    blocks = x.reshape(-1, block)
+    low, high = -(1 << bits - 1), (1 << bits - 1) - 1
+    upper, lower = blocks.max(axis=1), blocks.min(axis=1)
+    # The largest weight goes to the lowest code: the grid reaches one step further that way.
+    reach = np.where(upper > -lower, upper, lower)
+    rounded = np.empty_like(blocks)
+    best, scale = np.zeros(len(blocks), np.float32), np.zeros(len(blocks), np.float32)
+    for shrink in _SHRINK[bits]:
+        _to_grid(blocks, reach * np.float32(shrink / low), low, high, rounded)
+        # Under the scale that fits these codes best, the error is |x|^2 less this gain.
+        dot = np.einsum("ij,ij->i", blocks, rounded)
+        norm = np.einsum("ij,ij->i", rounded, rounded)
+        fitted = np.divide(dot, norm, out=np.zeros_like(dot), where=norm > 0)
+        gain = dot * fitted
+        scale = np.where(gain > best, fitted, scale)
+        best = np.maximum(best, gain)
+    stored = scale.astype(np.float16)
+    _to_grid(blocks, stored.astype(np.float32), low, high, rounded)
+    return rounded.astype(np.int8).reshape(x.shape), stored.reshape(len(x), -1)
 
 
-def _float16(scale: F32) -> F32:
-    return scale.astype(np.float16).astype(np.float32)
+def _to_grid(blocks: F32, scale: F32, low: int, high: int, out: F32) -> None:
+    """Codes of each block under its scale into `out`; 0 where the scale is 0 or too small to divide by."""
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=np.abs(scale) > 1e-30)
+    np.multiply(blocks, inverse[:, None], out=out)
+    np.rint(out, out=out)
+    np.clip(out, low, high, out=out)
 
 
-def pack_pairs(codes: U8) -> U8:
-    """Neighbours share a byte, the first in the low half (ONNX, Core ML): [rows, columns / 2]."""
-    packed: U8 = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
-    return packed
+def dequantize_rows(codes: I8, scales: F16) -> F32:
+    """The weights [rows, columns] that a runtime computes with."""
+    rows, columns = codes.shape
+    blocks = codes.reshape(rows, scales.shape[1], -1).astype(np.float32)
+    blocks *= scales.astype(np.float32)[:, :, None]
+    return blocks.reshape(rows, columns)
 
 
-def pack_signed_pairs(codes: U8) -> U8:
-    """As `pack_pairs`, of the codes less 8 in two's complement (INT4 of ONNX and Core ML)."""
-    return pack_pairs(codes ^ np.uint8(8))
+def fit_palettes(x: F32, bits: int, group: int) -> tuple[U8, F16]:
+    """Codes [rows, columns] and tables [rows / group, 2**bits], rising, each fitted to its group of rows.
+
+    One-dimensional k-means by Lloyd's algorithm on a histogram of each group.
+    """
+    groups = -(-len(x) // group)
+    codes = np.empty(x.shape, np.uint8)
+    tables = np.empty((groups, 1 << bits), np.float16)
+    for g in range(groups):
+        rows = slice(g * group, (g + 1) * group)
+        tables[g], codes[rows] = _fit_palette(x[rows], 1 << bits)
+    return codes, tables
 
 
-def unpack_pairs(packed: U8) -> U8:
-    """The inverse of `pack_pairs`."""
-    out = np.empty((packed.shape[0], 2 * packed.shape[1]), np.uint8)
-    out[:, 0::2], out[:, 1::2] = packed & 15, packed >> 4
-    return out
-
-
-def pack_q4_0(q: Int4) -> U8:
-    """GGUF's Q4_0 rows: per block a float16 scale, then 16 bytes, weight j low and j + 16 high."""
-    rows, columns = q.codes.shape
-    blocks = q.codes.reshape(rows, -1, 2, BLOCK // 2)
-    halves = blocks[:, :, 0] | (blocks[:, :, 1] << 4)
-    scales = q.scales.view(np.uint8).reshape(rows, -1, 2)
-    return np.concatenate([scales, halves], axis=2).reshape(rows, columns // BLOCK * Q4_0_BYTES)
+def _fit_palette(x: F32, size: int) -> tuple[F16, U8]:
+    low, high = float(x.min()), float(x.max())
+    width = max((high - low) / _BINS, 1e-30)
+    bins = np.minimum(((x - np.float32(low)) * np.float32(1 / width)).astype(np.int32), _BINS - 1)
+    # Running sums of the counts and of the values: a cluster of bins [a, b) has the mean (M[b] - M[a]) / (N[b] - N[a]).
+    count = np.bincount(bins.reshape(-1), minlength=_BINS).astype(np.float64)
+    centre = low + width * (np.arange(_BINS) + 0.5)
+    N = np.concatenate([[0.0], np.cumsum(count)])
+    M = np.concatenate([[0.0], np.cumsum(count * centre)])
+    # Start where a cube-root density has equal shares: what is optimal for many levels (Panter and Dite, 1951).
+    share = np.cumsum(np.cbrt(count))
+    edges = np.searchsorted(share, share[-1] * np.arange(1, size) / size)
+    for _ in range(_ROUNDS):
+        cuts = np.concatenate([[0], edges, [_BINS]])
+        mass = np.diff(N[cuts])
+        middle = low + width * (cuts[:-1] + cuts[1:]) / 2  # of an empty cluster
+        means = np.divide(np.diff(M[cuts]), mass, out=middle, where=mass > 0)
+        halfway = (means[1:] + means[:-1]) / 2
+        edges = np.clip(np.ceil((halfway - low) / width - 0.5), 0, _BINS).astype(np.int64)
+    table = means.astype(np.float16)
+    code_of_bin = np.searchsorted(edges, np.arange(_BINS), side="right").astype(np.uint8)
+    return table, code_of_bin[bins]

@@ -9,13 +9,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from phi_export.export import Exported, Planned
+from phi_export.export import Exported
 from phi_export.export import Progress as ExportProgress
 from phi_export.formats import get_format
+from phi_export.plan import Planned, expected_loss
+from phi_export.speed import load_speeds
 from phi_export.verify import Verification
 from phi_runtime.bundle import TensorQuant
 from phi_runtime.checkpoint import Checkpoint
 
+# What a runtime takes beside weights and cache: activations of a chunk of the prompt, logits, itself.
+RUNTIME_BYTES = 150_000_000
 _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
 
@@ -28,25 +32,66 @@ def gb(count: int) -> str:
 
 
 def ledger(checkpoint: Checkpoint, planned: Planned) -> None:
-    """The table of `--dry-run`: what each group of tensors will take."""
-    total = sum(q.bytes for q in planned.plan.values())
-    weights = sum(q.weights for q in planned.plan.values())
-    table = Table(title=f"{planned.format}: {weights:,} weights", title_justify="left")
+    """The table of `--dry-run`: what each group of tensors will take, and what follows from it."""
+    module, plan = get_format(planned.format), planned.plan
+    total, weights = planned.weight_bytes, sum(q.weights for q in plan.values())
+    profile = f" ({planned.options.profile})" if planned.options.profile else ""
+    table = Table(title=f"{planned.format}{profile}: {weights:,} weights", title_justify="left")
     for column in ("tensors", "type", "bits/weight", "bytes", "share"):
         table.add_column(column, justify="left" if column in ("tensors", "type") else "right")
     groups: dict[tuple[str, str], list[TensorQuant]] = {}
-    for name, quant in planned.plan.items():
-        groups.setdefault((re.sub(r"\.\d+\.", ".*.", name), quant.type), []).append(quant)
+    for name, quant in plan.items():
+        groups.setdefault((_short(name), quant.type), []).append(quant)
     for (group, kind), quants in groups.items():
         size, count = sum(q.bytes for q in quants), sum(q.weights for q in quants)
-        table.add_row(group, kind, f"{8 * size / count:.3f}", f"{size:,}", f"{100 * size / total:.1f} %")
+        label = group if len(quants) == 1 else f"{len(quants)} x {group}"
+        table.add_row(label, kind, f"{8 * size / count:.3f}", f"{size:,}", f"{100 * size / total:.1f} %")
     table.add_section()
-    table.add_row("weights", "", f"{8 * total / weights:.3f}", f"{total:,}", gb(total))
+    table.add_row("weights", "", f"{8 * total / weights:.3f}", f"{total:,}", "")
+    table.add_row("beside them, at most", "", "", f"{planned.overhead:,}", "")
+    files = total + planned.overhead
+    table.add_row("files, at most", "", "", f"{files:,}", "")
     _out.print(table)
-    c = checkpoint.config
-    width = get_format(planned.format).KV_BYTES
-    per_1000 = 1000 * 2 * width * c.num_hidden_layers * c.kv_size
-    _out.print(f"KV cache, {8 * width} bit: {gb(per_1000)} per 1,000 tokens; context {planned.context:,} tokens")
+    _out.print(f"files: at most {gb(files)}")
+    decoder = checkpoint.config.decoder()
+    per_token = module.kv_bytes(decoder, planned.options)
+    context = min(planned.options.context or 4096, planned.context)
+    held = min(context, decoder.kv_positions() or context) if planned.format == "coreml" else context
+    _out.print(
+        f"KV cache: {gb(1000 * per_token)} per 1,000 tokens; the bundle's context is {planned.context:,} tokens. "
+        f"Predicted resident memory at {context:,} tokens: {gb(files + held * per_token + RUNTIME_BYTES)} "
+        "(files, cache and working buffers)"
+    )
+    _speed(planned)
+
+
+def _short(name: str) -> str:
+    """A tensor's name without what all of its kind share."""
+    return re.sub(r"^(model\.|transformer\.)?((layers|h)\.\d+\.)?|\.weight(?=$|:)", "", name)
+
+
+def _speed(planned: Planned) -> None:
+    speeds = load_speeds(get_format(planned.format).ENGINE)
+    ms = planned.milliseconds(speeds)
+    if ms is None:
+        _out.print(f"speed: {speeds.engine} was never measured with these types; run phi-export calibrate-speed")
+        return
+    _out.print(
+        f"predicted decoding: {ms:.1f} ms per token in its products, {1000 / ms:.1f} tokens/s at most "
+        f"({speeds.engine}, measured on {speeds.machine})"
+    )
+
+
+def trade(chosen: Planned, fast: Planned) -> None:
+    """What the fastest mix under the same ceiling would give instead."""
+    speeds = load_speeds(get_format(chosen.format).ENGINE)
+    ours, theirs = chosen.milliseconds(speeds), fast.milliseconds(speeds)
+    if ours is None or theirs is None:
+        return
+    _out.print(
+        f"--prefer quality: {ours:.1f} ms per token at an expected loss of 1; "
+        f"--prefer speed: {theirs:.1f} ms at {expected_loss(fast) / expected_loss(chosen):.2f}"
+    )
 
 
 @contextmanager
@@ -85,7 +130,7 @@ def spinner(what: str) -> Iterator[Callable[[str], None]]:
 def exported(bundles: list[Exported]) -> None:
     """The table of bundles that were written."""
     table = Table()
-    for column in ("bundle", "files", "bits/weight", "KL divergence", "top-1 agreement", "perplexity (checkpoint)"):
+    for column in ("bundle", "files", "bits/weight", "KL divergence", "top-1 agreement", "perplexity (checkpoint)", "written", "verified"):
         table.add_column(column, justify="left" if column == "bundle" else "right")
     for b in bundles:
         table.add_row(
@@ -95,6 +140,8 @@ def exported(bundles: list[Exported]) -> None:
             f"{b.parity.kld_mean:.4f}",
             f"{100 * b.parity.top1_agreement:.1f} %",
             f"{b.parity.perplexity:.2f} ({b.parity.checkpoint_perplexity:.2f})",
+            f"{b.write_s:.1f} s",
+            f"{b.verify_s:.1f} s",
         )
     _out.print(table)
     tokens = bundles[0].parity.tokens
@@ -114,3 +161,9 @@ def verified(bundle: Path, outcome: Verification) -> None:
             f"{p.tokens} tokens: KL divergence {p.kld_mean:.5f} nats, top-1 agreement {100 * p.top1_agreement:.2f} %, "
             f"perplexity {p.perplexity:.3f} (checkpoint {p.checkpoint_perplexity:.3f})"
         )
+        if p.layer_errors:
+            worst = max(range(len(p.layer_errors)), key=p.layer_errors.__getitem__)
+            _out.print(
+                f"change of the activations by rounding the weights: {p.layer_errors[0]:.3g} after the first layer, "
+                f"{p.layer_errors[-1]:.3g} after the last, at most {p.layer_errors[worst]:.3g} (layer {worst})"
+            )

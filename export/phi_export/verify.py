@@ -12,7 +12,9 @@
 5. `quality`: the loss against the checkpoint itself is one of rounding, not of breakage.
 """
 
+import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -20,27 +22,31 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from phi_export.compare import Agreement, windows
-from phi_export.formats import get_format
-from phi_export.quantize import BLOCK
-from phi_runtime.backends import open_backend
-from phi_runtime.backends.reference import ReadTensor, ReferenceBackend
+from phi_export.formats import Format, Item, Options, get_format, items, stored
+from phi_runtime.backends import cores, open_backend
+from phi_runtime.backends.reference import Lane, ReadTensor, Reference
 from phi_runtime.bundle import Manifest, Parity, check_files, find_bundle, read_manifest
-from phi_runtime.checkpoint import F32, Checkpoint, stop_tokens
+from phi_runtime.checkpoint import Checkpoint, stop_tokens
+from phi_runtime.config import num_parameters
+from phi_runtime.decoder import F32
 from phi_runtime.engine import Backend
 from phi_runtime.errors import BundleError, CheckpointError, PhiError, UnsupportedError, UsageError, VerificationError
 from phi_runtime.tokenizer import Tokenizer
 
-DEFAULT_TOKENS = 256  # or as many as reach beyond the model's window
+DEFAULT_TOKENS = 256  # or as many as reach beyond the model's window, unless the model is large
+LARGE = 1_000_000_000  # parameters
 WINDOW = 512  # tokens read from an empty context at a time, or as many
 _BEYOND = 64
 _SINGLY = 8  # tokens at the end of each piece that are fed one by one, as generation does
+_WATCHED = 32  # positions at the end of each piece whose activations are compared layer by layer
+_PIECE = 1 << 21  # weights compared at a time
 
-# Rounding to the nearest of 16 steps under a scale that reaches the largest weight m errs by at
-# most m/16 a weight: in a block of 32 that is 1/8 of the block's energy at the very worst.
-MAX_BLOCK_ERROR = 0.15
-# Over a whole tensor it is a few per cent of that; two tensors mixed up give about 2.
-MAX_TENSOR_ERROR = 0.03
+# How far rounding may be off, in units of what the type does to normally distributed weights. Worse
+# distributions cost a few times that; two tensors mixed up give an error of about 2, a lost scale 1.
+_TENSOR_MARGIN, _BLOCK_MARGIN = 4.5, 22
+_MAX_ERROR = 0.95
 MAX_VECTOR_ERROR = 1e-6
+_MAX_HALF_ERROR = 1e-3  # of vectors that are stored in float16
 MAX_KLD = 1.0
 
 # What clients of every format find beside the artifact, as it is beside the checkpoint.
@@ -48,9 +54,11 @@ COMPANIONS = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
+    "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
 )
 
 _SAMPLE = Path(__file__).with_name("sample.txt")
@@ -114,9 +122,14 @@ def verify(
 
 
 def verify_manifest(
-    bundle: Path, manifest: Manifest, checkpoint: Checkpoint, tokens: list[int] | None, progress: Progress
+    bundle: Path,
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    tokens: list[int] | None,
+    progress: Progress,
+    written_now: bool = False,
 ) -> Verification:
-    """As `verify`, for a bundle whose manifest is not written yet."""
+    """As `verify`, for a bundle whose manifest is not written yet; files `written_now` are not digested again."""
     if manifest.config() != checkpoint.config:
         raise UsageError(f"{bundle}: is not of the architecture of {checkpoint.folder}; give its own checkpoint")
     tokens = sample_tokens(checkpoint) if tokens is None else tokens
@@ -127,12 +140,13 @@ def verify_manifest(
     checks: list[Check] = []
     try:
         progress("files")
-        check_files(bundle, manifest)
-        read = get_format(manifest.format).read(bundle, manifest.artifact)
-        checks += _check_weights(read, checkpoint, progress)
+        if not written_now:
+            check_files(bundle, manifest)
+        read = get_format(manifest.format).read(bundle, manifest)
+        checks += _check_weights(read, manifest, checkpoint, progress)
         if not all(c.passed for c in checks):
             return Verification(tuple(checks), None)
-        graph, arithmetic, quality = _run(bundle, manifest, checkpoint, read, tokens, progress)
+        graph, arithmetic, quality, layers = _run(bundle, manifest, checkpoint, read, tokens, progress)
     except (BundleError, UnsupportedError) as e:
         return _failed("files", str(e), checks)
     except PhiError:
@@ -150,6 +164,7 @@ def verify_manifest(
         top1_agreement=quality.top1_agreement,
         perplexity=quality.perplexity_q,
         checkpoint_perplexity=quality.perplexity_p,
+        layer_errors=layers,
     )
     return Verification(tuple(checks), parity)
 
@@ -157,11 +172,17 @@ def verify_manifest(
 def _wrong_claim(bundle: Path, manifest: Manifest, checkpoint: Checkpoint) -> str | None:
     """What the bundle says of itself that does not follow from the checkpoint, if anything."""
     module = get_format(manifest.format)
+    try:
+        options = Options(**manifest.options)
+        context = module.context(checkpoint.config, options)
+        plan = {i.name: stored(module, i, _said_type(manifest, i), options) for i in items(checkpoint.config, options)}
+    except (TypeError, KeyError, UnsupportedError, UsageError):
+        return "the manifest's options and types of tensors are not what phi-export writes"
     expected: dict[str, tuple[object, object]] = {
         "stop tokens": (manifest.stop_tokens, stop_tokens(checkpoint)),
-        "context": (manifest.context, module.context(checkpoint.config)),
+        "context": (manifest.context, context),
         "window": (manifest.window, checkpoint.config.sliding_window),
-        "types of tensors": (manifest.quantization, module.plan(checkpoint.config)),
+        "types of tensors": (manifest.quantization, plan),
     }
     for name, (said, is_so) in expected.items():
         if said != is_so:
@@ -171,6 +192,11 @@ def _wrong_claim(bundle: Path, manifest: Manifest, checkpoint: Checkpoint) -> st
         if original.is_file() and not (copy.is_file() and copy.read_bytes() == original.read_bytes()):
             return f"{copy}: is not the checkpoint's own {name}"
     return None
+
+
+def _said_type(manifest: Manifest, item: Item) -> str:
+    said = manifest.quantization.get(item.name)
+    return "" if said is None else said.type
 
 
 def _failed(name: str, why: str, checks: list[Check] | None = None) -> Verification:
@@ -189,7 +215,9 @@ def sample_tokens(checkpoint: Checkpoint, text: Path | None = None, count: int |
         raise UsageError(f"{path}: cannot be read as UTF-8 text ({e}); give another --text") from None
     tokens = Tokenizer(checkpoint.folder).encode(content)
     if text is None:  # the sample is short: read it again and again
-        wanted = count or max(DEFAULT_TOKENS, (checkpoint.config.window() or 0) + _BEYOND)
+        window = checkpoint.config.decoder().window() or 0
+        beyond = window + _BEYOND if num_parameters(checkpoint.config) < LARGE else 0
+        wanted = count or max(DEFAULT_TOKENS, beyond)
         tokens *= -(-wanted // max(1, len(tokens)))
         count = wanted
     tokens = tokens[:count]
@@ -200,36 +228,65 @@ def sample_tokens(checkpoint: Checkpoint, text: Path | None = None, count: int |
     return tokens
 
 
-def _check_weights(read: ReadTensor, checkpoint: Checkpoint, progress: Progress) -> list[Check]:
-    """Every stored tensor against the checkpoint's; one check for blocks, tensors and vectors each."""
+def _check_weights(
+    read: ReadTensor, manifest: Manifest, checkpoint: Checkpoint, progress: Progress
+) -> list[Check]:
+    """Every stored tensor against the checkpoint's, a piece at a time; one check for blocks, tensors and vectors each.
+
+    Errors are in units of their limits, which depend on the type.
+    """
+    module, options = get_format(manifest.format), Options(**manifest.options)
     worst = {"block": (0.0, ""), "tensor": (0.0, ""), "vector": (0.0, "")}
-    for name, tensor in checkpoint.tensors.items():
-        progress(name)
-        stored, original = read(name), tensor.read()
-        if stored.shape != original.shape:
-            return [Check("weights", np.inf, 0, f"{name} has shape {stored.shape}, the checkpoint {original.shape}")]
-        if original.ndim == 1:
-            error = np.abs(stored - original).max() / np.abs(original).max()
-            worst["vector"] = max(worst["vector"], (_nan_is_worst(error), name))
-            continue
-        errors = _block_errors(stored, original)
-        worst["block"] = max(worst["block"], (_nan_is_worst(errors.max()), f"{name}, block {errors.argmax()}"))
-        whole = np.square(stored - original).sum() / max(float(np.square(original).sum()), 1e-30)
-        worst["tensor"] = max(worst["tensor"], (_nan_is_worst(whole), name))
-    limits = {"block": MAX_BLOCK_ERROR, "tensor": MAX_TENSOR_ERROR, "vector": MAX_VECTOR_ERROR}
+    with ThreadPoolExecutor(cores()) as pool:
+        for item in items(checkpoint.config, options):
+            progress(item.name)
+            step = max(1, _PIECE // item.columns)
+            quant = manifest.quantization[item.name]
+            if item.role == "vector":
+                error = _vector_error(read(item.tensor), checkpoint.read(item.tensor))
+                limit = MAX_VECTOR_ERROR if quant.type == "float32" else _MAX_HALF_ERROR
+                worst["vector"] = max(worst["vector"], (_nan_is_worst(error / limit), item.name))
+                continue
+            expected = _expected_error(module, quant.type, options)
+
+            # Where whole rows share a table, a part of them that is small beside the rest may be lost.
+            block, floor = (quant.block, 1e-6) if quant.block > 1 else (item.columns, 1.0)
+
+            def compare(start: int, item: Item = item, step: int = step, block: int = block) -> tuple[float, F32]:
+                stop = min(item.stop, start + step)
+                stored_rows, original = read(item.tensor, start, stop), checkpoint.read(item.tensor, start, stop)
+                if stored_rows.shape != original.shape:
+                    raise BundleError(f"{item.tensor} has rows of another shape than the checkpoint's")
+                difference = np.square(stored_rows - original).reshape(-1, block).sum(axis=1)
+                return float(difference.sum(dtype=np.float64)), np.stack(
+                    [difference, np.square(original).reshape(-1, block).sum(axis=1)]
+                )
+
+            parts = list(pool.map(compare, range(item.start, item.stop, step)))
+            both = np.concatenate([p[1] for p in parts], axis=1)
+            energy = both[1].astype(np.float64)
+            # Blocks of next to nothing count for nothing.
+            errors = both[0] / (energy + floor * energy.mean() + 1e-30)
+            block_limit = min(_MAX_ERROR, max(_BLOCK_MARGIN * expected, 2e-3))
+            figure = _nan_is_worst(float(errors.max()) / block_limit)
+            worst["block"] = max(worst["block"], (figure, f"{item.name}, block {errors.argmax()}"))
+            whole = sum(p[0] for p in parts) / max(float(energy.sum()), 1e-30)
+            tensor_limit = min(_MAX_ERROR, max(_TENSOR_MARGIN * expected, 2e-4))
+            worst["tensor"] = max(worst["tensor"], (_nan_is_worst(whole / tensor_limit), item.name))
     return [
-        Check("weights", value, limits[kind], f"relative error of the worst {kind}, {where}")
+        Check("weights", value, 1.0, f"error of the worst {kind} as a share of what its type allows, {where}")
         for kind, (value, where) in worst.items()
     ]
 
 
-def _block_errors(stored: F32, original: F32) -> F32:
-    """Squared error of each block of weights relative to its energy; blocks of next to nothing count for nothing."""
-    a, b = stored.reshape(-1, BLOCK), original.reshape(-1, BLOCK)
-    energy = np.square(b).sum(axis=1)
-    floor = 1e-6 * float(energy.mean()) + 1e-30
-    errors: F32 = np.square(a - b).sum(axis=1) / (energy + floor)
-    return errors
+def _expected_error(module: Format, kind: str, options: Options) -> float:
+    return module.types(options)[kind].error
+
+
+def _vector_error(stored_vector: F32, original: F32) -> float:
+    if stored_vector.shape != original.shape:
+        return math.inf
+    return float(np.abs(stored_vector - original).max() / max(float(np.abs(original).max()), 1e-30))
 
 
 def _nan_is_worst(value: float) -> float:
@@ -266,25 +323,41 @@ def _run(
     read: ReadTensor,
     tokens: list[int],
     progress: Progress,
-) -> tuple[Agreement, Agreement, Agreement]:
+) -> tuple[Agreement, Agreement, Agreement, tuple[float, ...]]:
     """Against the reference on the bundle's own weights: its logits, and the imitation of its
-    arithmetic; against the checkpoint: its logits.
+    arithmetic; against the checkpoint: its logits, and per layer what the weights' rounding did.
     """
     graph, arithmetic, quality = Agreement(), Agreement(), Agreement()
-    rounding = get_format(manifest.format).rounding
-    length = min(max(WINDOW, (checkpoint.config.window() or 0) + _BEYOND), manifest.context)
-    backend = open_backend(bundle, manifest, None, None, None)
-    try:
-        if isinstance(backend, HasTokenizer):
-            _check_tokenizer(backend, checkpoint)
-        for i, piece in enumerate(windows(tokens, length)):
-            progress(f"logits, tokens {i * length} to {i * length + len(piece)}")
+    decoder, rounding = checkpoint.config.decoder(), get_format(manifest.format).rounding
+    layers = np.zeros((len(decoder.layers), 2))
+    length = min(max(WINDOW, (decoder.window() or 0) + _BEYOND), manifest.context)
+    for i, piece in enumerate(windows(tokens, length)):
+        where = f"tokens {i * length} to {i * length + len(piece)}"
+        targets = piece[1:]
+        rounded: list[F32] = []
+
+        def keep(n: int, lanes: list[Lane], rounded: list[F32] = rounded) -> None:
+            rounded.append(lanes[0].x_TE[-_WATCHED:])
+
+        def hold(n: int, lanes: list[Lane], rounded: list[F32] = rounded) -> None:
+            exact = lanes[0].x_TE[-_WATCHED:]
+            layers[n] += np.square(rounded[n] - exact).sum(), np.square(exact).sum()
+
+        progress(f"its weights in the reference, {where}")
+        both = Reference(decoder, read, 0, (lambda x: x, rounding), keep).forward(piece, True)
+        arithmetic.add(both[0], both[1], targets)
+        progress(f"the checkpoint, {where}")
+        exact = Reference(decoder, checkpoint.read, 0, watch=hold).forward(piece, True)[0]
+        # The artifact is opened last and for one piece, so that its memory does not add to the reference's.
+        progress(f"the artifact, {where}")
+        backend = open_backend(bundle, manifest, None, len(piece), None)
+        try:
+            if i == 0 and isinstance(backend, HasTokenizer):
+                _check_tokenizer(backend, checkpoint)
             logits = _logits(backend, piece)
-            config, count, targets = checkpoint.config, len(piece), piece[1:]
-            stored = ReferenceBackend(config, read, count).forward(piece, True)
-            graph.add(stored, logits, targets)
-            arithmetic.add(stored, ReferenceBackend(config, read, count, rounding).forward(piece, True), targets)
-            quality.add(ReferenceBackend(config, checkpoint.read, count).forward(piece, True), logits, targets)
-    finally:
-        backend.close()
-    return graph, arithmetic, quality
+        finally:
+            backend.close()
+        graph.add(both[0], logits, targets)
+        quality.add(exact, logits, targets)
+    errors = np.sqrt(layers[:, 0] / np.maximum(layers[:, 1], 1e-30))
+    return graph, arithmetic, quality, tuple(float(f"{e:.4g}") for e in errors)

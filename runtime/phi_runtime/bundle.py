@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from phi_runtime.config import Phi3Config, parse_config
+from phi_runtime.config import Config, parse_config
 from phi_runtime.errors import BundleError, NotFoundError
 from phi_runtime.files import sha256, write_file
 
@@ -55,7 +55,8 @@ class Parity:
     """How the bundle's logits agreed with the checkpoint's when it was verified.
 
     KL(checkpoint || bundle) in nats, perplexities per token; `logit_error` is against the reference
-    computation on the bundle's own weights, relative to its logits' root mean square.
+    computation on the bundle's own weights, relative to its logits' root mean square. `layer_errors`: after
+    each layer, what rounding the weights changed in the activations, relative to them.
     """
 
     tokens: int
@@ -64,11 +65,15 @@ class Parity:
     top1_agreement: float
     perplexity: float
     checkpoint_perplexity: float
+    layer_errors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a client may want to know before it opens the artifact."""
+    """Everything a client may want to know before it opens the artifact.
+
+    options: how the exporter was asked to lay it out (its profile and the like).
+    """
 
     format: str
     artifact: str
@@ -80,10 +85,11 @@ class Manifest:
     chat: str | None
     quantization: dict[str, TensorQuant]
     files: tuple[BundleFile, ...]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
     parity: Parity | None = None
     version: int = VERSION
 
-    def config(self) -> Phi3Config:
+    def config(self) -> Config:
         """The architecture, checked."""
         return parse_config(self.architecture, Path(MANIFEST))
 
@@ -150,7 +156,8 @@ def read_manifest(folder: Path) -> Manifest:
                 BundleFile(_inside(f["path"]), _count(f["bytes"], 0), str(f["sha256"]))
                 for f in _some(list(raw["files"]))
             ),
-            parity=None if parity is None else Parity(**parity),
+            options=dict(raw.get("options", {})),
+            parity=None if parity is None else Parity(**(parity | {"layer_errors": tuple(parity.get("layer_errors", ()))})),
             version=version,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as e:

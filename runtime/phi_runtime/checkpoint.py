@@ -7,21 +7,23 @@ never loaded whole.
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from phi_runtime.config import Phi3Config, read_config, read_json
+from phi_runtime.config import Config, read_config, read_json
+from phi_runtime.decoder import F32
 from phi_runtime.errors import CheckpointError, NotFoundError
-
-F32 = npt.NDArray[np.float32]
 
 # NumPy has no bfloat16; its bits are read as integers.
 _STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+# Of elements; what cannot be a weight may still lie there, as a buffer that is not read.
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+# Buffers that older versions of transformers saved along with the weights.
+_BUFFERS = re.compile(r".*(\.attn\.attention\.(masked_)?bias|\.rotary_emb\.inv_freq)")
 _MAX_HEADER = 100_000_000  # the format's own cap
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -57,13 +59,13 @@ class Checkpoint:
     """An opened model folder: the configuration and where each tensor lies."""
 
     folder: Path
-    config: Phi3Config
+    config: Config
     tensors: dict[str, Tensor]
     files: tuple[Path, ...]
 
-    def read(self, name: str) -> F32:
-        """One whole tensor as float32, in the checkpoint's own shape."""
-        return self.tensors[name].read()
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> F32:
+        """Rows start..stop of a tensor as float32, in the checkpoint's own shape."""
+        return self.tensors[name].read(start, stop)
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
@@ -83,7 +85,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
                 raise CheckpointError(f"{path}: tensor {tensor.name} is also in {tensors[tensor.name].path.name}")
             tensors[tensor.name] = tensor
     _check_shapes(folder, config, tensors)
-    return Checkpoint(folder, config, tensors, files)
+    return Checkpoint(folder, config, {name: tensors[name] for name in config.tensor_shapes()}, files)
 
 
 def read_header(path: Path) -> list[Tensor]:
@@ -121,7 +123,7 @@ def _tensor(path: Path, name: str, entry: Any, base: int) -> Tensor:
     if not whole or not name.isprintable():
         raise CheckpointError(f"{path}: the header's entry for {name!r} is malformed; copy the file again")
     if dtype not in _BYTES:
-        raise CheckpointError(f"{path}: tensor {name} has type {dtype}; we read {', '.join(_BYTES)}")
+        raise CheckpointError(f"{path}: tensor {name} has type {dtype}; we read {', '.join(_STORED)}")
     tensor = Tensor(name, dtype, shape, path, base + start)
     if stop - start != tensor.nbytes:
         raise CheckpointError(
@@ -134,6 +136,11 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     index = folder / _INDEX
     if not index.exists():
         single = folder / _SINGLE
+        if not single.is_file() and list(folder.glob("*.bin")):
+            raise CheckpointError(
+                f"{folder}: holds a pickle (*.bin), which can run code and is never read; "
+                "save the model with safe_serialization=True first"
+            )
         if not single.is_file():
             raise CheckpointError(f"{folder}: neither {_SINGLE} nor {_INDEX} is there; is the download complete?")
         return (single,)
@@ -154,17 +161,22 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     return files
 
 
-def _check_shapes(folder: Path, config: Phi3Config, tensors: dict[str, Tensor]) -> None:
+def _check_shapes(folder: Path, config: Config, tensors: dict[str, Tensor]) -> None:
     expected = config.tensor_shapes()
     for name, shape in expected.items():
         if name not in tensors:
             raise CheckpointError(f"{folder}: tensor {name} is missing; fetch the checkpoint again")
+        if tensors[name].dtype not in _STORED:
+            raise CheckpointError(
+                f"{tensors[name].path}: tensor {name} has type {tensors[name].dtype}; we read {', '.join(_STORED)}"
+            )
         if tensors[name].shape != shape:
             raise CheckpointError(
                 f"{tensors[name].path}: tensor {name} has shape {list(tensors[name].shape)}, "
                 f"config.json implies {list(shape)}"
             )
-    extra = sorted(set(tensors) - set(expected))
+    tied = {"lm_head.weight"} if config.decoder().tied else set()  # some write the embedding out twice
+    extra = sorted(n for n in set(tensors) - set(expected) - tied if not _BUFFERS.fullmatch(n))
     if extra:
         raise CheckpointError(
             f"{folder}: tensor {extra[0]} is not part of {config.model_type}; is config.json its own?"

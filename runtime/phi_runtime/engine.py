@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from phi_runtime.checkpoint import F32
+from phi_runtime.decoder import F32
 from phi_runtime.errors import ContextError, TokenError, UsageError
 from phi_runtime.sampler import Sampler, Sampling, log_softmax
 

@@ -1,6 +1,7 @@
 """Writing that leaves nothing half-written: beside, fsync, rename."""
 
 import errno
+import fcntl
 import glob
 import hashlib
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from phi_runtime.errors import DiskFullError, NotFoundError, PhiError
 
 _PARTIAL = ".partial-"
+_RESUMABLE = ".unfinished-"
 _OLD = ".replaced-"  # what stood where a new folder is about to; put back if that does not come
 
 
@@ -28,6 +30,49 @@ def folder_beside(target: Path) -> Iterator[Path]:
             yield stage
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def resumable_folder(target: Path, key: str) -> Iterator[Path]:
+    """As `folder_beside`, but what an interrupted run left is taken up again by the next of the same `key`.
+
+    Ctrl-C, SIGTERM and a kill leave it there, hidden beside `target`; an error takes it away.
+    Raises PhiError if another run is writing the same.
+    """
+    _check_parent(target)
+    stage = target.parent / f".{target.name}{_RESUMABLE}{key}"
+    for stale in target.parent.glob(f".{glob.escape(target.name)}{_RESUMABLE}*"):
+        if stale != stage:
+            _drop_unlocked(stale)
+    _sweep(target)
+    with disk_full_named(target):
+        stage.mkdir(exist_ok=True)
+        lock = os.open(stage, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise PhiError(f"{target}: another run is writing it; wait for it, or choose another --out") from None
+            try:
+                yield stage
+            except Exception:
+                shutil.rmtree(stage, ignore_errors=True)
+                raise
+            shutil.rmtree(stage, ignore_errors=True)  # what was not renamed
+        finally:
+            os.close(lock)
+
+
+def _drop_unlocked(stage: Path) -> None:
+    """Remove what an interrupted run left, unless it is being written."""
+    lock = os.open(stage, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(stage, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(lock)
 
 
 @contextmanager

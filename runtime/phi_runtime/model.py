@@ -8,7 +8,7 @@ from typing import Self
 
 from phi_runtime.backends import open_backend
 from phi_runtime.bundle import Manifest, find_bundle, read_manifest
-from phi_runtime.checkpoint import F32
+from phi_runtime.decoder import F32
 from phi_runtime.engine import Engine, Step, StopReason
 from phi_runtime.sampler import Sampling
 from phi_runtime.tokenizer import StreamDecoder, Tokenizer

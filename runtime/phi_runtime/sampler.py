@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from phi_runtime.checkpoint import F32
+from phi_runtime.decoder import F32
 from phi_runtime.errors import UsageError
 
 

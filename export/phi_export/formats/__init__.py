@@ -1,48 +1,123 @@
 """One module per format, named as `--format` names it, each with the functions of `Format`."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import Protocol, cast
 
-from phi_export.quantize import BLOCK, check_quantizable
+from phi_export.stream import Stream
 from phi_runtime.backends.reference import ReadTensor
-from phi_runtime.bundle import FORMATS, TensorQuant
-from phi_runtime.checkpoint import F32, Checkpoint
-from phi_runtime.config import Phi3Config
-from phi_runtime.errors import UsageError, missing_extra
-
-# Called with the name of a tensor after it was written.
-Progress = Callable[[str], None]
+from phi_runtime.bundle import FORMATS, Manifest, TensorQuant
+from phi_runtime.checkpoint import Checkpoint
+from phi_runtime.config import Config
+from phi_runtime.decoder import F32, Decoder
+from phi_runtime.errors import UnsupportedError, UsageError, missing_extra
 
 
-# Each tensor of the checkpoint, in order, and how it will be stored.
+class Type(Protocol):
+    """One way to store a matrix: a row of a format's table."""
+
+    @property
+    def name(self) -> str:
+        """As the ledger and the manifest say it."""
+
+    @property
+    def block(self) -> int:
+        """Weights along a row that share a scale; 1 where whole rows share a table."""
+
+    @property
+    def multiple(self) -> int:
+        """What the width of a row must be a multiple of."""
+
+    @property
+    def error(self) -> float:
+        """Squared error of rounding normally distributed weights to it, relative to their squares; measured."""
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Stored bytes of a matrix, scales or tables included."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an artifact is to be laid out; each field is an option of `phi-export`.
+
+    profile: of the format's `PROFILES`, None for the first. context: tokens of a fixed-size cache
+    (Core ML). split_qkv: type queries, keys and values apart (GGUF).
+    """
+
+    profile: str | None = None
+    context: int | None = None
+    split_qkv: bool = False
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a plan gives a type to: a tensor of the checkpoint, or some of its rows."""
+
+    name: str  # the tensor's; for some of its rows with `:q`, `:k` or `:v` behind it
+    tensor: str
+    role: str  # embedding, head, qkv, o, up, down; vector for what stays in floating point
+    start: int
+    stop: int
+    columns: int
+    uses: int = 1  # times that decoding a token multiplies with it; 0 for a table that is looked up
+
+    @property
+    def rows(self) -> int:
+        """Rows, 1 for a vector."""
+        return self.stop - self.start
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns
+
+
+# Each item by name, in the order of computation, and how it will be stored.
 Plan = dict[str, TensorQuant]
 
 
 class Format(Protocol):
     """What a format module offers."""
 
-    ARTIFACT: str
-    # Of one element of the KV cache, as the runtime has it by default.
-    KV_BYTES: int
+    PROFILES: tuple[str, ...]
     # How many times the effect of `rounding` the runtime's logits may be off.
     ROUNDING_MARGIN: float
+    # The engine whose measured speeds predict this format's.
+    ENGINE: str
 
     def rounding(self, x: F32) -> F32:
         """What the format's own runtime does to activations before it multiplies them."""
 
-    def plan(self, config: Phi3Config) -> Plan:
-        """How each tensor will be stored, from the architecture alone."""
+    def check(self, config: Config, options: Options) -> None:
+        """Raise UnsupportedError for an architecture that the format cannot carry, UsageError for its options."""
 
-    def context(self, config: Phi3Config) -> int:
+    def artifact(self, folder: Path) -> str:
+        """Name of what a client opens, once it is written."""
+
+    def types(self, options: Options) -> dict[str, Type]:
+        """The types that a matrix may have, by name."""
+
+    def default(self, item: Item, options: Options) -> str:
+        """The type of `--int4`."""
+
+    def vector_bytes(self, options: Options) -> int:
+        """Bytes of a weight that stays in floating point."""
+
+    def kv_bytes(self, decoder: Decoder, options: Options) -> int:
+        """Bytes of the KV cache per token."""
+
+    def overhead(self, checkpoint: Checkpoint, options: Options) -> int:
+        """Bytes of the artifact that are not weights, at most."""
+
+    def context(self, config: Config, options: Options) -> int:
         """Tokens that the artifact carries exactly."""
 
-    def write(self, checkpoint: Checkpoint, plan: Plan, folder: Path, progress: Progress) -> None:
-        """Write the artifact into an empty folder, a tensor at a time."""
+    def write(self, checkpoint: Checkpoint, plan: Plan, options: Options, folder: Path, stream: Stream) -> None:
+        """Write the artifact, a tensor at a time; what `stream` says is there already is not written again."""
 
-    def read(self, folder: Path, artifact: str) -> ReadTensor:
+    def read(self, folder: Path, manifest: Manifest) -> ReadTensor:
         """Give its weights back under the checkpoint's names, dequantised to float32."""
 
 
@@ -56,17 +131,59 @@ def get_format(name: str) -> Format:
         raise missing_extra(e, "export") from None
 
 
-def plan_int4(config: Phi3Config, matrix: str, block_bytes: int, vector: str) -> Plan:
-    """The plan of `--int4`: every matrix in 4-bit blocks of `block_bytes` each, every norm in float32.
+def choose_profile(name: str, profiles: tuple[str, ...], options: Options) -> str:
+    """The profile asked for, by default the format's first. Raises UsageError."""
+    if options.profile is None:
+        return profiles[0]
+    if options.profile not in profiles:
+        raise UsageError(f"profile {options.profile!r} of {name} is none of {', '.join(profiles)}")
+    return options.profile
 
-    Raises UnsupportedError for rows that do not divide into blocks.
-    """
-    plan: Plan = {}
+
+def items(config: Config, options: Options) -> list[Item]:
+    """All that a plan gives a type to, in the order of computation."""
+    decoder = config.decoder()
+    roles = {decoder.embedding: "embedding"}
+    for layer in decoder.layers:
+        for role in ("qkv", "o", "up", "down"):
+            roles |= dict.fromkeys(getattr(layer, role).weight, role)
+    if not decoder.tied:
+        roles |= dict.fromkeys(decoder.head.weight, "head")
+    found = []
     for name, shape in config.tensor_shapes().items():
-        weights = prod(shape)
-        if len(shape) == 1:
-            plan[name] = TensorQuant(vector, 1, weights, 4 * weights)
+        role = roles.get(name, "vector")
+        rows, columns = (1, prod(shape)) if role == "vector" else shape
+        uses = int(role not in ("vector", "embedding") or (role == "embedding" and decoder.tied))
+        if role == "qkv" and options.split_qkv and rows == decoder.q_size + 2 * decoder.kv_size:
+            cuts = (0, decoder.q_size, decoder.q_size + decoder.kv_size, rows)
+            for part, start, stop in zip("qkv", cuts, cuts[1:], strict=False):
+                found.append(Item(f"{name}:{part}", name, role, start, stop, columns, uses))
         else:
-            check_quantizable(name, shape)
-            plan[name] = TensorQuant(matrix, BLOCK, weights, weights // BLOCK * block_bytes)
-    return plan
+            found.append(Item(name, name, role, 0, rows, columns, uses))
+    return found
+
+
+def fitting(module: Format, item: Item, options: Options) -> dict[str, Type]:
+    """The format's types that the item's rows divide into. Raises UnsupportedError if there is none."""
+    found = {n: t for n, t in module.types(options).items() if item.columns % t.multiple == 0}
+    if not found:
+        least = min(t.multiple for t in module.types(options).values())
+        raise UnsupportedError(
+            f"tensor {item.tensor} has rows of {item.columns} weights; this format needs a multiple of {least}"
+        )
+    return found
+
+
+def stored(module: Format, item: Item, kind: str, options: Options) -> TensorQuant:
+    """How an item is stored as a type of that name."""
+    if item.role == "vector":
+        width = module.vector_bytes(options)
+        return TensorQuant("float32" if width == 4 else "float16", 1, item.weights, width * item.weights)
+    fits = fitting(module, item, options)
+    if kind not in fits:
+        raise UnsupportedError(
+            f"tensor {item.tensor} has rows of {item.columns} weights, which {kind} cannot hold; "
+            f"it needs a multiple of {module.types(options)[kind].multiple}"
+        )
+    t = fits[kind]
+    return TensorQuant(kind, t.block, item.weights, t.nbytes(item.rows, item.columns))

@@ -1,257 +1,313 @@
-"""Core ML: an `.mlpackage` for iOS 18, its ML Program built directly.
+"""Core ML: an `.mlpackage` for iOS 18, its ML Program built directly (`coreml_graph`), its weights streamed.
 
-Two functions over the same weights and the same KV state: `prefill` for a chunk of the prompt,
-`decode` for one token. Shapes are fixed. Weights are int4 with one float16 scale per block;
-activations are float16, with norms in float32, the queries scaled before they meet the keys, and a
-finite mask, so that nothing overflows.
-
-Shapes: T tokens of the call, C capacity of the cache, H heads, G key-value heads, D head_dim.
+Two profiles. gpu: signed integers with a float16 scale per block along a row. ane, for the Neural
+Engine: palettes, one table per group of rows, in packages no larger than it loads. A ceiling brings 3- and 2-bit palettes into
+both.
 """
 
 import json
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from phi_export.formats import Plan, Progress, plan_int4
-from phi_export.mil import BlobWriter, FunctionBuilder, Shape, Var, Weight
-from phi_export.quantize import BLOCK, Int4, finite, pack_signed_pairs, quantize
-from phi_runtime.backends.coreml import DECODE, PREFILL, PREFILL_TOKENS
-from phi_runtime.backends.reference import ReadTensor, rope_tables, round_float16
-from phi_runtime.checkpoint import F32, Checkpoint
-from phi_runtime.config import Phi3Config
-from phi_runtime.errors import BundleError
+from phi_export.formats import Item, Options, Plan, Type, choose_profile, items
+from phi_export.formats.coreml_graph import Matrix, Part, build_model, kv_capacity, rope_rows
+from phi_export.mil import BlobLayout
+from phi_export.quantize import finite, fit_palettes, round_rows
+from phi_export.stream import PlacedFile, Stream
+from phi_runtime.backends.coreml import package_paths
+from phi_runtime.backends.reference import ReadTensor, round_float16
+from phi_runtime.bundle import Manifest, TensorQuant
+from phi_runtime.checkpoint import Checkpoint
+from phi_runtime.config import Config
+from phi_runtime.decoder import F32, Decoder
+from phi_runtime.errors import BundleError, UsageError
 from phi_runtime.files import write_file
-from phi_runtime.mil.blob import BlobReader
-from phi_runtime.mil.schema import FEATURE_TYPES, SPECIFICATION_VERSION, messages
+from phi_runtime.mil.blob import BITS, BlobReader, pack
+from phi_runtime.mil.schema import messages
 
-ARTIFACT = "model.mlpackage"
+PROFILES = ("gpu", "ane")
+ENGINE = "coreml"
+ROUNDING_MARGIN = 8  # float16 after every operation, not before the products alone
+rounding = round_float16
+
+DEFAULT_CONTEXT = 4096
+# The Neural Engine loads no larger file (anemll's and Apple's own limit on iOS); other devices take one.
+CHUNK_BYTES = {"gpu": None, "ane": 950_000_000}
 _MODEL, _WEIGHTS = "com.apple.CoreML/model.mlmodel", "com.apple.CoreML/weights"
-_MASKED = -30000.0  # far below any score, and finite in float16
-_INDEX = "phi-edge.weights"  # metadata key: where in the weight file each tensor of the checkpoint is
+INDEX = "phi-edge.weights"  # metadata key: where in the weight file each tensor of the checkpoint is
 
 
 @dataclass(frozen=True)
-class _Matrix:
-    data: Weight
-    scale: Weight
+class Grid:
+    """Signed integers with one float16 scale per block along a row."""
+
+    name: str
+    bits: int
+    block: int
+    error: float
+
+    @property
+    def multiple(self) -> int:
+        """A row holds whole blocks."""
+        return self.block
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Codes and scales."""
+        return rows * columns * self.bits // 8 + rows * columns // self.block * 2
 
 
-_Weights = dict[str, Weight | _Matrix]
+@dataclass(frozen=True)
+class Palette:
+    """Codes into a table of float16 values, one table per group of rows."""
 
-rounding = round_float16
-KV_BYTES = 2
-ROUNDING_MARGIN = 8  # float16 after every operation, not before the products alone
+    name: str
+    bits: int
+    error: float
+    block: int = 1
+    multiple: int = 8  # of 3 and 6 bits, eight codes make whole bytes
 
-
-def plan(config: Phi3Config) -> Plan:
-    """Matrices as int4 with a float16 scale per block, norms as float32."""
-    return plan_int4(config, "int4", BLOCK // 2 + 2, "float32")
-
-
-def context(config: Phi3Config) -> int:
-    """All of it: the mask applies the window."""
-    return config.max_position_embeddings
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Codes and tables."""
+        return rows * columns * self.bits // 8 + rows // palette_rows(rows) * (1 << self.bits) * 2
 
 
-def write(checkpoint: Checkpoint, plan: Plan, folder: Path, progress: Progress) -> None:
-    """Write `model.mlpackage`: the weights a tensor at a time, then the program."""
-    c = checkpoint.config
-    data = folder / ARTIFACT / "Data"
-    (data / _WEIGHTS).mkdir(parents=True)
-    weights: _Weights = {}
-    with BlobWriter(data / _WEIGHTS / "weight.bin") as blob:
-        for name in plan:
-            tensor = checkpoint.tensors[name]
-            if len(tensor.shape) == 1:
-                weights[name] = blob.add(finite(tensor), "float32", tensor.shape)
-            else:
-                q = quantize(tensor)
-                packed = blob.add(pack_signed_pairs(q.codes), "int4", tensor.shape)
-                weights[name] = _Matrix(packed, blob.add(q.scales, "float16", q.scales.shape))
-            progress(name)
-        cos, sin = rope_tables(c, np.arange(c.max_position_embeddings))
-        for name, table in (("cos", cos), ("sin", sin)):
-            weights[name] = blob.add(table.astype(np.float16), "float16", table.shape)
+_GRIDS: tuple[Grid, ...] = (
+    Grid("int4-g32", 4, 32, 0.0068),
+    Grid("int4-g64", 4, 64, 0.0083),
+    Grid("int4-g128", 4, 128, 0.0095),
+    Grid("int8-g128", 8, 128, 0.00004),
+)
+_PALETTES: tuple[Palette, ...] = (
+    Palette("palette2", 2, 0.1177),
+    Palette("palette3", 3, 0.0346),
+    Palette("palette4", 4, 0.0095),
+    Palette("palette6", 6, 0.0007),
+)
+_PROFILE_TYPES: dict[str, tuple[Grid | Palette, ...]] = {"gpu": (*_GRIDS, *_PALETTES[:2]), "ane": _PALETTES}
+_BY_NAME: dict[str, Grid | Palette] = {t.name: t for t in (*_GRIDS, *_PALETTES)}
 
-    model = messages()["Model"](specificationVersion=SPECIFICATION_VERSION)
-    model.mlProgram.version = 1
-    _describe(model, c, weights)
-    for function, length in ((DECODE, 1), (PREFILL, PREFILL_TOKENS)):
-        model.mlProgram.functions[function].CopyFrom(_Decoder(c, weights, length).build())
+
+def palette_rows(rows: int) -> int:
+    """Rows that share a table: 16, or the most below that divides them; all, where they are odd in number."""
+    return next((g for g in (16, 8, 4) if rows % g == 0), rows)
+
+
+def check(config: Config, options: Options) -> None:
+    """Refuse options that are not ours."""
+    choose_profile("coreml", PROFILES, options)
+    if options.context is not None and options.context > config.max_position_embeddings:
+        raise UsageError(f"--context {options.context} is beyond the model's {config.max_position_embeddings}")
+
+
+def types(options: Options) -> dict[str, Type]:
+    """The profile's types."""
+    return {t.name: t for t in _PROFILE_TYPES[choose_profile("coreml", PROFILES, options)]}
+
+
+def default(item: Item, options: Options) -> str:
+    """Four bits: the widest block that the rows divide into, or a palette for the Neural Engine."""
+    if choose_profile("coreml", PROFILES, options) == "ane":
+        return "palette4"
+    return next((f"int4-g{b}" for b in (128, 64, 32) if item.columns % b == 0), "int4-g32")
+
+
+def vector_bytes(options: Options) -> int:
+    """Norms and biases are float32."""
+    return 4
+
+
+def kv_bytes(decoder: Decoder, options: Options) -> int:
+    """float16 keys and values."""
+    return 2 * 2 * len(decoder.layers) * decoder.kv_size
+
+
+def context(config: Config, options: Options) -> int:
+    """What was asked for, by default all of it up to 4,096: the cache has a fixed size."""
+    return options.context or min(config.max_position_embeddings, DEFAULT_CONTEXT)
+
+
+def overhead(checkpoint: Checkpoint, options: Options) -> int:
+    """The program, its rotary tables, the heads of the weight file's entries."""
+    d = checkpoint.config.decoder()
+    rows = rope_rows(d, context(checkpoint.config, options))
+    tables = 2 * 2 * rows * d.rope.dims // 2 if d.rope else 0
+    return tables + 60_000 + 55_000 * len(d.layers) + 4 * kv_capacity(d, context(checkpoint.config, options)) * 2
+
+
+def write(checkpoint: Checkpoint, plan: Plan, options: Options, folder: Path, stream: Stream) -> None:
+    """Write the package, or the chain of packages: weights a tensor at a time, then each program."""
+    d = checkpoint.config.decoder()
+    found = items(checkpoint.config, options)
+    length = context(checkpoint.config, options)
+    parts = split(d, plan, choose_profile("coreml", PROFILES, options))
+    for n, part in enumerate(parts):
+        package = folder / package_name(n, len(parts))
+        data = package / "Data"
+        (data / _WEIGHTS).mkdir(parents=True, exist_ok=True)
+        _write_package(checkpoint, part, plan, [i for i in found if part.holds(i.tensor)], length, data, stream)
+        write_file(package / "Manifest.json", json.dumps(_package_manifest(), indent=4, sort_keys=True) + "\n")
+
+
+def artifact(folder: Path) -> str:
+    """The package, or the first of the chain."""
+    return min(p.name for p in folder.glob("model*.mlpackage"))
+
+
+def package_name(n: int, count: int) -> str:
+    """`model.mlpackage`, or `model-1-of-3.mlpackage` and so on."""
+    return "model.mlpackage" if count == 1 else f"model-{n + 1}-of-{count}.mlpackage"
+
+
+def split(decoder: Decoder, plan: Plan, profile: str) -> list[Part]:
+    """The model in as few parts as the profile's limit of a file allows, of equal size as far as layers go."""
+    limit = CHUNK_BYTES[profile]
+    sizes = [sum(plan[t].bytes for t in _layer_tensors(decoder, n)) for n in range(len(decoder.layers))]
+    embedding = plan[decoder.embedding].bytes + (plan[decoder.positions].bytes if decoder.positions else 0)
+    head = plan[decoder.head.weight[0]].bytes
+    total = embedding + sum(sizes) + head
+    count = 1 if limit is None else -(-total // limit)
+    while True:
+        parts, start, filled = [], 0, embedding
+        for n, size in enumerate(sizes):
+            if filled + size / 2 > total * (len(parts) + 1) / count and n > start and len(parts) < count - 1:
+                parts.append(Part(decoder, start, n))
+                start = n
+            filled += size
+        parts.append(Part(decoder, start, len(sizes)))
+        each = [sum(sizes[p.start : p.stop]) + embedding * p.first + head * p.last for p in parts]
+        if limit is None or max(each) <= limit or count >= len(sizes):
+            return parts
+        count += 1
+
+
+def _layer_tensors(decoder: Decoder, n: int) -> list[str]:
+    return [t for linear in decoder.layers[n].linears() for t in linear.weight]
+
+
+def _write_package(
+    checkpoint: Checkpoint, part: Part, plan: Plan, found: list[Item], length: int, data: Path, stream: Stream
+) -> None:
+    layout = BlobLayout()
+    places: dict[str, Matrix] = {}
+    for item in found:
+        shape = checkpoint.tensors[item.tensor].shape
+        kind = _BY_NAME.get(plan[item.name].type)
+        if isinstance(kind, Grid):
+            codes = layout.add(f"int{kind.bits}", shape)
+            places[item.tensor] = Matrix(codes, layout.add("float16", (shape[0], shape[1] // kind.block)))
+        elif isinstance(kind, Palette):
+            codes = layout.add(f"uint{kind.bits}", shape)
+            tables = (shape[0] // palette_rows(shape[0]), 1, 1 << kind.bits, 1)
+            places[item.tensor] = Matrix(codes, layout.add("float16", tables))
+        else:
+            places[item.tensor] = Matrix(layout.add("float32", shape))
+    rows = _rope(part.decoder, length)
+    for name, table in rows.items():
+        places[name] = Matrix(layout.add("float16", table.shape))
+    with stream.file(data / _WEIGHTS / "weight.bin", layout.size) as file:
+        layout.write_heads(file)
+        for name, table in rows.items():
+            file.write(places[name].codes.place, table)
+        for item in found:
+            if stream.missing(f"{item.name}@{data.parent.name}" if item.tensor in part.shared else item.name):
+                _write_item(file, places[item.tensor], checkpoint, item, plan[item.name], stream)
+                stream.done(f"{item.name}@{data.parent.name}" if item.tensor in part.shared else item.name)
+    model = build_model(part, places, length)
+    index = {
+        name: [m.codes.dtype, m.codes.offset, None if m.table is None else m.table.offset, *m.codes.shape]
+        for name, m in places.items()
+    }
+    model.description.metadata.userDefined[INDEX] = json.dumps(index)
     write_file(data / _MODEL, model.SerializeToString(deterministic=True))
-    write_file(folder / ARTIFACT / "Manifest.json", json.dumps(_package_manifest(), indent=4, sort_keys=True) + "\n")
 
 
-def read(folder: Path, artifact: str) -> ReadTensor:
-    """Weights of the package, at the places its own metadata names."""
-    data = folder / artifact / "Data"
-    try:
-        model = messages()["Model"]()
-        model.ParseFromString((data / _MODEL).read_bytes())
-        index = json.loads(model.description.metadata.userDefined[_INDEX])
-        blob = BlobReader(data / _WEIGHTS / "weight.bin")
-    except BundleError:
-        raise
-    except Exception as e:  # missing files, protobuf's and JSON's errors alike
-        raise BundleError(f"{folder / artifact}: cannot be read ({e}); export the bundle again") from None
+def _write_item(
+    file: PlacedFile, place: Matrix, checkpoint: Checkpoint, item: Item, quant: TensorQuant, stream: Stream
+) -> None:
+    tensor, kind = checkpoint.tensors[item.tensor], _BY_NAME.get(quant.type)
+    if kind is None:
+        file.write(place.codes.place, finite(tensor))
+        return
+    assert place.table is not None
+    codes_at, table_at = place.codes.place, place.table.place
+    row_bytes = item.columns * kind.bits // 8
+    work: Callable[[int, int], None]
+    if isinstance(kind, Grid):
+        block, bits = kind.block, kind.bits
 
-    def tensor(name: str) -> F32:
-        offset, scale_offset, *shape = index[name]
-        count = int(np.prod(shape))
-        if scale_offset is None:
-            return blob.read(offset, "float32", count).reshape(shape)
-        rows, columns = shape
-        codes = (blob.read(offset, "int4", count) + 8).astype(np.uint8).reshape(rows, columns)
-        scales = blob.read(scale_offset, "float16", count // BLOCK).reshape(rows, -1)
-        return Int4(codes, scales).dequantize()
+        def work(start: int, stop: int) -> None:
+            codes, scales = round_rows(finite(tensor, start, stop), bits, block)
+            file.write(codes_at + start * row_bytes, pack(codes, bits))
+            file.write(table_at + start * (item.columns // block) * 2, scales)
+
+        stream.pieces(item.rows, item.columns, 1, work)
+    else:
+        group, size, width = palette_rows(item.rows), 2 << kind.bits, kind.bits
+
+        def work(start: int, stop: int) -> None:
+            codes, tables = fit_palettes(finite(tensor, start, stop), width, group)
+            file.write(codes_at + start * row_bytes, pack(codes, width))
+            file.write(table_at + start // group * size, tables)
+
+        stream.pieces(item.rows, item.columns, group, work)
+
+
+def _rope(decoder: Decoder, length: int) -> dict[str, np.ndarray]:
+    """cos and sin [rows, dims / 2] in float16; with LongRoPE the short table, then the long one."""
+    if decoder.rope is None:
+        return {}
+    positions = np.arange(length)
+    tables = [decoder.rope.tables(positions[: decoder.rope.original or length], 1)]
+    if rope_rows(decoder, length) > len(tables[0][0]):
+        tables.append(decoder.rope.tables(positions, decoder.rope.original + 1))
+    return {
+        name: np.concatenate([t[i] for t in tables]).astype(np.float16) for i, name in enumerate(("cos", "sin"))
+    }
+
+
+def read(folder: Path, manifest: Manifest) -> ReadTensor:
+    """Weights of the packages, at the places their own metadata names."""
+    places: dict[str, tuple[BlobReader, list[Any]]] = {}
+    for package in package_paths(folder / manifest.artifact):
+        data = package / "Data"
+        try:
+            model = messages()["Model"]()
+            model.ParseFromString((data / _MODEL).read_bytes())
+            index = json.loads(model.description.metadata.userDefined[INDEX])
+            blob = BlobReader(data / _WEIGHTS / "weight.bin")
+            places |= {name: (blob, entry) for name, entry in index.items()}
+        except BundleError:
+            raise
+        except Exception as e:  # missing files, protobuf's and JSON's errors alike
+            raise BundleError(f"{package}: cannot be read ({e}); export the bundle again") from None
+
+    def tensor(name: str, start: int = 0, stop: int | None = None) -> F32:
+        blob, (dtype, offset, table, *shape) = places[name]
+        count, rows = int(np.prod(shape)), int(shape[0])
+        stop = rows if stop is None else min(stop, rows)
+        if start >= stop:
+            return np.zeros((0, *shape[1:]), np.float32)
+        columns = count // rows
+        codes = blob.read(offset, dtype, count, start * columns, stop * columns).reshape(stop - start, *shape[1:])
+        if table is None:
+            return codes.astype(np.float32)
+        if dtype.startswith("uint"):
+            group, size = palette_rows(rows), 1 << BITS[dtype]
+            tables = blob.read(table, "float16", rows // group * size).astype(np.float32)
+            first = (np.arange(start, stop, dtype=np.int32) // group * size)[:, None]
+            return tables[first + codes]
+        block = _BY_NAME[manifest.quantization[name].type].block
+        scales = blob.read(table, "float16", count // block, start * columns // block, stop * columns // block)
+        out = codes.reshape(-1, block).astype(np.float32)
+        out *= scales.astype(np.float32)[:, None]
+        return out.reshape(codes.shape)
 
     return tensor
-
-
-class _Decoder:
-    """The graph of one function, for calls of `length` tokens."""
-
-    def __init__(self, config: Phi3Config, weights: _Weights, length: int) -> None:
-        self.c, self.T, self.C = config, length, config.max_position_embeddings
-        self._weights = weights
-        self.b = FunctionBuilder()
-
-    def build(self) -> Any:
-        b, c, T = self.b, self.c, self.T
-        input_ids = b.input("input_ids", "int32", (1, T))
-        self.positions = b.input("position_ids", "int32", (T,))
-        cache = (c.num_hidden_layers, c.num_key_value_heads, self.C, c.head_dim)
-        self.caches = {"k": b.state("key_cache", cache), "v": b.state("value_cache", cache)}
-        self.cos = b.gather(b.weight(self._vector("cos")), self.positions)
-        self.sin = b.gather(b.weight(self._vector("sin")), self.positions)
-        self.visible = self._mask()
-
-        x = b.gather(self._matrix("model.embed_tokens.weight"), input_ids)
-        for n in range(c.num_hidden_layers):
-            p = f"model.layers.{n}."
-            normed = self._norm(x, p + "input_layernorm.weight")
-            qkv = b.linear(normed, self._matrix(p + "self_attn.qkv_proj.weight"))
-            attended = b.linear(self._attention(n, qkv), self._matrix(p + "self_attn.o_proj.weight"))
-            x = b.binary("add", x, attended)
-            normed = self._norm(x, p + "post_attention_layernorm.weight")
-            gate_up = b.linear(normed, self._matrix(p + "mlp.gate_up_proj.weight"))
-            gate, up = self._split(gate_up, (1, T, c.intermediate_size))
-            gate = b.op("silu", [("float16", gate.shape)], x=gate)[0]
-            down = b.linear(b.binary("mul", gate, up), self._matrix(p + "mlp.down_proj.weight"))
-            x = b.binary("add", x, down)
-        normed = self._norm(x, "model.norm.weight")
-        logits = b.linear(normed, self._matrix("lm_head.weight"))
-        b.output(b.rename(logits, "logits"))
-        return b.function
-
-    def _mask(self) -> Var:
-        """visible [1, T, C]: key j of the cache by query i iff 0 <= i - j < window."""
-        b = self.b
-        query = b.reshape(self.positions, (1, self.T, 1))
-        key = b.const(np.arange(self.C).reshape(1, 1, -1), "int32")
-        visible = b.binary("less_equal", key, query)
-        if (window := self.c.window()) is not None:
-            oldest = b.binary("sub", query, b.const(window, "int32"))
-            visible = b.binary("logical_and", visible, b.binary("greater", key, oldest))
-        return visible
-
-    def _attention(self, layer: int, qkv: Var) -> Var:
-        b, c, T, D = self.b, self.c, self.T, self.c.head_dim
-        H, G = c.num_attention_heads, c.num_key_value_heads
-        heads = b.transpose(b.reshape(qkv, (T, H + 2 * G, D)), (1, 0, 2))
-        q = self._rotate(b.slice(heads, (0, 0, 0), (H, T, D)))
-        k = self._rotate(b.slice(heads, (H, 0, 0), (H + G, T, D)))
-        v = b.slice(heads, (H + G, 0, 0), (H + 2 * G, T, D))
-        k, v = self._remember("k", layer, k), self._remember("v", layer, v)
-
-        q = b.binary("mul", q, b.const(D**-0.5, "float16"))
-        grouped = b.reshape(q, (G, H // G * T, D))
-        scores = b.reshape(b.matmul(grouped, k, transpose_y=True), (H, T, self.C))
-        masked = b.const(_MASKED, "float16")
-        scores = b.op("select", [("float16", scores.shape)], cond=self.visible, a=scores, b=masked)[0]
-        weights = b.op("softmax", [("float16", scores.shape)], x=scores, axis=b.const(-1, "int32"))[0]
-        out = b.matmul(b.reshape(weights, (G, H // G * T, self.C)), v, transpose_y=False)
-        out = b.transpose(b.reshape(out, (H, T, D)), (1, 0, 2))
-        return b.reshape(out, (1, T, c.hidden_size))
-
-    def _remember(self, part: str, layer: int, new: Var) -> Var:
-        """Write new keys or values [G, T, D] into the state; the layer's whole cache [G, C, D]."""
-        b, cache = self.b, self.caches[part]
-        G, C, D = cache.shape[1:]
-        first = b.slice(self.positions, (0,), (1,))
-        after = b.binary("add", first, b.const([self.T], "int32"))
-        begin = b.concat([b.const([layer, 0], "int32"), first, b.const([0], "int32")], 0)
-        end = b.concat([b.const([layer + 1, G], "int32"), after, b.const([D], "int32")], 0)
-        update = b.reshape(new, (1, G, self.T, D))
-        old = b.op("read_state", [("float16", cache.shape)], input=cache)[0]
-        changed = b.op("slice_update", [("float16", cache.shape)], x=old, update=update, begin=begin, end=end)[0]
-        b.op("write_state", [], input=cache, data=changed)
-        whole = b.op("read_state", [("float16", cache.shape)], input=cache)[0]
-        return b.slice(whole, (layer, 0, 0, 0), (layer + 1, G, C, D), squeeze=True)
-
-    def _rotate(self, x: Var) -> Var:
-        b = self.b
-        low, high = self._split(x, (*x.shape[:-1], x.shape[-1] // 2))
-        first = b.binary("sub", b.binary("mul", low, self.cos), b.binary("mul", high, self.sin))
-        second = b.binary("add", b.binary("mul", high, self.cos), b.binary("mul", low, self.sin))
-        return b.concat([first, second], -1)
-
-    def _norm(self, x: Var, weight: str) -> Var:
-        b = self.b
-        wide = b.cast(x, "float32")
-        squares = b.binary("mul", wide, wide)
-        settings = {"axes": b.const([-1], "int32"), "keep_dims": b.const(True, "bool")}
-        mean = b.op("reduce_mean", [("float32", (*x.shape[:-1], 1))], x=squares, **settings)[0]
-        scale = b.op("rsqrt", [("float32", mean.shape)], x=mean, epsilon=b.const(self.c.rms_norm_eps, "float32"))[0]
-        normed = b.binary("mul", b.binary("mul", wide, scale), b.weight(self._vector(weight)))
-        return b.cast(normed, "float16")
-
-    def _split(self, x: Var, half: Shape) -> list[Var]:
-        settings = {"num_splits": self.b.const(2, "int32"), "axis": self.b.const(-1, "int32")}
-        return self.b.op("split", [(x.dtype, half)] * 2, x=x, **settings)
-
-    def _matrix(self, name: str) -> Var:
-        matrix = self._weights[name]
-        assert isinstance(matrix, _Matrix)
-        return self.b.dequantize(matrix.data, matrix.scale)
-
-    def _vector(self, name: str) -> Weight:
-        vector = self._weights[name]
-        assert isinstance(vector, Weight)
-        return vector
-
-
-def _describe(model: Any, c: Phi3Config, weights: _Weights) -> None:
-    """Inputs, outputs and states of each function, for Core ML's clients."""
-    cache = (c.num_hidden_layers, c.num_key_value_heads, c.max_position_embeddings, c.head_dim)
-    for name, length in ((DECODE, 1), (PREFILL, PREFILL_TOKENS)):
-        function = model.description.functions.add(name=name)
-        for key, dtype, shape, features in (
-            ("input_ids", "int32", (1, length), function.input),
-            ("position_ids", "int32", (length,), function.input),
-            ("logits", "float16", (1, length, c.vocab_size), function.output),
-        ):
-            _set_array(features.add(name=key).type.multiArrayType, dtype, shape)
-        for key in ("key_cache", "value_cache"):
-            _set_array(function.state.add(name=key).type.stateType.arrayType, "float16", cache)
-    model.description.defaultFunctionName = DECODE
-    index = {
-        name: [w.data.offset, w.scale.offset, *w.data.shape] if isinstance(w, _Matrix) else [w.offset, None, *w.shape]
-        for name, w in weights.items()
-    }
-    metadata = model.description.metadata
-    metadata.shortDescription = "A Phi language model with 4-bit weights and a stateful KV cache"
-    metadata.author = "phi-edge"
-    metadata.userDefined[_INDEX] = json.dumps(index)
-
-
-def _set_array(array: Any, dtype: str, shape: Shape) -> None:
-    array.dataType = FEATURE_TYPES[dtype]
-    array.shape.extend(shape)
 
 
 def _package_manifest() -> dict[str, Any]:

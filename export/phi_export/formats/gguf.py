@@ -1,138 +1,329 @@
 """GGUF, version 3: one file that stock llama.cpp and Ollama load.
 
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Metadata keys and tensor names
-are those llama.cpp's `phi3` architecture reads.
+are those that llama.cpp's `phi3` and `phi2` architectures read.
 """
 
 import struct
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-from phi_export.formats import Plan, Progress, plan_int4
+import numpy as np
+
+from phi_export import ggml
+from phi_export.formats import Item, Options, Plan, Type, choose_profile, items
 from phi_export.formats.gguf_tokenizer import tokenizer_metadata
 from phi_export.formats.gguf_values import Kind, Metadata, encode, encode_string
-from phi_export.quantize import Q4_0_BYTES, finite, pack_q4_0, quantize
+from phi_export.ggml import GgmlType
+from phi_export.quantize import finite, round_rows
+from phi_export.stream import PlacedFile, Stream, align
 from phi_runtime.backends.reference import ReadTensor, round_int8
-from phi_runtime.checkpoint import F32, Checkpoint
-from phi_runtime.config import Phi3Config
-from phi_runtime.errors import BundleError, MissingExtraError
+from phi_runtime.bundle import Manifest, TensorQuant
+from phi_runtime.checkpoint import Checkpoint
+from phi_runtime.config import Config
+from phi_runtime.decoder import F32, Decoder
+from phi_runtime.errors import BundleError, MissingExtraError, UnsupportedError
 
 ARTIFACT = "model.gguf"
-_ALIGN = 32
-_F32, _Q4_0 = 0, 2  # ggml_type
-_FILE_TYPE_Q4_0 = 2  # llama_ftype: mostly Q4_0
-
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.qkv_proj": "attn_qkv",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-
-
-def gguf_name(name: str) -> str:
-    """llama.cpp's name of one of the checkpoint's tensors."""
-    stem, suffix = name.rsplit(".", 1)
-    if stem in _NAMES:
-        return f"{_NAMES[stem]}.{suffix}"
-    _, _, layer, rest = stem.split(".", 3)
-    return f"blk.{layer}.{_LAYER_NAMES[rest]}.{suffix}"
-
-
-rounding = round_int8
-KV_BYTES = 2
+PROFILES = ("cpu",)
+ENGINE = "llama.cpp"
 ROUNDING_MARGIN = 2
+rounding = round_int8
+
+_ALIGN = 32
+_F32 = 0  # ggml_type
+_ARCHITECTURES = {"phi3": "phi3", "phi": "phi2"}
 
 
-def plan(config: Phi3Config) -> Plan:
-    """Matrices as Q4_0, norms as F32."""
-    return plan_int4(config, "Q4_0", Q4_0_BYTES, "F32")
+@dataclass(frozen=True)
+class _Type(GgmlType):
+    """A ggml type, its measured error, and the llama_ftype that a file mostly of it has."""
+
+    error: float
+    file_type: int
+
+    @property
+    def multiple(self) -> int:
+        """A row holds whole blocks."""
+        return self.block
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Stored bytes of a matrix."""
+        return rows * columns // self.block * self.block_bytes
 
 
-def context(config: Phi3Config) -> int:
+_TYPES = {
+    t.name: t
+    for t in (
+        _Type("Q2_K", 10, 256, 84, "q2_K", 0.0880, 10),
+        _Type("Q3_K", 11, 256, 110, "q3_K", 0.0228, 12),
+        _Type("Q4_0", 2, 32, 18, "q4_0", 0.0068, 2),
+        _Type("Q4_K", 12, 256, 144, "q4_K", 0.0051, 15),
+        _Type("Q5_K", 13, 256, 176, "q5_K", 0.0013, 17),
+        _Type("Q6_K", 14, 256, 210, "q6_K", 0.0003, 18),
+        _Type("Q8_0", 8, 32, 34, "q8_0", 0.00003, 7),
+    )
+}
+
+_LAYER = {"attention_norm": "attn_norm", "mlp_norm": "ffn_norm", "o": "attn_output", "up": "ffn_up", "down": "ffn_down"}
+_PARTS = ("attn_q", "attn_k", "attn_v")
+
+
+def check(config: Config, options: Options) -> None:
+    """Refuse what llama.cpp has no architecture for."""
+    choose_profile("gguf", PROFILES, options)
+    if config.model_type not in _ARCHITECTURES:
+        raise UnsupportedError(
+            f"gguf: llama.cpp has no architecture for model_type {config.model_type!r}; use --format onnx,coreml"
+        )
+
+
+def artifact(folder: Path) -> str:
+    """The file."""
+    return ARTIFACT
+
+
+def types(options: Options) -> dict[str, Type]:
+    """ggml's types, in order of size."""
+    return dict(_TYPES)
+
+
+def default(item: Item, options: Options) -> str:
+    """Q4_0: with Q4_K the smallest of 4 bits, and the fastest on most processors."""
+    return "Q4_0"
+
+
+def vector_bytes(options: Options) -> int:
+    """Norms and biases are float32."""
+    return 4
+
+
+def kv_bytes(decoder: Decoder, options: Options) -> int:
+    """float16 keys and values."""
+    return 2 * 2 * len(decoder.layers) * decoder.kv_size
+
+
+def context(config: Config, options: Options) -> int:
     """Stock llama.cpp does not apply phi3's window, so a bundle ends where it would begin to matter."""
-    return config.window() or config.max_position_embeddings
+    return config.decoder().window() or config.max_position_embeddings
 
 
-def write(checkpoint: Checkpoint, plan: Plan, folder: Path, progress: Progress) -> None:
+def overhead(checkpoint: Checkpoint, options: Options) -> int:
+    """Metadata, tokenizer, the table of tensors, padding."""
+    c = checkpoint.config
+    metadata = _architecture(c, checkpoint.folder.resolve().name, 0) | tokenizer_metadata(checkpoint)
+    size = sum(len(encode_string(k)) + 4 + len(encode(kind, value)) for k, (kind, value) in metadata.items())
+    return size + 160 * (len(items(c, options)) + 3)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor of the file: its GGUF name, ggml type, dimensions, place, and where its content comes from."""
+
+    name: str
+    ggml_type: int
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    item: Item | None
+    quant: TensorQuant | None
+    content: F32 | None = None
+
+
+def write(checkpoint: Checkpoint, plan: Plan, options: Options, folder: Path, stream: Stream) -> None:
     """Write `model.gguf`."""
     c = checkpoint.config
-    metadata = _architecture(c, checkpoint.folder.resolve().name) | tokenizer_metadata(checkpoint)
-    infos = c.tensor_shapes()
-    with open(folder / ARTIFACT, "wb") as f:
-        f.write(b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(metadata)))
-        for key, (kind, value) in metadata.items():
-            f.write(encode_string(key) + struct.pack("<I", kind) + encode(kind, value))
-        offset = 0
-        for name, shape in infos.items():
-            ggml_type = _F32 if len(shape) == 1 else _Q4_0
-            dims = struct.pack(f"<{len(shape)}Q", *reversed(shape))
-            f.write(encode_string(gguf_name(name)) + struct.pack("<I", len(shape)) + dims)
-            f.write(struct.pack("<IQ", ggml_type, offset))
-            offset += _aligned(plan[name].bytes)
-        _pad(f)
-        for name in infos:
-            tensor = checkpoint.tensors[name]
-            if len(tensor.shape) == 1:
-                f.write(finite(tensor).astype("<f4").tobytes())
-            else:
-                f.write(pack_q4_0(quantize(tensor)).tobytes())
-            _pad(f)
-            progress(name)
+    entries = _entries(c, plan, options)
+    weights: dict[str, int] = {}
+    for quant in plan.values():
+        weights[quant.type] = weights.get(quant.type, 0) + quant.weights
+    most = max((t for t in weights if t in _TYPES), key=lambda t: weights[t])
+    head = _head(checkpoint, entries, _TYPES[most].file_type)
+    base = len(head)
+    with stream.file(folder / ARTIFACT, base + align(entries[-1].offset + entries[-1].nbytes, _ALIGN)) as file:
+        file.write(0, head)
+        for entry in entries:
+            place = base + entry.offset
+            if entry.item is None:
+                assert entry.content is not None
+                file.write(place, entry.content)
+            elif stream.missing(entry.item.name):
+                _write_item(file, place, checkpoint, entry, stream)
+                stream.done(entry.item.name)
 
 
-def read(folder: Path, artifact: str) -> ReadTensor:
-    """Weights of the file, through the `gguf` package: a second opinion on our own layout."""
+def _write_item(file: PlacedFile, place: int, checkpoint: Checkpoint, entry: _Entry, stream: Stream) -> None:
+    item, tensor = entry.item, checkpoint.tensors[entry.item.tensor]  # type: ignore[union-attr]
+    assert item is not None and entry.quant is not None
+    if item.role == "vector":
+        file.write(place, finite(tensor).astype("<f4"))
+        return
+    kind = _TYPES[entry.quant.type]
+    row_bytes = entry.nbytes // item.rows
+
+    def work(start: int, stop: int) -> None:
+        rows = finite(tensor, item.start + start, item.start + stop)
+        file.write(place + start * row_bytes, _quantize(rows, kind))
+
+    stream.pieces(item.rows, item.columns, 1, work)
+
+
+def _quantize(rows: F32, kind: GgmlType) -> np.ndarray:
+    """ggml's own quantiser, but for Q4_0: there a search of the scale errs a tenth less than ggml's rounding."""
+    if kind.name != "Q4_0":
+        return ggml.quantize(rows, kind)
+    codes, scales = round_rows(rows, 4, kind.block)
+    # Per block a float16 scale, then 16 bytes: weight j low, j + 16 high, codes from 0 to 15.
+    unsigned = (codes + np.int8(8)).view(np.uint8).reshape(len(rows), -1, 2, kind.block // 2)
+    halves = unsigned[:, :, 0] | (unsigned[:, :, 1] << np.uint8(4))
+    parts = [scales.view(np.uint8).reshape(len(rows), -1, 2), halves]
+    return np.concatenate(parts, axis=2).reshape(len(rows), -1)
+
+
+def read(folder: Path, manifest: Manifest) -> ReadTensor:
+    """Weights of the file, laid open by the `gguf` package: a second opinion on our own layout."""
     try:
         import gguf
     except ImportError:
         raise MissingExtraError("gguf", "export") from None
+    path = folder / manifest.artifact
     try:
-        reader = gguf.GGUFReader(folder / artifact)
+        reader = gguf.GGUFReader(path)
     except Exception as e:  # the library raises whatever its parsing meets
-        raise BundleError(f"{folder / artifact}: cannot be read ({e}); export the bundle again") from None
+        raise BundleError(f"{path}: cannot be read ({e}); export the bundle again") from None
     tensors = {t.name: t for t in reader.tensors}
+    numbers = {t.number: t for t in _TYPES.values()}
+    parts = gguf_names(manifest.config())
 
-    def tensor(name: str) -> F32:
-        found = tensors.get(gguf_name(name))
-        if found is None:
-            raise BundleError(f"{folder / artifact}: tensor {gguf_name(name)} is missing; export the bundle again")
-        out: F32 = gguf.dequantize(found.data, found.tensor_type)
-        return out
+    def rows_of(name: str, start: int, stop: int | None) -> F32:
+        found = tensors[name]
+        if found.tensor_type == _F32:
+            return np.asarray(found.data[start:stop], np.float32)
+        kind = numbers.get(int(found.tensor_type))
+        if kind is None:
+            raise BundleError(f"{path}: tensor {name} has a type that phi-export does not write; export it again")
+        return ggml.dequantize(np.asarray(found.data[start:stop]).view(np.uint8), kind)
+
+    def tensor(name: str, start: int = 0, stop: int | None = None) -> F32:
+        whole, split = parts[name]
+        if whole in tensors:
+            return rows_of(whole, start, stop)
+        if not split or not all(n in tensors for n in split):
+            raise BundleError(f"{path}: tensor {whole} is missing; export the bundle again")
+        rows = []  # queries, keys and values lie apart
+        for n in split:
+            count = int(tensors[n].shape[1])
+            if start < count and (stop is None or stop > 0):
+                rows.append(rows_of(n, max(0, start), stop))
+            start, stop = start - count, None if stop is None else stop - count
+        return np.concatenate(rows) if rows else np.zeros((0, int(tensors[split[0]].shape[0])), np.float32)
 
     return tensor
 
 
-def _architecture(c: Phi3Config, name: str) -> Metadata:
+def gguf_names(config: Config) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """llama.cpp's name of each of the checkpoint's tensors, and those of its parts where it may be split."""
+    d = config.decoder()
+    names: dict[str, tuple[str, tuple[str, ...]]] = {d.embedding: ("token_embd.weight", ())}
+
+    def add(tensors: tuple[str | None, ...], stem: str, suffix: str, split: tuple[str, ...] = ()) -> None:
+        for tensor in tensors:
+            if tensor is not None:
+                names[tensor] = (f"{stem}.{suffix}", tuple(f"{s}.{suffix}" for s in split))
+
+    for n, layer in enumerate(d.layers):
+        p = f"blk.{n}."
+        for norm, stem in ((layer.attention_norm, "attn_norm"), (layer.mlp_norm, "ffn_norm")):
+            if norm is not None:
+                add((norm.weight,), p + stem, "weight")
+                add((norm.bias,), p + stem, "bias")
+        for tensors, suffix in ((layer.qkv.weight, "weight"), (layer.qkv.bias, "bias")):
+            if len(tensors) == 1:
+                add(tensors, p + "attn_qkv", suffix, tuple(p + part for part in _PARTS))
+            else:
+                for tensor, part in zip(tensors, _PARTS, strict=False):
+                    add((tensor,), p + part, suffix)
+        for role in ("o", "up", "down"):
+            linear = getattr(layer, role)
+            add(linear.weight, p + _LAYER[role], "weight")
+            add(linear.bias, p + _LAYER[role], "bias")
+    add((d.final_norm.weight,), "output_norm", "weight")
+    add((d.final_norm.bias,), "output_norm", "bias")
+    if not d.tied:
+        add(d.head.weight, "output", "weight")
+    add(d.head.bias, "output", "bias")
+    return names
+
+
+def _entries(config: Config, plan: Plan, options: Options) -> list[_Entry]:
+    names = gguf_names(config)
+    entries: list[_Entry] = []
+    offset = 0
+
+    def add(name: str, ggml_type: int, shape: tuple[int, ...], nbytes: int, **rest: object) -> None:
+        nonlocal offset
+        entries.append(_Entry(name, ggml_type, shape, offset, nbytes, **rest))  # type: ignore[arg-type]
+        offset += align(nbytes, _ALIGN)
+
+    rope = config.decoder().rope
+    if rope is not None and rope.long:
+        for kind in ("long", "short"):
+            factors = np.array(getattr(rope, kind), "<f4")
+            add(f"rope_factors_{kind}.weight", _F32, factors.shape, factors.nbytes, item=None, quant=None, content=factors)
+    for item in items(config, options):
+        quant = plan[item.name]
+        whole, split = names[item.tensor]
+        name = whole if item.name == item.tensor else split["qkv".index(item.name[-1])]
+        if item.role == "vector":
+            add(name, _F32, (item.columns,), quant.bytes, item=item, quant=quant)
+        else:
+            add(name, _TYPES[quant.type].number, (item.rows, item.columns), quant.bytes, item=item, quant=quant)
+    return entries
+
+
+def _head(checkpoint: Checkpoint, entries: list[_Entry], file_type: int) -> bytes:
+    """All that stands before the tensors' content, padded."""
+    name = checkpoint.folder.resolve().name
+    metadata = _architecture(checkpoint.config, name, file_type) | tokenizer_metadata(checkpoint)
+    parts = [b"GGUF" + struct.pack("<IQQ", 3, len(entries), len(metadata))]
+    for key, (kind, value) in metadata.items():
+        parts.append(encode_string(key) + struct.pack("<I", kind) + encode(kind, value))
+    for e in entries:
+        dims = struct.pack(f"<{len(e.shape)}Q", *reversed(e.shape))
+        parts.append(encode_string(e.name) + struct.pack("<I", len(e.shape)) + dims)
+        parts.append(struct.pack("<IQ", e.ggml_type, e.offset))
+    head = b"".join(parts)
+    return head + bytes(-len(head) % _ALIGN)
+
+
+def _architecture(config: Config, name: str, file_type: int) -> Metadata:
+    d = config.decoder()
+    arch = _ARCHITECTURES[config.model_type]
     # llama.cpp lets Phi-3's role tokens swallow the white space after them, as the tokenizer
     # asks, only in a model whose name contains "phi-3".
+    if arch == "phi3" and "phi-3" not in name.lower():
+        name = f"phi-3 {name}"
+    norm = "layer_norm_epsilon" if d.final_norm.bias else "layer_norm_rms_epsilon"
     metadata: Metadata = {
-        "general.architecture": (Kind.STRING, "phi3"),
-        "general.name": (Kind.STRING, name if "phi-3" in name.lower() else f"phi-3 {name}"),
-        "general.file_type": (Kind.U32, _FILE_TYPE_Q4_0),
+        "general.architecture": (Kind.STRING, arch),
+        "general.name": (Kind.STRING, name),
+        "general.file_type": (Kind.U32, file_type),
         "general.quantization_version": (Kind.U32, 2),
-        "phi3.context_length": (Kind.U32, context(c)),
-        "phi3.rope.scaling.original_context_length": (Kind.U32, c.max_position_embeddings),
-        "phi3.embedding_length": (Kind.U32, c.hidden_size),
-        "phi3.feed_forward_length": (Kind.U32, c.intermediate_size),
-        "phi3.block_count": (Kind.U32, c.num_hidden_layers),
-        "phi3.attention.head_count": (Kind.U32, c.num_attention_heads),
-        "phi3.attention.head_count_kv": (Kind.U32, c.num_key_value_heads),
-        "phi3.attention.layer_norm_rms_epsilon": (Kind.F32, c.rms_norm_eps),
-        "phi3.rope.dimension_count": (Kind.U32, c.head_dim),
-        "phi3.rope.freq_base": (Kind.F32, c.rope_theta),
+        f"{arch}.context_length": (Kind.U32, context(config, Options())),
+        f"{arch}.embedding_length": (Kind.U32, d.hidden_size),
+        f"{arch}.feed_forward_length": (Kind.U32, d.intermediate_size),
+        f"{arch}.block_count": (Kind.U32, len(d.layers)),
+        f"{arch}.attention.head_count": (Kind.U32, d.heads),
+        f"{arch}.attention.head_count_kv": (Kind.U32, d.kv_heads),
+        f"{arch}.attention.{norm}": (Kind.F32, d.norm_eps),
     }
-    if c.sliding_window is not None:
-        metadata["phi3.attention.sliding_window"] = (Kind.U32, c.sliding_window)
+    if d.rope is not None:
+        metadata[f"{arch}.rope.dimension_count"] = (Kind.U32, d.rope.dims)
+        metadata[f"{arch}.rope.freq_base"] = (Kind.F32, d.rope.theta)
+        original = d.rope.original or config.max_position_embeddings
+        metadata[f"{arch}.rope.scaling.original_context_length"] = (Kind.U32, original)
+        if d.rope.long:
+            metadata[f"{arch}.rope.scaling.attn_factor"] = (Kind.F32, d.rope.attention_factor)
+    if config.sliding_window is not None:
+        metadata[f"{arch}.attention.sliding_window"] = (Kind.U32, config.sliding_window)
     return metadata
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGN) * _ALIGN
-
-
-def _pad(f: BinaryIO) -> None:
-    f.write(bytes(_aligned(f.tell()) - f.tell()))

@@ -3,6 +3,7 @@
 On macOS the functions run in the Core ML framework; elsewhere in the reference interpreter.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from phi_runtime.checkpoint import F32
-from phi_runtime.config import Phi3Config
+from phi_runtime.decoder import F32, Decoder
 from phi_runtime.errors import BundleError, MissingExtraError
 
 PREFILL, DECODE = "prefill", "decode"
 PREFILL_TOKENS = 64  # length of the `prefill` function's input
+USE_LONG = "use_long_rope"  # input [1] of models with LongRoPE: 1 for its long factors
 
 
 class Function(Protocol):
@@ -27,69 +28,103 @@ class Function(Protocol):
 
 @dataclass(frozen=True)
 class Functions:
-    """The functions of a package, and how to make the KV state that they share."""
+    """The functions of a package, how to make the KV state that they share, and its slots."""
 
     call: dict[str, Function]
     make_state: Callable[[], Any]
+    slots: int
+    long_rope: bool
+
+
+def package_paths(artifact: Path) -> list[Path]:
+    """The package, or all packages of a chain, given the first."""
+    found = re.fullmatch(r"(.+)-1-of-(\d{1,3})(\.mlpackage)", artifact.name)
+    if found is None:
+        return [artifact]
+    return [artifact.with_name(f"{found[1]}-{n}-of-{found[2]}{found[3]}") for n in range(1, int(found[2]) + 1)]
 
 
 class CoreMLBackend:
-    """Feeds a prompt in chunks of `PREFILL_TOKENS`, then token by token.
+    """Feeds a prompt in chunks of `PREFILL_TOKENS`, then token by token, through a chain of packages.
 
-    The last chunk may be padded: the padding's keys lie behind every real token's sight, and the
-    tokens to come overwrite them.
+    The cache is a ring. A chunk begins at a multiple of its length; where one does not, the tokens from there on are
+    read again. The last chunk may be padded: what the padding writes lies behind every real token's
+    sight, and the tokens to come overwrite it.
     """
 
-    def __init__(self, name: str, functions: Functions, config: Phi3Config, context: int) -> None:
+    def __init__(self, name: str, packages: list[Functions], decoder: Decoder, context: int) -> None:
         self.name = name
-        self.vocab_size = config.vocab_size
+        self.vocab_size = decoder.vocab_size
         self.context = context
-        self._capacity = config.max_position_embeddings
-        missing = {PREFILL, DECODE} - set(functions.call)
-        if missing:
-            raise BundleError(f"the Core ML package has no function {missing.pop()!r}; export the bundle again")
-        self._functions = functions
-        self._state = functions.make_state()
-        self._position = 0
+        for package in packages:
+            missing = {PREFILL, DECODE} - set(package.call)
+            if missing:
+                raise BundleError(f"the Core ML package has no function {missing.pop()!r}; export the bundle again")
+        self._packages = packages
+        self._states = [p.make_state() for p in packages]
+        self._slots = min(p.slots for p in packages)
+        self._window = decoder.kv_positions() or context
+        self._crossover = decoder.rope.original if decoder.rope and packages[0].long_rope else None
+        self._tokens: list[int] = []
+        self._written = 0  # positions that slots were written for, the padding's included
+        self._long = False
 
     @property
     def position(self) -> int:
         """Tokens in the KV cache."""
-        return self._position
+        return len(self._tokens)
 
     def forward(self, tokens: list[int], every: bool) -> F32:
         """Append tokens; logits [T, vocab_size], or [1, vocab_size] of the last."""
+        held = len(self._tokens)
+        self._tokens = [*self._tokens, *tokens]
+        start = self._resume_at(held)
         rows = []
-        done = 0
-        while done < len(tokens):
-            chunk = tokens[done : done + PREFILL_TOKENS]
-            # A lone token decodes; so does the end of the cache, where a padded chunk has no room.
-            if len(chunk) == 1 or self._position + PREFILL_TOKENS > self._capacity:
-                chunk = chunk[:1]
-                rows.append(self._run(DECODE, chunk, 1))
-            else:
-                rows.append(self._run(PREFILL, chunk, PREFILL_TOKENS))
-            done += len(chunk)
-        return np.concatenate(rows) if every else rows[-1][-1:]
+        while start < len(self._tokens):
+            if len(self._tokens) - start == 1:
+                rows.append(self._run(DECODE, start, 1))
+                start += 1
+                continue
+            start -= start % PREFILL_TOKENS
+            stop = min(start + PREFILL_TOKENS, len(self._tokens))
+            out = self._run(PREFILL, start, PREFILL_TOKENS)[: stop - start]
+            rows.append(out[max(0, held - start) :])
+            start = stop
+        return np.concatenate(rows)[-len(tokens) :] if every else rows[-1][-1:]
 
     def rewind(self, position: int) -> None:
         """Forget all tokens from `position` on."""
-        self._position = position
+        self._tokens = self._tokens[:position]
 
     def close(self) -> None:
         """Drop the state."""
-        self._state = None
+        self._states = []
 
-    def _run(self, function: str, tokens: list[int], length: int) -> F32:
+    def _resume_at(self, held: int) -> int:
+        """Where to read on: behind what is held, or from the start where that is of no use any more."""
+        long = self._crossover is not None and len(self._tokens) > self._crossover
+        # Every slot that the next query sees must still hold the position it stands for.
+        lost = self._written - (held - held % PREFILL_TOKENS) > self._slots - self._window and self._written > self._slots
+        if long != self._long or lost:
+            self._long, self._written = long, 0
+            return 0
+        return held
+
+    def _run(self, function: str, start: int, length: int) -> F32:
         padded = np.zeros((1, length), np.int32)
-        padded[0, : len(tokens)] = tokens
-        inputs = {
-            "input_ids": padded,
-            "position_ids": np.arange(self._position, self._position + length, dtype=np.int32),
-        }
-        logits = self._functions.call[function](inputs, self._state)["logits"]
-        self._position += len(tokens)
-        return np.asarray(logits[0, : len(tokens)], np.float32)
+        given = self._tokens[start : start + length]
+        padded[0, : len(given)] = given
+        values = {"input_ids": padded}
+        positions = np.arange(start, start + length, dtype=np.int32)
+        for package, state in zip(self._packages, self._states, strict=True):
+            inputs = {**values, "position_ids": positions}
+            if package.long_rope:
+                inputs[USE_LONG] = np.array([int(self._long)], np.int32)
+            values = package.call[function](inputs, state)
+            if "hidden_out" in values:
+                values = {"hidden": values["hidden_out"]}
+        self._written = max(self._written, start + length)
+        return np.asarray(values["logits"][0], np.float32)
 
 
 def coremltools_functions(path: Path) -> Functions:
@@ -100,6 +135,7 @@ def coremltools_functions(path: Path) -> Functions:
         raise MissingExtraError("coremltools", "coreml") from None
     try:
         models = {name: ct.models.MLModel(str(path), function_name=name) for name in (PREFILL, DECODE)}
+        description = next(f for f in ct.utils.load_spec(str(path)).description.functions if f.name == DECODE)
     except Exception as e:  # the framework's errors share no base
         raise BundleError(f"{path}: Core ML cannot load it ({e}); it wants macOS 15 or later") from None
 
@@ -110,4 +146,6 @@ def coremltools_functions(path: Path) -> Functions:
 
         return call
 
-    return Functions({name: function(name) for name in models}, models[DECODE].make_state)
+    slots = int(description.state[0].type.stateType.arrayType.shape[2])
+    long_rope = any(i.name == USE_LONG for i in description.input)
+    return Functions({name: function(name) for name in models}, models[DECODE].make_state, slots, long_rope)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from phi_runtime.checkpoint import F32
+from phi_runtime.decoder import F32
 from phi_runtime.errors import BundleError, ContextError, MissingExtraError
 
 _CHUNK = 256  # tokens per llama_decode; bounds the compute buffer

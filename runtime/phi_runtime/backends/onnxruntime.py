@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from phi_runtime.checkpoint import F32
-from phi_runtime.config import Phi3Config
+from phi_runtime.decoder import F32, Decoder
 from phi_runtime.errors import BundleError, MissingExtraError
 
 _CHUNK = 256  # tokens per run; bounds the activations and the logits
@@ -17,15 +16,18 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
 
-    def __init__(self, path: Path, config: Phi3Config, context: int, threads: int) -> None:
+    def __init__(self, path: Path, decoder: Decoder, context: int, threads: int) -> None:
         try:
             import onnxruntime
         except ImportError:
             raise MissingExtraError("onnxruntime", "onnx") from None
         self.context = context
-        self.vocab_size = config.vocab_size
+        self.vocab_size = decoder.vocab_size
         self._ort: Any = onnxruntime
-        self._position = 0
+        self._tokens: list[int] = []
+        # With LongRoPE the graph switches tables by the length so far: a prompt that crosses over is read at once,
+        # and what was read with the short factors is read again.
+        self._crossover = decoder.rope.original if decoder.rope is not None and decoder.rope.long else None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -33,27 +35,40 @@ class OnnxRuntimeBackend:
             self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as e:  # the library's errors share no base of their own
             raise BundleError(f"{path}: onnxruntime cannot load it ({_first_line(e)}); export it again") from None
-        shape = (1, config.num_key_value_heads, context, config.head_dim)
+        shape = (1, decoder.kv_heads, context, decoder.head_dim)
+        past = next((i for i in self._session.get_inputs() if i.name == "past_key_values.0.key"), None)
+        real = np.float16 if past is not None and past.type == "tensor(float16)" else np.float32
         # Zeroed once; `attention_mask` says how much of each buffer counts.
         self._caches = {
-            f"{layer}.{part}": onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
-            for layer in range(config.num_hidden_layers)
+            f"{layer}.{part}": onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, real))
+            for layer in range(len(decoder.layers))
             for part in ("key", "value")
         }
 
     @property
     def position(self) -> int:
         """Tokens in the KV cache."""
-        return self._position
+        return len(self._tokens)
 
     def forward(self, tokens: list[int], every: bool) -> F32:
         """Append tokens; logits [T, vocab_size], or [1, vocab_size] of the last."""
-        rows = [self._run(tokens[i : i + _CHUNK]) for i in range(0, len(tokens), _CHUNK)]
+        total = len(self._tokens) + len(tokens)
+        if self._crossover is not None and len(self._tokens) <= self._crossover < total:
+            again, self._tokens = self._tokens + tokens, []
+            first = self._crossover + _CHUNK  # the first run reaches beyond; the others follow in pieces
+            cuts = [0, *range(first, total, _CHUNK), total]
+            rows = [self._run(again[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+            rows = [np.concatenate(rows)[-len(tokens) :]]
+        else:
+            rows = [self._run(tokens[i : i + _CHUNK]) for i in range(0, len(tokens), _CHUNK)]
         return np.concatenate(rows) if every else rows[-1][-1:]
 
     def rewind(self, position: int) -> None:
         """Forget all tokens from `position` on."""
-        self._position = position
+        back = self._crossover is not None and position <= self._crossover < len(self._tokens)
+        kept, self._tokens = self._tokens[:position], [] if back else self._tokens[:position]
+        if back and kept:  # with the short factors again
+            self.forward(kept, every=False)
 
     def close(self) -> None:
         """Free the session and the cache."""
@@ -61,7 +76,7 @@ class OnnxRuntimeBackend:
         self._caches = {}
 
     def _run(self, tokens: list[int]) -> F32:
-        total = self._position + len(tokens)
+        total = len(self._tokens) + len(tokens)
         binding = self._session.io_binding()
         binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
         binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
@@ -73,9 +88,8 @@ class OnnxRuntimeBackend:
             self._session.run_with_iobinding(binding)
         except Exception as e:
             raise BundleError(f"onnxruntime cannot run the model ({_first_line(e)}); export the bundle again") from None
-        self._position = total
-        logits: F32 = binding.get_outputs()[-1].numpy()[0]
-        return logits
+        self._tokens = [*self._tokens, *tokens]
+        return np.asarray(binding.get_outputs()[-1].numpy()[0], np.float32)
 
 
 def _first_line(e: Exception) -> str:

@@ -1,104 +1,189 @@
-"""The reference: a Phi-3 decoder in plain NumPy, float32 throughout, slow and clear.
+"""The reference: every Phi in plain NumPy, float32 throughout, slow and clear.
 
-The fast engines and every exported bundle are held to it. It asks for one tensor at a time, so
-it never holds the model.
+The fast engines and every exported bundle are held to it. It asks for some rows of a tensor at a
+time, so it never holds the model.
 
 Shapes: T new tokens, S tokens in the cache with them, H heads, G key-value heads, D head_dim, E hidden_size.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
-from phi_runtime.checkpoint import F32
-from phi_runtime.config import Phi3Config
+from phi_runtime.decoder import F32, Decoder, Layer, Linear, Norm, visible
 
-ReadTensor = Callable[[str], F32]
 # What an engine does to the activations [T, width] before it multiplies them with a matrix.
 Rounding = Callable[[F32], F32]
+_CHUNK = 1 << 23  # weights multiplied at a time; bounds the memory
+
+
+class ReadTensor(Protocol):
+    """Where the weights come from."""
+
+    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> F32:
+        """Rows start..stop of a tensor of the checkpoint, by its name, as float32."""
+
+
+class Lane:
+    """One computation among those that share a pass over the weights: its arithmetic, its cache, its activations."""
+
+    def __init__(self, decoder: Decoder, capacity: int, rounding: Rounding) -> None:
+        shape = (len(decoder.layers), decoder.kv_heads, capacity, decoder.head_dim)
+        self.round = rounding
+        self._keys_LGSD = np.zeros(shape, np.float32)
+        self._values_LGSD = np.zeros(shape, np.float32)
+        self.x_TE: F32 = np.zeros((0, 0), np.float32)
+
+    def remember(self, layer: int, start: int, k_GTD: F32, v_GTD: F32) -> tuple[F32, F32]:
+        """All keys and values [G, S, D] of a layer, these new ones included."""
+        if not self._keys_LGSD.shape[2]:
+            return k_GTD, v_GTD
+        stop = start + k_GTD.shape[1]
+        self._keys_LGSD[layer, :, start:stop], self._values_LGSD[layer, :, start:stop] = k_GTD, v_GTD
+        return self._keys_LGSD[layer, :, :stop], self._values_LGSD[layer, :, :stop]
+
+
+class Reference:
+    """Runs a decoder over whatever `read` gives, on several lanes at once.
+
+    `context` is what the caches hold; with 0 there are none, and `forward` is for one call, a whole text.
+    A lane's `rounding` imitates an engine's arithmetic, to learn how far that alone moves the logits.
+    `watch` is told each layer's number and the lanes after it.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        read: ReadTensor,
+        context: int | None = None,
+        roundings: tuple[Rounding, ...] = (lambda x: x,),
+        watch: Callable[[int, list[Lane]], None] = lambda *_: None,
+    ) -> None:
+        self.decoder = decoder
+        self.context = decoder.context if context is None else context
+        self.position = 0
+        self._read, self._watch = read, watch
+        self._lanes = [Lane(decoder, self.context, r) for r in roundings]
+
+    def forward(self, tokens: list[int], every: bool) -> list[F32]:
+        """Append tokens; per lane the logits [T, vocab_size], or [1, vocab_size] of the last."""
+        d, lanes = self.decoder, self._lanes
+        positions = np.arange(self.position, self.position + len(tokens))
+        x_TE = self._rows(d.embedding, np.asarray(tokens))
+        if d.positions is not None:
+            x_TE = x_TE + self._rows(d.positions, positions)
+        for lane in lanes:
+            lane.x_TE = x_TE
+        for n, layer in enumerate(d.layers):
+            normed = self._norm([lane.x_TE for lane in lanes], layer.attention_norm)
+            qkv = self._linear(normed, layer.qkv)
+            attended = [self._attend(n, layer, lane, x, positions) for lane, x in zip(lanes, qkv, strict=True)]
+            added = self._linear(attended, layer.o)
+            if layer.mlp_norm is not None:
+                _add(lanes, added)
+                normed = self._norm([lane.x_TE for lane in lanes], layer.mlp_norm)
+                added = self._mlp(normed, layer)
+            else:
+                added = [a + m for a, m in zip(added, self._mlp(normed, layer), strict=True)]
+            _add(lanes, added)
+            self._watch(n, lanes)
+        self.position += len(tokens)
+        last = [lane.x_TE if every else lane.x_TE[-1:] for lane in lanes]
+        return self._linear(self._norm(last, d.final_norm), d.head)
+
+    def rewind(self, position: int) -> None:
+        """Forget all tokens from `position` on."""
+        self.position = position
+
+    def close(self) -> None:
+        """Drop the caches."""
+        self._lanes = []
+
+    def _rows(self, name: str, rows: np.ndarray) -> F32:
+        wanted, inverse = np.unique(rows, return_inverse=True)
+        return np.concatenate([self._read(name, int(r), int(r) + 1) for r in wanted])[inverse]
+
+    def _norm(self, xs: list[F32], norm: Norm) -> list[F32]:
+        weight, eps = self._read(norm.weight), self.decoder.norm_eps
+        if norm.bias is None:
+            return [rms_norm(x, weight, eps) for x in xs]
+        bias = self._read(norm.bias)
+        return [layer_norm(x, weight, bias, eps) for x in xs]
+
+    def _linear(self, xs: list[F32], linear: Linear) -> list[F32]:
+        rounded = [lane.round(x) for lane, x in zip(self._lanes, xs, strict=True)]
+        parts: list[list[F32]] = [[] for _ in xs]
+        for name in linear.weight:
+            start, step = 0, max(1, _CHUNK // xs[0].shape[-1])
+            while len(weight := self._read(name, start, start + step)):
+                for part, x in zip(parts, rounded, strict=True):
+                    part.append(x @ weight.T)
+                start += step
+        out = [np.concatenate(part, axis=-1) for part in parts]
+        if linear.bias:
+            bias = np.concatenate([self._read(name) for name in linear.bias])
+            out = [y + bias for y in out]
+        return out
+
+    def _mlp(self, xs: list[F32], layer: Layer) -> list[F32]:
+        hidden = self._linear(xs, layer.up)
+        if self.decoder.gated:
+            halves = [np.split(h, 2, axis=-1) for h in hidden]
+            return self._linear([silu(gate) * up for gate, up in halves], layer.down)
+        return self._linear([gelu_new(h) for h in hidden], layer.down)
+
+    def _attend(self, n: int, layer: Layer, lane: Lane, qkv: F32, positions: np.ndarray) -> F32:
+        d, start, stop = self.decoder, self.position, self.position + len(qkv)
+        q, k, v = np.split(qkv, [d.q_size, d.q_size + d.kv_size], axis=-1)
+        q_HTD, k_GTD = _heads(q, d.heads), _heads(k, d.kv_heads)
+        if d.rope is not None:
+            cos, sin = d.rope.tables(positions, stop)
+            q_HTD, k_GTD = rotate(q_HTD, cos, sin), rotate(k_GTD, cos, sin)
+        k_GSD, v_GSD = lane.remember(n, start, k_GTD, _heads(v, d.kv_heads))
+
+        seen_TS = visible(layer, positions, np.arange(stop))
+        out_HTD = np.empty_like(q_HTD)
+        for head in range(d.heads):  # one at a time: the scores of all would be the largest thing in memory
+            group = head * d.kv_heads // d.heads
+            scores_TS = (q_HTD[head] * d.attention_scale) @ k_GSD[group].T
+            out_HTD[head] = softmax(np.where(seen_TS, scores_TS, -np.inf)) @ v_GSD[group]
+        return out_HTD.transpose(1, 0, 2).reshape(len(qkv), d.q_size)
 
 
 class ReferenceBackend:
-    """Runs an architecture over whatever `read` gives for each tensor name of the checkpoint.
-
-    `rounding` imitates an engine's arithmetic, to learn how far that alone moves the logits.
-    """
+    """The reference as a backend like any other."""
 
     name = "reference"
 
     def __init__(
-        self,
-        config: Phi3Config,
-        read: ReadTensor,
-        context: int | None = None,
-        rounding: Rounding = lambda x: x,
+        self, decoder: Decoder, read: ReadTensor, context: int | None = None, rounding: Rounding = lambda x: x
     ) -> None:
-        self.config = config
-        self.vocab_size = config.vocab_size
-        self.context = context or config.max_position_embeddings
-        self._read = read
-        self._round = rounding
-        self._position = 0
-        shape = (config.num_hidden_layers, config.num_key_value_heads, self.context, config.head_dim)
-        self._keys_LGSD = np.zeros(shape, np.float32)
-        self._values_LGSD = np.zeros(shape, np.float32)
+        self._reference = Reference(decoder, read, context, (rounding,))
+        self.vocab_size = decoder.vocab_size
+        self.context = self._reference.context
 
     @property
     def position(self) -> int:
         """Tokens in the KV cache."""
-        return self._position
+        return self._reference.position
 
     def forward(self, tokens: list[int], every: bool) -> F32:
         """Append tokens; logits [T, vocab_size], or [1, vocab_size] of the last."""
-        c, read = self.config, self._read
-        x_TE: F32 = read("model.embed_tokens.weight")[np.asarray(tokens)]
-        for layer in range(c.num_hidden_layers):
-            p = f"model.layers.{layer}."
-            normed_TE = rms_norm(x_TE, read(p + "input_layernorm.weight"), c.rms_norm_eps)
-            attended_TE = self._attention(layer, self._linear(normed_TE, p + "self_attn.qkv_proj.weight"))
-            x_TE = x_TE + self._linear(attended_TE, p + "self_attn.o_proj.weight")
-            normed_TE = rms_norm(x_TE, read(p + "post_attention_layernorm.weight"), c.rms_norm_eps)
-            gate, up = np.split(self._linear(normed_TE, p + "mlp.gate_up_proj.weight"), 2, axis=-1)
-            x_TE = x_TE + self._linear(silu(gate) * up, p + "mlp.down_proj.weight")
-        self._position += len(tokens)
-        if not every:
-            x_TE = x_TE[-1:]
-        normed_TE = rms_norm(x_TE, read("model.norm.weight"), c.rms_norm_eps)
-        return self._linear(normed_TE, "lm_head.weight")
+        return self._reference.forward(tokens, every)[0]
 
     def rewind(self, position: int) -> None:
         """Forget all tokens from `position` on."""
-        self._position = position
+        self._reference.rewind(position)
 
     def close(self) -> None:
         """Drop the cache."""
-        self._keys_LGSD = self._values_LGSD = np.zeros((0, 0, 0, 0), np.float32)
+        self._reference.close()
 
-    def _linear(self, x: F32, name: str) -> F32:
-        out: F32 = self._round(x) @ self._read(name).T
-        return out
 
-    def _attention(self, layer: int, qkv: F32) -> F32:
-        c, start = self.config, self._position
-        count = len(qkv)
-        stop = start + count
-        q, k, v = np.split(qkv, [c.hidden_size, c.hidden_size + c.kv_size], axis=-1)
-        cos, sin = rope_tables(c, np.arange(start, stop))
-        q_HTD = rotate(_heads(q, c.num_attention_heads), cos, sin)
-        self._keys_LGSD[layer, :, start:stop] = rotate(_heads(k, c.num_key_value_heads), cos, sin)
-        self._values_LGSD[layer, :, start:stop] = _heads(v, c.num_key_value_heads)
-
-        group = c.num_attention_heads // c.num_key_value_heads
-        k_HSD = np.repeat(self._keys_LGSD[layer, :, :stop], group, axis=0)
-        v_HSD = np.repeat(self._values_LGSD[layer, :, :stop], group, axis=0)
-        scores_HTS = (q_HTD * c.head_dim**-0.5) @ k_HSD.transpose(0, 2, 1)
-        distance_TS = np.arange(start, stop)[:, None] - np.arange(stop)[None, :]
-        visible_TS = distance_TS >= 0
-        if (window := c.window()) is not None:
-            visible_TS &= distance_TS < window
-        scores_HTS = np.where(visible_TS, scores_HTS, -np.inf)
-        out_HTD = softmax(scores_HTS) @ v_HSD
-        return out_HTD.transpose(1, 0, 2).reshape(count, c.hidden_size)
+def _add(lanes: list[Lane], added: list[F32]) -> None:
+    for lane, a in zip(lanes, added, strict=True):
+        lane.x_TE = lane.x_TE + a
 
 
 def rms_norm(x: F32, weight: F32, eps: float) -> F32:
@@ -108,9 +193,23 @@ def rms_norm(x: F32, weight: F32, eps: float) -> F32:
     return out
 
 
+def layer_norm(x: F32, weight: F32, bias: F32, eps: float) -> F32:
+    """LayerNorm over the last axis (arXiv:1607.06450)."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    scale = 1 / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + np.float32(eps))
+    out: F32 = centred * scale.astype(np.float32) * weight + bias
+    return out
+
+
 def silu(x: F32) -> F32:
     """x * sigmoid(x), without overflow at either end."""
     out: F32 = x * (0.5 * (1 + np.tanh(0.5 * x)))
+    return out
+
+
+def gelu_new(x: F32) -> F32:
+    """GELU by its tanh approximation (arXiv:1606.08415), as GPT-2 and the first Phis have it."""
+    out: F32 = 0.5 * x * (1 + np.tanh(np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x * x * x)))
     return out
 
 
@@ -121,17 +220,11 @@ def softmax(x: F32) -> F32:
     return out
 
 
-def rope_tables(config: Phi3Config, positions: np.ndarray) -> tuple[F32, F32]:
-    """cos and sin [len(positions), head_dim / 2] of the rotary embedding (arXiv:2104.09864)."""
-    inv_freq = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
-    angles = positions[:, None] * inv_freq[None, :]
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-
-
 def rotate(x_HTD: F32, cos: F32, sin: F32) -> F32:
-    """Rotate the pairs (d, d + D/2), as Hugging Face's Phi-3 does."""
-    a, b = np.split(x_HTD, 2, axis=-1)
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    """Rotate the pairs (d, d + dims/2) of each head's first `dims` values, as Hugging Face does; the rest stays."""
+    half = cos.shape[-1]
+    a, b, rest = np.split(x_HTD, [half, 2 * half], axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
 def _heads(x: F32, heads: int) -> F32:
@@ -140,9 +233,9 @@ def _heads(x: F32, heads: int) -> F32:
 
 def round_int8(x: F32) -> F32:
     """Activations as llama.cpp's and onnxruntime's int8 kernels see them: 8 bits, a scale per 32."""
-    blocks = x.reshape(-1, 32)
+    blocks = np.pad(x, [(0, 0), (0, -x.shape[-1] % 32)]).reshape(-1, 32)
     scale = np.abs(blocks).max(axis=1, keepdims=True) / 127
-    out: F32 = (np.rint(blocks / np.where(scale == 0, 1, scale)) * scale).reshape(x.shape)
+    out: F32 = (np.rint(blocks / np.where(scale == 0, 1, scale)) * scale).reshape(len(x), -1)[:, : x.shape[-1]]
     return out
 
 

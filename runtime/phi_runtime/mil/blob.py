@@ -16,9 +16,13 @@ VERSION = 2
 SENTINEL = 0xDEADBEEF
 FILE_HEAD = struct.Struct("<II56x")
 ENTRY_HEAD = struct.Struct("<IIQQQ32x")
-# Storage type by element type; int4 packs two elements a byte, the first in the low half.
-BLOB_TYPES = {"float16": 1, "float32": 2, "int8": 4, "int4": 8, "int32": 14}
-_BITS = {1: 16, 2: 32, 4: 8, 8: 4, 14: 32}
+# Storage type and bits by element type; narrow integers are a stream of bits, the first in the lowest.
+_KINDS = {
+    "float16": (1, 16), "float32": (2, 32), "uint8": (3, 8), "int8": (4, 8), "int4": (8, 4), "int32": (14, 32),
+    "uint2": (10, 2), "uint4": (11, 4), "uint3": (12, 3), "uint6": (13, 6),
+}  # fmt: skip
+BLOB_TYPES = {name: kind for name, (kind, _) in _KINDS.items()}
+BITS = {name: bits for name, (_, bits) in _KINDS.items()}
 
 
 class BlobReader:
@@ -30,26 +34,66 @@ class BlobReader:
         if self._data.size < FILE_HEAD.size or FILE_HEAD.unpack(self._data[: FILE_HEAD.size].tobytes())[1] != VERSION:
             raise BundleError(f"{path}: is not a version-{VERSION} weight file; export the bundle again")
 
-    def read(self, offset: int, dtype: str, count: int) -> np.ndarray:
-        """The entry whose head is at `offset`: [count] elements, int4 unpacked to int8."""
-        bits = _BITS.get(BLOB_TYPES.get(dtype, 0), 0)
-        size = self._data.size
-        if offset % ALIGN or offset + ENTRY_HEAD.size > size:
+    def read(self, offset: int, dtype: str, count: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Elements start..stop of the entry of `count` whose head is at `offset`; narrow integers become 8 bits wide.
+
+        `start` and `stop` must lie on whole bytes (for 3 and 6 bits, on multiples of 8 elements).
+        """
+        bits, size = BITS.get(dtype, 0), self._data.size
+        if offset % ALIGN or offset < 0 or offset + ENTRY_HEAD.size > size:
             raise BundleError(f"{self._path}: entry offset {offset} lies outside the file's {size} bytes")
-        sentinel, kind, nbytes, start, _ = ENTRY_HEAD.unpack(self._data[offset : offset + ENTRY_HEAD.size].tobytes())
+        sentinel, kind, nbytes, place, _ = ENTRY_HEAD.unpack(self._data[offset : offset + ENTRY_HEAD.size].tobytes())
         if sentinel != SENTINEL or not bits or kind != BLOB_TYPES[dtype] or nbytes != (count * bits + 7) // 8:
             raise BundleError(f"{self._path}: the entry at {offset} is not {count} elements of {dtype}")
-        if start + nbytes > size:
+        if place + nbytes > size:
             raise BundleError(f"{self._path}: the entry at {offset} claims bytes beyond the file's {size}")
-        raw = self._data[start : start + nbytes]
-        if dtype == "int4":
-            return unpack_int4(raw)[:count]
-        return np.frombuffer(raw, np.dtype(dtype))
+        stop = count if stop is None else min(stop, count)
+        raw = self._data[place + start * bits // 8 : place + (stop * bits + 7) // 8]
+        if bits in (16, 32) or dtype in ("uint8", "int8"):
+            return np.frombuffer(raw, np.dtype(dtype))
+        return unpack(raw, bits, dtype.startswith("int"))[: stop - start]
 
 
-def unpack_int4(packed: np.ndarray) -> np.ndarray:
-    """Signed 4-bit values [2 n] as int8 from bytes [n], low half first."""
-    out = np.empty(2 * packed.size, np.int8)
-    out[0::2] = (packed << 4).view(np.int8) >> 4
-    out[1::2] = packed.view(np.int8) >> 4
-    return out
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Rows of codes as a stream of `bits` bits each, the first in the lowest bits: uint8 [rows, columns * bits / 8].
+
+    Negative codes become two's complement. Columns times bits must fill whole bytes.
+    """
+    c = codes.view(np.uint8) if codes.dtype == np.int8 else codes.astype(np.uint8, copy=False)
+    if bits == 8:
+        return c
+    if bits in (2, 4):
+        mask = np.uint8((1 << bits) - 1)
+        out = c[:, 0 :: 8 // bits] & mask
+        for i in range(1, 8 // bits):
+            out |= (c[:, i :: 8 // bits] & mask) << np.uint8(bits * i)
+        return out
+    # Groups of 8 codes make `bits` whole bytes.
+    wide = c.reshape(len(c), -1, 8).astype(np.uint64)
+    word = np.zeros(wide.shape[:2], np.uint64)
+    for i in range(8):
+        word |= wide[:, :, i] << np.uint64(bits * i)
+    stream = word[:, :, None].view(np.uint8).reshape(*word.shape, 8)[:, :, :bits]
+    return np.ascontiguousarray(stream).reshape(len(c), -1)
+
+
+def unpack(packed: np.ndarray, bits: int, signed: bool) -> np.ndarray:
+    """The inverse of `pack`, along the last axis: uint8, or int8 where signed."""
+    if bits == 8:
+        return packed.view(np.int8) if signed else packed
+    if bits in (2, 4):
+        codes = np.empty((*packed.shape, 8 // bits), np.uint8)
+        for i in range(8 // bits):
+            np.bitwise_and(packed >> np.uint8(bits * i), np.uint8((1 << bits) - 1), out=codes[..., i])
+    else:
+        lanes = packed.reshape(*packed.shape[:-1], -1, bits).astype(np.uint64)
+        word = np.zeros(lanes.shape[:-1], np.uint64)
+        for i in range(bits):
+            word |= lanes[..., i] << np.uint64(8 * i)
+        codes = np.empty((*word.shape, 8), np.uint8)
+        for i in range(8):
+            codes[..., i] = (word >> np.uint64(bits * i)) & np.uint64((1 << bits) - 1)
+    flat = codes.reshape(*packed.shape[:-1], -1)
+    if not signed:
+        return flat
+    return (flat << np.uint8(8 - bits)).view(np.int8) >> np.int8(8 - bits)

@@ -13,15 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from phi_runtime.backends.coreml import Function, Functions
-from phi_runtime.backends.reference import silu, softmax
+from phi_runtime.backends.coreml import USE_LONG, Function, Functions
+from phi_runtime.backends.reference import gelu_new, silu, softmax
 from phi_runtime.errors import BundleError, UnsupportedError
 from phi_runtime.mil.blob import BlobReader
 from phi_runtime.mil.schema import BLOB_FILE, DATA_TYPES, messages
 
 _MAX_ELEMENTS = 2**31
-_KEEP_BYTES = 2 * 1024**3  # dequantised weights kept between calls; beyond it they are made anew
+_KEEP_BYTES = 256 * 1024**2  # dequantised weights kept between calls; beyond it they are made anew
 _NAMES = {number: name for name, number in DATA_TYPES.items()}
+
+# Ops that make a weight, and their inputs.
+_CONSTEXPRS = {"constexpr_blockwise_shift_scale": ("data", "scale"), "constexpr_lut_to_dense": ("indices", "lut")}
 
 State = dict[str, np.ndarray]
 Values = dict[str, Any]
@@ -38,7 +41,7 @@ def open_functions(package: Path) -> Functions:
     if not model.HasField("mlProgram"):
         raise UnsupportedError(f"{model_path}: holds no ML Program; we read those only")
     program = Program(model.mlProgram, BlobReader(weights), model_path)
-    return Functions(dict(program.functions), program.make_state)
+    return Functions(dict(program.functions), program.make_state, program.slots(), USE_LONG in program.inputs)
 
 
 def _locate(package: Path) -> tuple[Path, Path]:
@@ -65,9 +68,17 @@ class Program:
         self._kept: dict[tuple[int, int], np.ndarray] = {}
         self._kept_bytes = 0
         self._states: dict[str, tuple[int, ...]] = {}
+        self.inputs: set[str] = set()
         self.functions: dict[str, Function] = {}
         for name, function in sorted(program.functions.items()):
             self.functions[name] = self._function(name, function)
+
+    def slots(self) -> int:
+        """Positions that each KV state holds. Raises BundleError for states of another kind."""
+        sizes = {shape[2] for shape in self._states.values() if len(shape) == 4}
+        if len(sizes) != 1:
+            raise BundleError(f"{self.path}: its states are not a KV cache; export the bundle again")
+        return sizes.pop()
 
     def make_state(self) -> State:
         """All states zeroed, float16 as Core ML has them."""
@@ -86,6 +97,7 @@ class Program:
                     raise BundleError(f"{self.path}: state {value.name} has two shapes; export the bundle again")
             else:
                 inputs[value.name] = self._type(value.type)
+                self.inputs.add(value.name)
 
         def call(given: dict[str, np.ndarray], state: State) -> dict[str, np.ndarray]:
             values: Values = {}
@@ -116,11 +128,11 @@ class Program:
                 values[names[0]] = constant
 
             return const
-        if op.type == "constexpr_blockwise_shift_scale":
-            data, scale = (op.inputs[k].arguments[0].value for k in ("data", "scale"))
+        if op.type in _CONSTEXPRS:
+            entries = [op.inputs[k].arguments[0].value for k in _CONSTEXPRS[op.type]]
 
             def constexpr(values: Values, state: State) -> None:
-                values[names[0]] = self._dequantise(data, scale)
+                values[names[0]] = self._constexpr(op.type, *entries)
 
             return constexpr
         if op.type in ("read_state", "write_state"):
@@ -157,18 +169,28 @@ class Program:
 
         return step
 
-    def _dequantise(self, data: Any, scale: Any) -> np.ndarray:
-        """data * scale, each scale over its block; kept between calls while they fit."""
-        key = (data.blobFileValue.offset, scale.blobFileValue.offset)
+    def _constexpr(self, kind: str, codes: Any, table: Any) -> np.ndarray:
+        """A matrix from its codes and their scales or tables; kept between calls while they fit."""
+        key = (codes.blobFileValue.offset, table.blobFileValue.offset)
         if key in self._kept:
             return self._kept[key]
-        codes, scales = self._value(data), self._value(scale).astype(np.float32)
-        if codes.ndim != 2 or scales.ndim != 2 or codes.shape[0] != scales.shape[0]:
-            raise BundleError(f"{self.path}: the blocks of the weight at {key} do not run along its rows")
-        rows, columns = codes.shape
-        blocks = codes.reshape(rows, scales.shape[1], -1).astype(np.float32)
+        c, t = self._value(codes), self._value(table).astype(np.float32)
+        try:
+            if kind == "constexpr_lut_to_dense":
+                groups, across, entries, one = t.shape
+                if across != 1 or one != 1 or c.shape[0] % groups:
+                    raise ValueError
+                first = np.repeat(np.arange(groups, dtype=np.int32) * entries, c.shape[0] // groups)
+                weight: np.ndarray = t.reshape(-1)[first[:, None] + c]
+            else:
+                weight = c.reshape(c.shape[0], t.shape[1], -1).astype(np.float32)
+                weight *= t[:, :, None]
+                weight = weight.reshape(c.shape)
+        except ValueError:
+            raise BundleError(f"{self.path}: the blocks of the weight at {key} do not run along its rows") from None
         # Core ML makes float16 of it, so it is rounded to that before it is used.
-        weight: np.ndarray = (blocks * scales[:, :, None]).reshape(rows, columns).astype(np.float16).astype(np.float32)
+        if kind != "constexpr_lut_to_dense":
+            weight = weight.astype(np.float16).astype(np.float32)
         if self._kept_bytes + weight.nbytes <= _KEEP_BYTES:
             self._kept[key] = weight
             self._kept_bytes += weight.nbytes
@@ -242,6 +264,12 @@ def _linear(a: dict[str, Any]) -> list[np.ndarray]:
     return [out + a["bias"] if "bias" in a else out]
 
 
+def _gelu(a: dict[str, Any]) -> list[np.ndarray]:
+    if a["mode"] != "TANH_APPROXIMATION":
+        raise ValueError(f"gelu mode {a['mode']}")
+    return [gelu_new(a["x"])]
+
+
 def _binary(op: Callable[[Any, Any], Any]) -> Callable[[dict[str, Any]], list[np.ndarray]]:
     return lambda a: [np.asarray(op(a["x"], a["y"]))]
 
@@ -251,7 +279,9 @@ _OPS: dict[str, tuple[Callable[[dict[str, Any]], list[np.ndarray]], bool]] = {
     "add": (_binary(np.add), True),
     "sub": (_binary(np.subtract), True),
     "mul": (_binary(np.multiply), True),
+    "mod": (_binary(np.mod), False),
     "less_equal": (_binary(np.less_equal), False),
+    "greater_equal": (_binary(np.greater_equal), False),
     "greater": (_binary(np.greater), False),
     "logical_and": (_binary(np.logical_and), False),
     "rsqrt": (lambda a: [1 / np.sqrt(a["x"] + a["epsilon"])], True),
@@ -261,6 +291,7 @@ _OPS: dict[str, tuple[Callable[[dict[str, Any]], list[np.ndarray]], bool]] = {
     ),
     "softmax": (lambda a: [softmax(a["x"])], True),
     "silu": (lambda a: [silu(a["x"])], True),
+    "gelu": (_gelu, True),
     "linear": (_linear, True),
     "matmul": (_matmul, True),
     "cast": (lambda a: [a["x"].astype({"fp16": np.float16, "fp32": np.float32, "int32": np.int32}[a["dtype"]])], False),

@@ -57,8 +57,11 @@ SPECIFICATION_VERSION = 9  # iOS 18, macOS 15
 OPSET = "CoreML8"
 BLOB_FILE = "@model_path/weights/weight.bin"
 
-# MIL DataType by NumPy's name, and int4, which NumPy has not.
-DATA_TYPES = {"bool": 1, "str": 2, "float16": 10, "float32": 11, "int8": 21, "int32": 23, "int4": 25}
+# MIL DataType by NumPy's name, and the narrow integers, which NumPy has not.
+DATA_TYPES = {
+    "bool": 1, "str": 2, "float16": 10, "float32": 11, "int8": 21, "int32": 23, "int4": 25,
+    "uint8": 31, "uint4": 35, "uint2": 36, "uint6": 38, "uint3": 39,
+}  # fmt: skip
 FEATURE_TYPES = {"float16": 65552, "float32": 65568, "int32": 131104}
 
 

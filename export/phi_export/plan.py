@@ -1,0 +1,181 @@
+"""Which type each tensor gets: `--int4`, or the best mix under a ceiling of bytes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from phi_export.formats import Format, Item, Options, Plan, Type, fitting, get_format, items, stored
+from phi_export.speed import Speeds
+from phi_runtime.checkpoint import Checkpoint
+from phi_runtime.errors import UsageError
+
+# Expected loss of storing an item as a type, in any unit that adds up over items.
+Sensitivity = Callable[[Item, Type], float]
+
+_RESOLUTION = 1 << 14  # steps of the ceiling that the solver tells apart
+_SAME_SPEED = 1.02  # a type within this of the fastest counts as fast
+# What llama.cpp's mixes give more bits to, as published and confirmed by many measurements: the head and
+# what writes into the residual stream from the wide side.
+_ROLE = {"head": 4.0, "down": 2.0, "embedding": 0.5}
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Bytes that a bundle's files may take together; `prefer` says what the mix is chosen for.
+
+    quality: the least expected loss. speed: the same, among the types that decode as fast as the fastest 4-bit one.
+    """
+
+    memory: int
+    prefer: str = "quality"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What an export will write in one format."""
+
+    format: str
+    plan: Plan
+    options: Options
+    context: int
+    overhead: int  # bytes of the bundle beside the weights, at most
+    items: tuple[Item, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(q.bytes for q in self.plan.values())
+
+    def milliseconds(self, speeds: Speeds) -> float | None:
+        """Predicted time of the products of one token, None where a type was never measured."""
+        return speeds.milliseconds([(self.plan[i.name].type, i.weights) for i in self.items if i.uses])
+
+
+def weight_error(item: Item, kind: Type) -> float:
+    """The stand-in for measured sensitivity: squared error of normally distributed weights, by role."""
+    return _ROLE.get(item.role, 1.0) * item.weights * kind.error
+
+
+def expected_loss(planned: Planned) -> float:
+    """Expected loss of a plan, by the stand-in."""
+    kinds = get_format(planned.format).types(planned.options)
+    return sum(weight_error(i, kinds[planned.plan[i.name].type]) for i in planned.items if i.role != "vector")
+
+
+def plan_int4(name: str, module: Format, checkpoint: Checkpoint, options: Options) -> Planned:
+    """Every matrix in the format's own 4-bit type."""
+    found = items(checkpoint.config, options)
+    plan = {
+        i.name: stored(module, i, "" if i.role == "vector" else module.default(i, options), options) for i in found
+    }
+    return _planned(name, module, checkpoint, options, plan, found)
+
+
+def plan_memory(
+    name: str,
+    module: Format,
+    checkpoint: Checkpoint,
+    options: Options,
+    ceiling: Ceiling,
+    speeds: Speeds,
+    sensitivity: Sensitivity = weight_error,
+) -> Planned:
+    """The mix of least expected loss whose files stay under the ceiling.
+
+    Raises UsageError for a ceiling that no mix can meet; it names the nearest that can.
+    """
+    found = items(checkpoint.config, options)
+    fixed = {i.name: stored(module, i, "", options) for i in found if i.role == "vector"}
+    matrices = [i for i in found if i.role != "vector"]
+    room = ceiling.memory - _overhead(module, checkpoint, options) - sum(q.bytes for q in fixed.values())
+    choices = []
+    for item in matrices:
+        kinds = fitting(module, item, options)
+        if ceiling.prefer == "speed":
+            kinds = speeds.fast(kinds, _SAME_SPEED)
+        options_of_item = [(n, t.nbytes(item.rows, item.columns), sensitivity(item, t)) for n, t in kinds.items()]
+        choices.append(_undominated(options_of_item))
+    least = sum(min(size for _, size, _ in c) for c in choices)
+    if least > room:
+        nearest = ceiling.memory + least - room
+        raise UsageError(
+            f"{name}: no mix of its types fits in {ceiling.memory / 1e9:.3f} GB; "
+            f"the smallest takes {nearest / 1e9:.3f} GB ({nearest / 2**30:.3f} GiB): --memory {-(-nearest // 10**6)}MB"
+        )
+    chosen = _allocate(choices, room)
+    names = dict(zip((i.name for i in matrices), chosen, strict=True))
+    plan = {i.name: fixed[i.name] if i.role == "vector" else stored(module, i, names[i.name], options) for i in found}
+    return _planned(name, module, checkpoint, options, plan, found)
+
+
+def _planned(
+    name: str, module: Format, checkpoint: Checkpoint, options: Options, plan: Plan, found: list[Item]
+) -> Planned:
+    context = module.context(checkpoint.config, options)
+    return Planned(name, plan, options, context, _overhead(module, checkpoint, options), tuple(found))
+
+
+def _overhead(module: Format, checkpoint: Checkpoint, options: Options) -> int:
+    from phi_export.verify import COMPANIONS
+
+    beside = sum(p.stat().st_size for n in COMPANIONS if (p := checkpoint.folder / n).is_file())
+    manifest = 4096 + 160 * len(items(checkpoint.config, options))
+    manifest += len(str(checkpoint.config.to_json())) * 2
+    return module.overhead(checkpoint, options) + beside + manifest
+
+
+def _undominated(options: list[tuple[str, int, float]]) -> list[tuple[str, int, float]]:
+    """Without those that are no smaller than another of less loss; the largest first."""
+    kept: list[tuple[str, int, float]] = []
+    for option in sorted(options, key=lambda o: (o[1], o[2], o[0])):
+        if not kept or option[2] < kept[-1][2]:
+            kept.append(option)
+    return kept[::-1]
+
+
+def _allocate(choices: list[list[tuple[str, int, float]]], room: int) -> list[str]:
+    """One option (name, bytes, loss) for each, of least total loss within `room` bytes.
+
+    Dynamic programming over the bytes left, in steps of `room` / _RESOLUTION, sizes rounded up; what the rounding
+    left over is then spent where it buys most.
+    """
+    step = max(1, room // _RESOLUTION)
+    total = room // step
+    losses = np.zeros(total + 1)
+    taken = []
+    for options in choices:
+        best = np.full(total + 1, np.inf)
+        which = np.zeros(total + 1, np.int8)
+        for n, (_, size, loss) in enumerate(options):
+            cost = -(-size // step)
+            if cost > total:
+                continue
+            candidate = np.full(total + 1, np.inf)
+            candidate[cost:] = losses[: total + 1 - cost] + loss
+            better = candidate < best
+            best, which = np.where(better, candidate, best), np.where(better, np.int8(n), which)
+        losses = best
+        taken.append(which)
+    if not np.isfinite(losses[total]):  # a ceiling so tight that the rounding alone breaks it
+        chosen = [len(options) - 1 for options in choices]
+    else:
+        chosen, left = [], total
+        for options, which in zip(choices[::-1], taken[::-1], strict=True):
+            chosen.append(int(which[left]))
+            left -= -(-options[chosen[-1]][1] // step)
+        chosen.reverse()
+    spare = room - sum(options[n][1] for options, n in zip(choices, chosen, strict=True))
+    while True:  # upgrades that fit, the best gain per byte first
+        upgrades = [
+            ((options[n][2] - options[n - 1][2]) / (options[n - 1][1] - options[n][1]), i)
+            for i, (options, n) in enumerate(zip(choices, chosen, strict=True))
+            if n > 0 and options[n - 1][1] - options[n][1] <= spare
+        ]
+        if not upgrades:
+            return [options[n][0] for options, n in zip(choices, chosen, strict=True)]
+        i = max(upgrades, key=lambda u: (u[0], -u[1]))[1]
+        spare -= choices[i][chosen[i] - 1][1] - choices[i][chosen[i]][1]
+        chosen[i] -= 1
+
+
