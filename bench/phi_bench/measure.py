@@ -1,8 +1,6 @@
 """Measuring bundles: speed in rounds that take turns, quality against the checkpoint."""
 
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -15,12 +13,13 @@ import phi_runtime
 from phi_bench.worker import Speed
 from phi_export.compare import Agreement, windows
 from phi_export.verify import WINDOW, sample_tokens
-from phi_runtime.backends import BACKENDS, cores
+from phi_runtime.backends import BACKENDS
 from phi_runtime.backends.reference import Reference
 from phi_runtime.bundle import Manifest, find_bundle, read_manifest
 from phi_runtime.checkpoint import Checkpoint, open_checkpoint
 from phi_runtime.config import num_parameters, read_json
 from phi_runtime.errors import BundleError, UsageError
+from phi_runtime.machine import machine
 
 PROMPTS = (
     'def read_lines(path):\n    """Return the lines of',
@@ -138,26 +137,6 @@ def quality(subjects: list[Subject], checkpoint: Checkpoint, tokens: list[int], 
     for model in models:
         model.close()
     return agreements
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on; nothing that names one particular machine."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        cpu = next(
-            (x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu
-        )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cpu": cpu,
-        "architecture": platform.machine(),
-        "cores": cores(),
-        "memory_bytes": memory,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "phi_edge": phi_runtime.__version__,
-    }
 
 
 def _speed(subject: Subject, prompt_tokens: int, decode_tokens: int) -> Speed:

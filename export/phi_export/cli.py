@@ -44,7 +44,9 @@ def _export(argv: list[str]) -> None:
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for the bundles: DIR/gguf, DIR/onnx, DIR/coreml")
     p.add_argument("--format", default=",".join(FORMATS), help="formats, comma-separated (default %(default)s)")
     p.add_argument("--profile", help="onnx: fp32 or fp16 activations; coreml: gpu or ane (default: the first)")
-    p.add_argument("--context", type=positive, metavar="N", help="tokens of context: Core ML's cache, the ledger's memory")
+    p.add_argument(
+        "--context", type=positive, metavar="N", help="tokens of context: Core ML's cache, the ledger's memory"
+    )
     p.add_argument("--split-qkv", action="store_true", help="gguf: queries, keys and values as tensors of their own")
     p.add_argument("--tokens", type=positive, metavar="N", help="tokens to verify over (default: a sample)")
     p.add_argument("--threads", type=positive, metavar="N", help="threads (default: one per core)")
@@ -97,7 +99,9 @@ def parse_size(text: str) -> int:
     units = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     if found is None or found[2] not in units or not float(found[1]) > 0:
-        raise UsageError(f"--memory {text!r}: give a number and its unit, {', '.join(units)}; for example 1.8GB or 1.8GiB")
+        raise UsageError(
+            f"--memory {text!r}: give a number and its unit, {', '.join(units)}; for example 1.8GB or 1.8GiB"
+        )
     return int(float(found[1]) * units[found[2]])
 
 
@@ -134,7 +138,9 @@ def _calibrate_speed(argv: list[str]) -> None:
         "phi-export calibrate-speed", description="Measure how fast each type decodes here; takes a minute or two."
     )
     p.add_argument("--threads", type=positive, metavar="N", help="threads (default: one per core)")
-    p.add_argument("--out", type=Path, metavar="FILE", help="where to write the table (default: where plans look for it)")
+    p.add_argument(
+        "--out", type=Path, metavar="FILE", help="where to write the table (default: where plans look for it)"
+    )
     args = p.parse_args(argv)
     try:
         from phi_export import show

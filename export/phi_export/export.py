@@ -17,12 +17,13 @@ from phi_export.stream import Stream
 from phi_export.verify import COMPANIONS, sample_tokens, verify_manifest
 from phi_runtime import __version__
 from phi_runtime.backends import cores
-from phi_runtime.bundle import MANIFEST, Manifest, Parity, Source, list_files, write_manifest
+from phi_runtime.bundle import MANIFEST, Manifest, Parity, Source, list_files, read_manifest, write_manifest
 from phi_runtime.checkpoint import Checkpoint, open_checkpoint, stop_tokens
 from phi_runtime.config import read_json
 from phi_runtime.errors import CheckpointError, MissingExtraError, OutputExistsError, PhiError
 from phi_runtime.files import replace_folder, resumable_folder, sha256
 from phi_runtime.tokenizer import Tokenizer
+from phi_train.init import RANDOM
 
 # Told (format, what is being done, done so far, of how many).
 Progress = Callable[[str, str, int, int], None]
@@ -84,7 +85,7 @@ def export(
     _check_tokenizer(source)
     _check_output(out, formats, force)
     sample = sample_tokens(source, None, tokens)
-    job = _Job(source, stop_tokens(source), sample, threads or cores(), progress)
+    job = _Job(source, _describe_source(source), stop_tokens(source), sample, threads or cores(), progress)
     bundles = []
     with resumable_folder(out, _key(source, planned)) as stage:
         for p in planned:
@@ -106,6 +107,7 @@ class _Job:
     """What the bundles of one export share."""
 
     source: Checkpoint
+    described: Source
     stops: tuple[int, ...]
     sample: list[int]
     threads: int
@@ -114,6 +116,8 @@ class _Job:
     def bundle(self, planned: Planned, folder: Path) -> Exported:
         """Write one bundle, what an earlier run left of it included, and verify it."""
         folder.mkdir(exist_ok=True)
+        if (folder / MANIFEST).is_file() and (parity := (found := read_manifest(folder)).parity) is not None:
+            return Exported(folder, found, parity, 0.0, 0.0)  # an earlier run came this far
         module = get_format(planned.format)
         steps = 2 * len(planned.plan)
         done = 0
@@ -124,17 +128,19 @@ class _Job:
             self.progress(planned.format, what, done, steps)
 
         began = time.perf_counter()
-        stream = Stream(folder, self.threads, lambda name: step(f"writing {name}"))
+        stream = Stream(
+            folder.with_name(f"{planned.format}.journal"), self.threads, lambda name: step(f"writing {name}")
+        )
         module.write(self.source, planned.plan, planned.options, folder, stream)
         stream.close()
+        (folder / MANIFEST).unlink(missing_ok=True)
         for name in COMPANIONS:
             if (self.source.folder / name).is_file():
                 shutil.copyfile(self.source.folder / name, folder / name)
-        (folder / MANIFEST).unlink(missing_ok=True)
         manifest = Manifest(
             format=planned.format,
             artifact=module.artifact(folder),
-            source=_describe_source(self.source),
+            source=self.described,
             architecture=self.source.config.to_json(),
             context=planned.context,
             window=self.source.config.sliding_window,
@@ -144,6 +150,7 @@ class _Job:
             files=list_files(folder),
             options=asdict(planned.options),
         )
+        write_manifest(folder, manifest)
         wrote = time.perf_counter()
         outcome = verify_manifest(
             folder, manifest, self.source, self.sample, lambda what: step(f"verifying {what}"), written_now=True
@@ -151,13 +158,16 @@ class _Job:
         parity = outcome.require(Path(planned.format))
         manifest = replace(manifest, parity=parity)
         write_manifest(folder, manifest)
+        stream.forget()
         self.progress(planned.format, "done", steps, steps)
         return Exported(folder, manifest, parity, wrote - began, time.perf_counter() - wrote)
 
 
 def _key(checkpoint: Checkpoint, planned: list[Planned]) -> str:
     """A digest of all that decides the bytes; files count by size and time, so that it takes no reading."""
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(checkpoint.folder.iterdir()) if f.is_file()]
+    files = [
+        (f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(checkpoint.folder.iterdir()) if f.is_file()
+    ]
     plans = [(p.format, asdict(p.options), {n: q.type for n, q in p.plan.items()}) for p in planned]
     said = json.dumps([__version__, str(checkpoint.folder.resolve()), files, plans])
     return hashlib.sha256(said.encode()).hexdigest()[:16]
@@ -168,7 +178,8 @@ def _describe_source(checkpoint: Checkpoint) -> Source:
     # A Hugging Face cache keeps each revision in a folder of the commit's name.
     revision = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None
     name = str(read_json(folder / "config.json").get("_name_or_path") or folder.name)
-    return Source(name, revision, {f.name: sha256(f) for f in checkpoint.files})
+    random = RANDOM in read_json(folder / "config.json")
+    return Source(name, revision, {f.name: sha256(f) for f in checkpoint.files}, random)
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:

@@ -32,9 +32,7 @@ def quantize(x: F32, kind: GgmlType) -> U8:
     rows, columns = x.shape
     x = np.ascontiguousarray(x)
     out = np.empty((rows, columns // kind.block * kind.block_bytes), np.uint8)
-    written = _library().ggml_quantize_chunk(
-        kind.number, x.ctypes.data, out.ctypes.data, 0, rows, columns, None
-    )
+    written = _library().ggml_quantize_chunk(kind.number, x.ctypes.data, out.ctypes.data, 0, rows, columns, None)
     assert written == out.nbytes, (kind, written, out.nbytes)
     return out
 

@@ -66,9 +66,7 @@ def expected_loss(planned: Planned) -> float:
 def plan_int4(name: str, module: Format, checkpoint: Checkpoint, options: Options) -> Planned:
     """Every matrix in the format's own 4-bit type."""
     found = items(checkpoint.config, options)
-    plan = {
-        i.name: stored(module, i, "" if i.role == "vector" else module.default(i, options), options) for i in found
-    }
+    plan = {i.name: stored(module, i, "" if i.role == "vector" else module.default(i, options), options) for i in found}
     return _planned(name, module, checkpoint, options, plan, found)
 
 
@@ -177,5 +175,3 @@ def _allocate(choices: list[list[tuple[str, int, float]]], room: int) -> list[st
         i = max(upgrades, key=lambda u: (u[0], -u[1]))[1]
         spare -= choices[i][chosen[i] - 1][1] - choices[i][chosen[i]][1]
         chosen[i] -= 1
-
-

@@ -130,7 +130,16 @@ def spinner(what: str) -> Iterator[Callable[[str], None]]:
 def exported(bundles: list[Exported]) -> None:
     """The table of bundles that were written."""
     table = Table()
-    for column in ("bundle", "files", "bits/weight", "KL divergence", "top-1 agreement", "perplexity (checkpoint)", "written", "verified"):
+    for column in (
+        "bundle",
+        "files",
+        "bits/weight",
+        "KL divergence",
+        "top-1 agreement",
+        "perplexity (checkpoint)",
+        "written",
+        "verified",
+    ):
         table.add_column(column, justify="left" if column == "bundle" else "right")
     for b in bundles:
         table.add_row(
@@ -145,6 +154,8 @@ def exported(bundles: list[Exported]) -> None:
         )
     _out.print(table)
     tokens = bundles[0].parity.tokens
+    if bundles[0].manifest.source.random:
+        _out.print("the checkpoint's weights are random: sizes and speeds are real, quality means nothing")
     _out.print(f"verified over {tokens} tokens of the built-in sample; `phi-export verify --text FILE` takes more")
 
 
@@ -167,3 +178,17 @@ def verified(bundle: Path, outcome: Verification) -> None:
                 f"change of the activations by rounding the weights: {p.layer_errors[0]:.3g} after the first layer, "
                 f"{p.layer_errors[-1]:.3g} after the last, at most {p.layer_errors[worst]:.3g} (layer {worst})"
             )
+
+
+def speeds(path: Path, table: dict[str, object]) -> None:
+    """The table that `calibrate-speed` measured."""
+    shown = Table(title=f"{table['unit']}: {table['machine']}", title_justify="left")
+    for column in ("engine", "type", "ns/weight", "phi-3-mini, ms per token"):
+        shown.add_column(column, justify="left" if column in ("engine", "type") else "right")
+    engines = table["engines"]
+    assert isinstance(engines, dict)
+    for engine, kinds in engines.items():
+        for kind, ns in sorted(kinds.items(), key=lambda k: k[1]):
+            shown.add_row(engine, kind, f"{ns:.4f}", f"{ns * 3722.6:.1f}")
+    _out.print(shown)
+    _out.print(f"{path}: plans use it from now on")

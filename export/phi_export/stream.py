@@ -1,6 +1,6 @@
 """Writing large files a piece at a time, on all cores, so that the bytes do not depend on who came first.
 
-Every piece has its place before the first is written. A journal in the folder names what is there,
+Every piece has its place before the first is written. A journal beside it names what is there,
 so that an export that was interrupted goes on at the tensor where it stopped.
 """
 
@@ -13,23 +13,25 @@ from typing import BinaryIO
 
 import numpy as np
 
-JOURNAL = ".journal"
 PIECE = 1 << 20  # weights of a piece, about; bounds the memory of one thread
 
 
 class Stream:
     """The pool, the journal and the progress of one artifact's writing."""
 
-    def __init__(self, folder: Path, threads: int, progress: Callable[[str], None]) -> None:
-        self._journal = folder / JOURNAL
+    def __init__(self, journal: Path, threads: int, progress: Callable[[str], None]) -> None:
+        self._journal = journal
         self._progress = progress
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads)
         self._done = set(self._journal.read_text().splitlines()) if self._journal.exists() else set()
 
     def close(self) -> None:
-        """Stop the pool and drop the journal, which is of no use once all is written."""
+        """Stop the pool."""
         self._pool.shutdown()
+
+    def forget(self) -> None:
+        """Drop the journal, once the artifact is verified."""
         self._journal.unlink(missing_ok=True)
 
     def missing(self, name: str) -> bool:
@@ -80,7 +82,8 @@ class PlacedFile:
 
     def write(self, offset: int, content: bytes | np.ndarray) -> None:
         """Write all of it at `offset`."""
-        view = memoryview(np.ascontiguousarray(content) if isinstance(content, np.ndarray) else content).cast("B")
+        raw = content if isinstance(content, bytes) else content.tobytes()
+        view = memoryview(raw)
         while view:
             count = os.pwrite(self._descriptor, view, offset)
             view, offset = view[count:], offset + count

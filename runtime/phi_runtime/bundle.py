@@ -33,11 +33,15 @@ class BundleFile:
 
 @dataclass(frozen=True)
 class Source:
-    """The checkpoint a bundle was made from: its name and the digest of its weight files."""
+    """The checkpoint a bundle was made from: its name and the digest of its weight files.
+
+    random: its weights were drawn, not trained, so that its quality means nothing.
+    """
 
     name: str
     revision: str | None
     sha256: dict[str, str]
+    random: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,9 @@ def read_manifest(folder: Path) -> Manifest:
                 for f in _some(list(raw["files"]))
             ),
             options=dict(raw.get("options", {})),
-            parity=None if parity is None else Parity(**(parity | {"layer_errors": tuple(parity.get("layer_errors", ()))})),
+            parity=None
+            if parity is None
+            else Parity(**(parity | {"layer_errors": tuple(parity.get("layer_errors", ()))})),
             version=version,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as e:

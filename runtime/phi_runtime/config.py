@@ -14,7 +14,17 @@ from phi_runtime.families.gpt_neo import GptNeoConfig
 from phi_runtime.families.phi import PhiConfig
 from phi_runtime.families.phi3 import LongRope, Phi3Config
 
-__all__ = ["Config", "GptNeoConfig", "LongRope", "Phi3Config", "PhiConfig", "num_parameters", "parse_config", "read_config", "read_json"]
+__all__ = [
+    "Config",
+    "GptNeoConfig",
+    "LongRope",
+    "Phi3Config",
+    "PhiConfig",
+    "num_parameters",
+    "parse_config",
+    "read_config",
+    "read_json",
+]
 
 
 class Config(Protocol):
@@ -79,9 +89,7 @@ def parse_config(raw: dict[str, Any], path: Path) -> Config:
     """
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UnsupportedError(
-            f"{path}: model_type {model_type!r} is not one we know (we know: {', '.join(FAMILIES)})"
-        )
+        raise UnsupportedError(f"{path}: model_type {model_type!r} is not one we know (we know: {', '.join(FAMILIES)})")
     return FAMILIES[model_type](Fields(raw, path))
 
 

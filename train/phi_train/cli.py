@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _USAGE = """phi-train RECIPE --out DIR [--set key=value ...]
        phi-train list
+       phi-train init NAME --out DIR [--seed N]
        phi-train tokenizer --corpus CORPUS --vocab-size N --out DIR
        phi-train shards --corpus CORPUS --tokenizer DIR --out DIR"""
 
@@ -26,7 +27,7 @@ def main() -> NoReturn:
 
 
 def _main(argv: list[str]) -> None:
-    commands = {"list": _list, "tokenizer": _tokenizer, "shards": _shards}
+    commands = {"list": _list, "init": _init, "tokenizer": _tokenizer, "shards": _shards}
     if argv and argv[0] in commands:
         commands[argv[0]](argv[1:])
     else:
@@ -62,12 +63,37 @@ def _train(argv: list[str]) -> None:
 
 def _list(argv: list[str]) -> None:
     argparse.ArgumentParser("phi-train list", description="Show the recipes.").parse_args(argv)
+    from phi_runtime.config import num_parameters
     from phi_train.recipes import RECIPES
 
     for name, recipe in RECIPES.items():
         r = recipe()
         summary = (recipe.__doc__ or "").splitlines()[0]
-        print(f"{name:<16} {r.model.num_parameters() / 1e6:8.1f} M parameters  {summary}")
+        print(f"{name:<16} {num_parameters(r.model) / 1e6:8.1f} M parameters  {summary}")
+
+
+def _init(argv: list[str]) -> None:
+    from phi_train.published import PUBLISHED
+
+    p = argparse.ArgumentParser(
+        "phi-train init",
+        description="Write a checkpoint of random weights: right for bytes, memory and speed, not quality.",
+    )
+    p.add_argument(
+        "architecture", metavar="NAME", help=f"{', '.join(PUBLISHED)}; or the path of any published config.json"
+    )
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    p.add_argument("--seed", type=int, default=0, help="seed of the weights (default %(default)s)")
+    args = p.parse_args(argv)
+    from phi_runtime.config import num_parameters
+    from phi_train.init import init
+
+    with _progress() as progress:
+        config = init(args.architecture, args.out, args.seed, lambda what, done, of: progress(what, done, of, {}))
+    print(
+        f"{args.out}: {num_parameters(config):,} random weights. "
+        "Right for bytes, memory and speed; its quality means nothing"
+    )
 
 
 def _tokenizer(argv: list[str]) -> None:

@@ -1,8 +1,8 @@
 """Core ML: an `.mlpackage` for iOS 18, its ML Program built directly (`coreml_graph`), its weights streamed.
 
 Two profiles. gpu: signed integers with a float16 scale per block along a row. ane, for the Neural
-Engine: palettes, one table per group of rows, in packages no larger than it loads. A ceiling brings 3- and 2-bit palettes into
-both.
+Engine: palettes, one table per group of rows, in packages no larger than it loads. A ceiling brings
+3- and 2-bit palettes into both.
 """
 
 import json
@@ -88,8 +88,8 @@ _PALETTES: tuple[Palette, ...] = (
     Palette("palette4", 4, 0.0095),
     Palette("palette6", 6, 0.0007),
 )
-_PROFILE_TYPES: dict[str, tuple[Grid | Palette, ...]] = {"gpu": (*_GRIDS, *_PALETTES[:2]), "ane": _PALETTES}
-_BY_NAME: dict[str, Grid | Palette] = {t.name: t for t in (*_GRIDS, *_PALETTES)}
+_BY_NAME: dict[str, Grid | Palette] = {t.name: t for t in _GRIDS} | {t.name: t for t in _PALETTES}
+_PROFILE_TYPES = {"gpu": (*(t.name for t in _GRIDS), "palette2", "palette3"), "ane": [t.name for t in _PALETTES]}
 
 
 def palette_rows(rows: int) -> int:
@@ -106,7 +106,7 @@ def check(config: Config, options: Options) -> None:
 
 def types(options: Options) -> dict[str, Type]:
     """The profile's types."""
-    return {t.name: t for t in _PROFILE_TYPES[choose_profile("coreml", PROFILES, options)]}
+    return {name: _BY_NAME[name] for name in _PROFILE_TYPES[choose_profile("coreml", PROFILES, options)]}
 
 
 def default(item: Item, options: Options) -> str:
@@ -172,7 +172,8 @@ def split(decoder: Decoder, plan: Plan, profile: str) -> list[Part]:
     total = embedding + sum(sizes) + head
     count = 1 if limit is None else -(-total // limit)
     while True:
-        parts, start, filled = [], 0, embedding
+        parts: list[Part] = []
+        start, filled = 0, embedding
         for n, size in enumerate(sizes):
             if filled + size / 2 > total * (len(parts) + 1) / count and n > start and len(parts) < count - 1:
                 parts.append(Part(decoder, start, n))
@@ -265,9 +266,7 @@ def _rope(decoder: Decoder, length: int) -> dict[str, np.ndarray]:
     tables = [decoder.rope.tables(positions[: decoder.rope.original or length], 1)]
     if rope_rows(decoder, length) > len(tables[0][0]):
         tables.append(decoder.rope.tables(positions, decoder.rope.original + 1))
-    return {
-        name: np.concatenate([t[i] for t in tables]).astype(np.float16) for i, name in enumerate(("cos", "sin"))
-    }
+    return {name: np.concatenate([t[i] for t in tables]).astype(np.float16) for i, name in enumerate(("cos", "sin"))}
 
 
 def read(folder: Path, manifest: Manifest) -> ReadTensor:
@@ -300,7 +299,8 @@ def read(folder: Path, manifest: Manifest) -> ReadTensor:
             group, size = palette_rows(rows), 1 << BITS[dtype]
             tables = blob.read(table, "float16", rows // group * size).astype(np.float32)
             first = (np.arange(start, stop, dtype=np.int32) // group * size)[:, None]
-            return tables[first + codes]
+            looked_up: F32 = np.take(tables, first + codes)
+            return looked_up
         block = _BY_NAME[manifest.quantization[name].type].block
         scales = blob.read(table, "float16", count // block, start * columns // block, stop * columns // block)
         out = codes.reshape(-1, block).astype(np.float32)

@@ -9,6 +9,7 @@ Shapes: T tokens of the call, C slots of the cache, H heads, G key-value heads, 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -237,7 +238,7 @@ class _Graph:
             return [self._project(x, w, bias) for w, bias in zip(linear.weight, biases, strict=True)]
         whole = self._linear(x, linear)
         cuts = (0, d.q_size, d.q_size + d.kv_size, d.q_size + 2 * d.kv_size)
-        return [self.b.slice(whole, (0, 0, a), (1, T, z)) for a, z in zip(cuts, cuts[1:], strict=False)]
+        return [self.b.slice(whole, (0, 0, a), (1, T, z)) for a, z in pairwise(cuts)]
 
     def _heads(self, x: Var, heads: int) -> Var:
         return self.b.transpose(self.b.reshape(x, (self.T, heads, self.d.head_dim)), (1, 0, 2))
@@ -263,9 +264,7 @@ class _Graph:
         heads, T, D = x.shape
         half = rope.dims // 2
         cuts = (0, half, rope.dims, D)
-        low, high, rest = (
-            b.slice(x, (0, 0, a), (heads, T, z)) if z > a else None for a, z in zip(cuts, cuts[1:], strict=False)
-        )
+        low, high, rest = (b.slice(x, (0, 0, a), (heads, T, z)) if z > a else None for a, z in pairwise(cuts))
         assert low is not None and high is not None
         first = b.binary("sub", b.binary("mul", low, self.cos), b.binary("mul", high, self.sin))
         second = b.binary("add", b.binary("mul", high, self.cos), b.binary("mul", low, self.sin))

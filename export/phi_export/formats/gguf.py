@@ -180,6 +180,16 @@ def _quantize(rows: F32, kind: GgmlType) -> np.ndarray:
     return np.concatenate(parts, axis=2).reshape(len(rows), -1)
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor as it lies in a file."""
+
+    ggml_type: int
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
 def read(folder: Path, manifest: Manifest) -> ReadTensor:
     """Weights of the file, laid open by the `gguf` package: a second opinion on our own layout."""
     try:
@@ -191,18 +201,29 @@ def read(folder: Path, manifest: Manifest) -> ReadTensor:
         reader = gguf.GGUFReader(path)
     except Exception as e:  # the library raises whatever its parsing meets
         raise BundleError(f"{path}: cannot be read ({e}); export the bundle again") from None
-    tensors = {t.name: t for t in reader.tensors}
+    # Its places are kept and its mapping of the file is not: what is read should not stay in memory.
+    tensors = {
+        t.name: _Stored(
+            int(t.tensor_type), tuple(int(n) for n in reversed(t.shape)), int(t.data_offset), int(t.n_bytes)
+        )
+        for t in reader.tensors
+    }
+    del reader
     numbers = {t.number: t for t in _TYPES.values()}
     parts = gguf_names(manifest.config())
 
     def rows_of(name: str, start: int, stop: int | None) -> F32:
-        found = tensors[name]
-        if found.tensor_type == _F32:
-            return np.asarray(found.data[start:stop], np.float32)
-        kind = numbers.get(int(found.tensor_type))
-        if kind is None:
+        t = tensors[name]
+        kind = numbers.get(t.ggml_type)
+        if kind is None and t.ggml_type != _F32:
             raise BundleError(f"{path}: tensor {name} has a type that phi-export does not write; export it again")
-        return ggml.dequantize(np.asarray(found.data[start:stop]).view(np.uint8), kind)
+        rows = t.shape[0]
+        start, stop = min(start, rows), rows if stop is None else min(stop, rows)
+        row_bytes = t.nbytes // rows
+        raw = np.fromfile(path, np.uint8, max(0, stop - start) * row_bytes, offset=t.offset + start * row_bytes)
+        if kind is None:
+            return raw.view("<f4").reshape(-1, *t.shape[1:])
+        return ggml.dequantize(raw.reshape(-1, row_bytes), kind)
 
     def tensor(name: str, start: int = 0, stop: int | None = None) -> F32:
         whole, split = parts[name]
@@ -212,11 +233,11 @@ def read(folder: Path, manifest: Manifest) -> ReadTensor:
             raise BundleError(f"{path}: tensor {whole} is missing; export the bundle again")
         rows = []  # queries, keys and values lie apart
         for n in split:
-            count = int(tensors[n].shape[1])
+            count = tensors[n].shape[0]
             if start < count and (stop is None or stop > 0):
                 rows.append(rows_of(n, max(0, start), stop))
             start, stop = start - count, None if stop is None else stop - count
-        return np.concatenate(rows) if rows else np.zeros((0, int(tensors[split[0]].shape[0])), np.float32)
+        return np.concatenate(rows) if rows else np.zeros((0, *tensors[split[0]].shape[1:]), np.float32)
 
     return tensor
 
@@ -269,7 +290,15 @@ def _entries(config: Config, plan: Plan, options: Options) -> list[_Entry]:
     if rope is not None and rope.long:
         for kind in ("long", "short"):
             factors = np.array(getattr(rope, kind), "<f4")
-            add(f"rope_factors_{kind}.weight", _F32, factors.shape, factors.nbytes, item=None, quant=None, content=factors)
+            add(
+                f"rope_factors_{kind}.weight",
+                _F32,
+                factors.shape,
+                factors.nbytes,
+                item=None,
+                quant=None,
+                content=factors,
+            )
     for item in items(config, options):
         quant = plan[item.name]
         whole, split = names[item.tensor]

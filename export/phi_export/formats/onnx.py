@@ -1,11 +1,12 @@
 """ONNX: a decoder that onnxruntime, onnxruntime-genai and optimum load (`onnx_graph`), its weights beside it.
 
 Two profiles: fp32 activations, for x86, and fp16, for Arm and phones. Weights go to
-`model.onnx.data`, a tensor at a time. Scales have the activations' type, as MatMulNBits demands; so that a block of 256 costs
-the fp32 profile what one of 128 costs the other.
+`model.onnx.data`, a tensor at a time. Scales have the activations' type, as MatMulNBits demands, so
+that a block of 256 costs the fp32 profile what one of 128 costs the other.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,25 +236,30 @@ def read(folder: Path, manifest: Manifest) -> ReadTensor:
         graph = ir.load(path).graph
     except Exception as e:  # whatever protobuf and onnx-ir meet
         raise BundleError(f"{path}: cannot be read ({e}); export the bundle again") from None
-    arrays: dict[str, np.ndarray] = {}
 
-    def initializer(name: str) -> np.ndarray:
-        if name not in arrays:
-            value = graph.initializers.get(name)
-            if value is None or value.const_value is None:
-                raise BundleError(f"{path}: initializer {name} is missing; export the bundle again")
-            tensor: Any = value.const_value
-            if isinstance(tensor, ir.ExternalTensor) and Path(tensor.location).name != str(tensor.location):
-                raise BundleError(f"{path}: {name} lies outside the bundle")
-            arrays[name] = tensor.numpy()  # mapped, not read
-        return arrays[name]
+    def initializer(name: str, start: int, stop: int | None) -> np.ndarray:
+        """Rows of an initializer, read and not mapped, so that they do not stay in memory."""
+        value = graph.initializers.get(name)
+        if value is None or value.const_value is None:
+            raise BundleError(f"{path}: initializer {name} is missing; export the bundle again")
+        t: Any = value.const_value
+        if not isinstance(t, ir.ExternalTensor):
+            return np.asarray(t.numpy()[start:stop])
+        if Path(t.location).name != str(t.location) or t.offset is None:
+            raise BundleError(f"{path}: {name} lies outside the bundle")
+        shape, dtype = t.shape.numpy(), np.dtype(t.dtype.numpy())
+        start, stop = min(start, shape[0]), shape[0] if stop is None else min(stop, shape[0])
+        row = math.prod(shape[1:])
+        count = max(0, stop - start) * row
+        raw = np.fromfile(folder / str(t.location), dtype, count, offset=t.offset + start * row * dtype.itemsize)
+        return raw.reshape(-1, *shape[1:])
 
     def tensor(name: str, start: int = 0, stop: int | None = None) -> F32:
         if f"{name}.scales" not in graph.initializers:
-            return initializer(name)[start:stop].astype(np.float32)
+            return initializer(name, start, stop).astype(np.float32)
         looked_up = f"{name}.codes" not in graph.initializers  # an embedding that is no head
-        codes = initializer(f"{name}.rows" if looked_up else f"{name}.codes")[start:stop]
-        scales = initializer(f"{name}.scales")[start:stop]
+        codes = initializer(f"{name}.rows" if looked_up else f"{name}.codes", start, stop)
+        scales = initializer(f"{name}.scales", start, stop)
         if not len(codes):
             return np.zeros((0, 0), np.float32)
         stored = np.ascontiguousarray(codes).reshape(*scales.shape, -1)

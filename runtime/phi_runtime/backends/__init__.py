@@ -37,14 +37,18 @@ def _onnxruntime(path: Path, manifest: Manifest, context: int, threads: int) -> 
 def _coreml(path: Path, manifest: Manifest, context: int, threads: int) -> Backend:
     from phi_runtime.backends.coreml import CoreMLBackend, coremltools_functions, package_paths
 
-    return CoreMLBackend("coreml", [coremltools_functions(p) for p in package_paths(path)], manifest.config().decoder(), context)
+    return CoreMLBackend(
+        "coreml", [coremltools_functions(p) for p in package_paths(path)], manifest.config().decoder(), context
+    )
 
 
 def _mil_reference(path: Path, manifest: Manifest, context: int, threads: int) -> Backend:
     from phi_runtime.backends.coreml import CoreMLBackend, package_paths
     from phi_runtime.mil.interpreter import open_functions
 
-    return CoreMLBackend("mil-reference", [open_functions(p) for p in package_paths(path)], manifest.config().decoder(), context)
+    return CoreMLBackend(
+        "mil-reference", [open_functions(p) for p in package_paths(path)], manifest.config().decoder(), context
+    )
 
 
 # Preferred first; the Core ML framework itself is found on macOS alone.

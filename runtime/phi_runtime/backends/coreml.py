@@ -104,7 +104,9 @@ class CoreMLBackend:
         """Where to read on: behind what is held, or from the start where that is of no use any more."""
         long = self._crossover is not None and len(self._tokens) > self._crossover
         # Every slot that the next query sees must still hold the position it stands for.
-        lost = self._written - (held - held % PREFILL_TOKENS) > self._slots - self._window and self._written > self._slots
+        lost = (
+            self._written - (held - held % PREFILL_TOKENS) > self._slots - self._window and self._written > self._slots
+        )
         if long != self._long or lost:
             self._long, self._written = long, 0
             return 0

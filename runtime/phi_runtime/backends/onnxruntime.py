@@ -1,5 +1,6 @@
 """onnxruntime with one KV buffer per layer, written in place: no copy of the cache per token."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class OnnxRuntimeBackend:
             again, self._tokens = self._tokens + tokens, []
             first = self._crossover + _CHUNK  # the first run reaches beyond; the others follow in pieces
             cuts = [0, *range(first, total, _CHUNK), total]
-            rows = [self._run(again[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+            rows = [self._run(again[a:b]) for a, b in pairwise(cuts)]
             rows = [np.concatenate(rows)[-len(tokens) :]]
         else:
             rows = [self._run(tokens[i : i + _CHUNK]) for i in range(0, len(tokens), _CHUNK)]

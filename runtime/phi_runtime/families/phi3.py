@@ -123,7 +123,7 @@ class Phi3Config:
     def to_json(self) -> dict[str, Any]:
         """The content of `config.json`, as published ones spell it."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        scaling = None
+        scaling: dict[str, Any] | None = None
         if self.rope_scaling is not None:
             scaling = {
                 "type": "longrope",

@@ -26,12 +26,16 @@ BITS = {name: bits for name, (_, bits) in _KINDS.items()}
 
 
 class BlobReader:
-    """A mapped weight file; every entry is held to the file's size before it is read."""
+    """A weight file; every entry is held to the file's size before it is read.
+
+    Read and not mapped, so that what was read does not stay in memory.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
-        if self._data.size < FILE_HEAD.size or FILE_HEAD.unpack(self._data[: FILE_HEAD.size].tobytes())[1] != VERSION:
+        self._size = path.stat().st_size
+        head = self._bytes(0, FILE_HEAD.size)
+        if len(head) < FILE_HEAD.size or FILE_HEAD.unpack(head.tobytes())[1] != VERSION:
             raise BundleError(f"{path}: is not a version-{VERSION} weight file; export the bundle again")
 
     def read(self, offset: int, dtype: str, count: int, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -39,19 +43,23 @@ class BlobReader:
 
         `start` and `stop` must lie on whole bytes (for 3 and 6 bits, on multiples of 8 elements).
         """
-        bits, size = BITS.get(dtype, 0), self._data.size
+        bits, size = BITS.get(dtype, 0), self._size
         if offset % ALIGN or offset < 0 or offset + ENTRY_HEAD.size > size:
             raise BundleError(f"{self._path}: entry offset {offset} lies outside the file's {size} bytes")
-        sentinel, kind, nbytes, place, _ = ENTRY_HEAD.unpack(self._data[offset : offset + ENTRY_HEAD.size].tobytes())
+        sentinel, kind, nbytes, place, _ = ENTRY_HEAD.unpack(self._bytes(offset, ENTRY_HEAD.size).tobytes())
         if sentinel != SENTINEL or not bits or kind != BLOB_TYPES[dtype] or nbytes != (count * bits + 7) // 8:
             raise BundleError(f"{self._path}: the entry at {offset} is not {count} elements of {dtype}")
         if place + nbytes > size:
             raise BundleError(f"{self._path}: the entry at {offset} claims bytes beyond the file's {size}")
         stop = count if stop is None else min(stop, count)
-        raw = self._data[place + start * bits // 8 : place + (stop * bits + 7) // 8]
+        first = start * bits // 8
+        raw = self._bytes(place + first, (stop * bits + 7) // 8 - first)
         if bits in (16, 32) or dtype in ("uint8", "int8"):
             return np.frombuffer(raw, np.dtype(dtype))
         return unpack(raw, bits, dtype.startswith("int"))[: stop - start]
+
+    def _bytes(self, offset: int, count: int) -> np.ndarray:
+        return np.fromfile(self._path, np.uint8, count, offset=offset)
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -8,6 +8,8 @@ Names, parameters and meaning of the ops: Apple's MIL op reference, iOS 18.
 import json
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from phi_runtime.mil.schema import BLOB_FILE, DATA_TYPES, messages
 
 _MAX_ELEMENTS = 2**31
 _KEEP_BYTES = 256 * 1024**2  # dequantised weights kept between calls; beyond it they are made anew
+_PIECE = 1 << 21  # weights made at a time where they do not fit
+_POOL = ThreadPoolExecutor(2, "mil")
 _NAMES = {number: name for name, number in DATA_TYPES.items()}
 
 # Ops that make a weight, and their inputs.
@@ -57,6 +61,44 @@ def _locate(package: Path) -> tuple[Path, Path]:
         if not path.resolve().is_relative_to(package.resolve()) or not path.is_file():
             raise BundleError(f"{manifest}: names {path.name}, which is missing or outside the package")
     return model, weights
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A quantised weight that is made some rows at a time: by scales [rows, blocks], or by tables [groups, 1, n, 1]."""
+
+    blob: BlobReader
+    offset: int
+    dtype: str
+    shape: tuple[int, int]
+    table: np.ndarray
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop as float32, rounded to float16 as Core ML has them."""
+        rows, columns = self.shape
+        codes = self.blob.read(self.offset, self.dtype, rows * columns, start * columns, stop * columns)
+        if self.table.ndim == 4:
+            groups, _, entries, _ = self.table.shape
+            first = np.arange(start, stop, dtype=np.int32) // (rows // groups) * entries
+            index: np.ndarray = first[:, None] + codes.reshape(-1, columns)
+            return np.take(self.table.reshape(-1), index)
+        blocks = self.table.shape[1]
+        weight = codes.reshape(-1, blocks, columns // blocks).astype(np.float32)
+        weight *= self.table[start:stop, :, None]
+        return weight.astype(np.float16).astype(np.float32).reshape(-1, columns)
+
+    def times(self, x: np.ndarray) -> np.ndarray:
+        """x @ self^T, never whole."""
+        rows, columns = self.shape
+        step = max(1, _PIECE // columns)
+        starts = range(0, rows, step)
+        parts = _POOL.map(lambda s: x @ self.rows(s, min(rows, s + step)).T, starts)
+        return np.concatenate(list(parts), axis=-1)
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Rows by index, [*indices.shape, columns]."""
+        found = [self.rows(int(i), int(i) + 1) for i in indices.reshape(-1)]
+        return np.concatenate(found).reshape(*indices.shape, self.shape[1])
 
 
 class Program:
@@ -169,32 +211,27 @@ class Program:
 
         return step
 
-    def _constexpr(self, kind: str, codes: Any, table: Any) -> np.ndarray:
+    def _constexpr(self, kind: str, codes: Any, table: Any) -> "Matrix | np.ndarray":
         """A matrix from its codes and their scales or tables; kept between calls while they fit."""
         key = (codes.blobFileValue.offset, table.blobFileValue.offset)
         if key in self._kept:
             return self._kept[key]
-        c, t = self._value(codes), self._value(table).astype(np.float32)
-        try:
-            if kind == "constexpr_lut_to_dense":
-                groups, across, entries, one = t.shape
-                if across != 1 or one != 1 or c.shape[0] % groups:
-                    raise ValueError
-                first = np.repeat(np.arange(groups, dtype=np.int32) * entries, c.shape[0] // groups)
-                weight: np.ndarray = t.reshape(-1)[first[:, None] + c]
-            else:
-                weight = c.reshape(c.shape[0], t.shape[1], -1).astype(np.float32)
-                weight *= t[:, :, None]
-                weight = weight.reshape(c.shape)
-        except ValueError:
-            raise BundleError(f"{self.path}: the blocks of the weight at {key} do not run along its rows") from None
-        # Core ML makes float16 of it, so it is rounded to that before it is used.
-        if kind != "constexpr_lut_to_dense":
-            weight = weight.astype(np.float16).astype(np.float32)
-        if self._kept_bytes + weight.nbytes <= _KEEP_BYTES:
-            self._kept[key] = weight
-            self._kept_bytes += weight.nbytes
-        return weight
+        dtype, shape = self._type(codes.type)
+        t = self._value(table).astype(np.float32)
+        rows, columns = shape if len(shape) == 2 else (0, 0)
+        if kind == "constexpr_lut_to_dense":
+            fits = t.ndim == 4 and t.shape[1] == t.shape[3] == 1 and t.shape[0] and rows % t.shape[0] == 0
+        else:
+            fits = t.ndim == 2 and t.shape[0] == rows and t.shape[1] and columns % t.shape[1] == 0
+        if not rows or not fits or codes.blobFileValue.fileName != BLOB_FILE:
+            raise BundleError(f"{self.path}: the blocks of the weight at {key} do not run along its rows")
+        matrix = Matrix(self._blob, codes.blobFileValue.offset, dtype, (rows, columns), t)
+        size = 4 * rows * columns
+        if self._kept_bytes + size > _KEEP_BYTES:
+            return matrix
+        self._kept[key] = matrix.rows(0, rows)
+        self._kept_bytes += size
+        return self._kept[key]
 
     def _type(self, value_type: Any) -> tuple[str, tuple[int, ...]]:
         tensor = value_type.tensorType
@@ -259,8 +296,17 @@ def _matmul(a: dict[str, Any]) -> list[np.ndarray]:
     return [x @ y]
 
 
+def _gather(a: dict[str, Any]) -> list[np.ndarray]:
+    if isinstance(a["x"], Matrix):
+        if int(a["axis"]) != 0:
+            raise ValueError("gather along the rows of a weight only")
+        return [a["x"].take(a["indices"])]
+    return [np.take(a["x"], a["indices"], axis=int(a["axis"]))]
+
+
 def _linear(a: dict[str, Any]) -> list[np.ndarray]:
-    out = a["x"] @ a["weight"].T
+    weight = a["weight"]
+    out = weight.times(a["x"]) if isinstance(weight, Matrix) else a["x"] @ weight.T
     return [out + a["bias"] if "bias" in a else out]
 
 
@@ -295,7 +341,7 @@ _OPS: dict[str, tuple[Callable[[dict[str, Any]], list[np.ndarray]], bool]] = {
     "linear": (_linear, True),
     "matmul": (_matmul, True),
     "cast": (lambda a: [a["x"].astype({"fp16": np.float16, "fp32": np.float32, "int32": np.int32}[a["dtype"]])], False),
-    "gather": (lambda a: [np.take(a["x"], a["indices"], axis=int(a["axis"]))], False),
+    "gather": (_gather, False),
     "reshape": (lambda a: [a["x"].reshape(tuple(a["shape"]))], False),
     "transpose": (lambda a: [a["x"].transpose(tuple(a["perm"]))], False),
     "expand_dims": (lambda a: [np.expand_dims(a["x"], tuple(a["axes"]))], False),

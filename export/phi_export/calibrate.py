@@ -1,0 +1,107 @@
+"""Measuring how fast each type decodes on the machine at hand.
+
+A model of phi-3-mini's widths, all of one type, generates tokens on the engine itself; what it takes per
+token and weight is the type's speed. The weights are zeros: no engine here looks at them.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from phi_export.export import check_runtimes
+from phi_export.formats import Options, get_format, items, stored
+from phi_export.speed import calibrated_path
+from phi_export.stream import Stream
+from phi_runtime.backends import cores, open_backend
+from phi_runtime.bundle import Manifest, Source
+from phi_runtime.checkpoint import Checkpoint, open_checkpoint
+from phi_runtime.engine import Backend
+from phi_runtime.errors import PhiError
+from phi_runtime.files import write_file
+from phi_runtime.machine import machine
+from phi_train.init import init
+from phi_train.published import phi3_mini_4k
+
+_LAYERS = 8  # 906 million weights: more than caches hold
+_CONTEXT = 64
+_ROUNDS, _TOKENS = 7, 4  # all types take turns, so that a slow spell meets all alike
+_FORMATS = ("gguf", "onnx")  # those whose engine is the one that decodes here
+
+
+def calibrate_speed(
+    out: Path | None = None, threads: int | None = None, progress: Callable[[str], None] = lambda _: None
+) -> tuple[Path, dict[str, object]]:
+    """Measure all types of the engines that are installed; the table and where it was written.
+
+    Raises MissingExtraError if no engine is installed.
+    """
+    threads = threads or cores()
+    engines: dict[str, dict[str, float]] = {}
+    missing: PhiError | None = None
+    with tempfile.TemporaryDirectory(prefix="phi-edge-") as folder:
+        config = replace(phi3_mini_4k(), num_hidden_layers=_LAYERS, vocab_size=1024, eos_token_id=2, pad_token_id=2)
+        init(config, Path(folder) / "checkpoint", seed=None)
+        checkpoint = open_checkpoint(Path(folder) / "checkpoint")
+        for name in _FORMATS:
+            try:
+                check_runtimes((name,))
+            except PhiError as e:
+                missing = e
+                continue
+            engines[get_format(name).ENGINE] = _measure(name, checkpoint, Path(folder), threads, progress)
+    if not engines and missing is not None:
+        raise missing
+    m = machine()
+    said = f"{threads} threads of {m['cpu']}, {m['memory_bytes'] / 1e9:.0f} GB, {m['system']}"
+    table: dict[str, object] = {"machine": said, "unit": "nanoseconds per weight and token", "engines": engines}
+    path = out or calibrated_path()
+    write_file(path, json.dumps(table, indent=1) + "\n")
+    return path, table
+
+
+def _measure(
+    name: str, checkpoint: Checkpoint, folder: Path, threads: int, progress: Callable[[str], None]
+) -> dict[str, float]:
+    module, options = get_format(name), Options()
+    found = items(checkpoint.config, options)
+    weights = sum(i.weights for i in found if i.uses)
+    backends: dict[str, Backend] = {}
+    for kind in module.types(options):
+        progress(f"{module.ENGINE}: preparing {kind}")
+        bundle = folder / f"{name}-{kind}"
+        bundle.mkdir()
+        plan = {i.name: stored(module, i, kind, options) for i in found}
+        stream = Stream(bundle / "journal", threads, lambda _: None)
+        module.write(checkpoint, plan, options, bundle, stream)
+        stream.close()
+        manifest = Manifest(
+            format=name,
+            artifact=module.artifact(bundle),
+            source=Source("zeros", None, {}, True),
+            architecture=checkpoint.config.to_json(),
+            context=_CONTEXT,
+            window=None,
+            stop_tokens=(),
+            chat=None,
+            quantization=plan,
+            files=(),
+            options=asdict(options),
+        )
+        backends[kind] = open_backend(bundle, manifest, None, _CONTEXT, threads)
+    taken: dict[str, list[float]] = {kind: [] for kind in backends}
+    for r in range(_ROUNDS):
+        progress(f"{module.ENGINE}: round {r + 1} of {_ROUNDS}")
+        for kind, backend in backends.items():
+            backend.rewind(0)
+            backend.forward([5], every=False)
+            began = time.perf_counter()
+            for token in range(_TOKENS):
+                backend.forward([token], every=False)
+            taken[kind].append((time.perf_counter() - began) / _TOKENS)
+    for backend in backends.values():
+        backend.close()
+    return {kind: round(1e9 * statistics.median(seconds) / weights, 5) for kind, seconds in taken.items()}
