@@ -15,7 +15,8 @@ from phi_export.formats import Item, Options, Plan, Type, choose_profile, items
 from phi_export.formats.gguf_tokenizer import tokenizer_metadata
 from phi_export.formats.gguf_values import Kind, Metadata, encode, encode_string
 from phi_export.ggml import GgmlType
-from phi_export.quantize import finite, round_rows
+from phi_export.q4 import quantize_q4_0, quantize_q4_k
+from phi_export.quantize import finite
 from phi_export.stream import PlacedFile, Stream, align
 from phi_runtime.backends.reference import ReadTensor, round_int8
 from phi_runtime.bundle import Manifest, TensorQuant
@@ -58,7 +59,7 @@ _TYPES = {
         _Type("Q2_K", 10, 256, 84, "q2_K", 0.0880, 10),
         _Type("Q3_K", 11, 256, 110, "q3_K", 0.0228, 12),
         _Type("Q4_0", 2, 32, 18, "q4_0", 0.0068, 2),
-        _Type("Q4_K", 12, 256, 144, "q4_K", 0.0051, 15),
+        _Type("Q4_K", 12, 256, 144, "q4_K", 0.0053, 15),
         _Type("Q5_K", 13, 256, 176, "q5_K", 0.0013, 17),
         _Type("Q6_K", 14, 256, 210, "q6_K", 0.0003, 18),
         _Type("Q8_0", 8, 32, 34, "q8_0", 0.00003, 7),
@@ -89,8 +90,8 @@ def types(options: Options) -> dict[str, Type]:
 
 
 def default(item: Item, options: Options) -> str:
-    """Q4_0: with Q4_K the smallest of 4 bits, and the fastest on most processors."""
-    return "Q4_0"
+    """Q4_K, which of llama.cpp's types of 4.5 bits errs least; Q4_0 where rows do not divide into its blocks."""
+    return "Q4_K" if item.columns % _TYPES["Q4_K"].block == 0 else "Q4_0"
 
 
 def vector_bytes(options: Options) -> int:
@@ -168,16 +169,12 @@ def _write_item(file: PlacedFile, place: int, checkpoint: Checkpoint, entry: _En
     stream.pieces(item.rows, item.columns, 1, work)
 
 
+# ggml's own quantisers for all but these two.
+_OURS = {"Q4_0": quantize_q4_0, "Q4_K": quantize_q4_k}
+
+
 def _quantize(rows: F32, kind: GgmlType) -> np.ndarray:
-    """ggml's own quantiser, but for Q4_0: there a search of the scale errs a tenth less than ggml's rounding."""
-    if kind.name != "Q4_0":
-        return ggml.quantize(rows, kind)
-    codes, scales = round_rows(rows, 4, kind.block)
-    # Per block a float16 scale, then 16 bytes: weight j low, j + 16 high, codes from 0 to 15.
-    unsigned = (codes + np.int8(8)).view(np.uint8).reshape(len(rows), -1, 2, kind.block // 2)
-    halves = unsigned[:, :, 0] | (unsigned[:, :, 1] << np.uint8(4))
-    parts = [scales.view(np.uint8).reshape(len(rows), -1, 2), halves]
-    return np.concatenate(parts, axis=2).reshape(len(rows), -1)
+    return _OURS[kind.name](rows) if kind.name in _OURS else ggml.quantize(rows, kind)
 
 
 @dataclass(frozen=True)
