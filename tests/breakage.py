@@ -67,7 +67,7 @@ class Onnx:
                 self.places[t.name] = (int(entries["offset"]), int(entries["length"]), list(t.dims))
 
     def swap(self) -> None:
-        for part in ("int4", "scales"):
+        for part in ("codes", "scales"):
             a, size, _ = self.places[f"{FIRST}.{part}"]
             swap(self.path, a, self.places[f"{SECOND}.{part}"][0], size)
 
@@ -90,17 +90,17 @@ class CoreML:
         self.index = json.loads(model.description.metadata.userDefined["phi-edge.weights"])
 
     def swap(self) -> None:
-        a, b = self.index[FIRST], self.index[SECOND]
-        count = math.prod(a[2:])
-        swap(self.path, a[0] + 64, b[0] + 64, count // 2)
-        swap(self.path, a[1] + 64, b[1] + 64, count // 32 * 2)
+        (_, a, a_table, *shape), (_, b, b_table, *_) = self.index[FIRST], self.index[SECOND]
+        count = math.prod(shape)
+        swap(self.path, a + 64, b + 64, count // 2)
+        swap(self.path, a_table + 64, b_table + 64, count // 128 * 2)
 
     def zero_scale(self) -> None:
-        overwrite(self.path, self.index["model.layers.1.self_attn.qkv_proj.weight"][1] + 64 + 2 * 40, b"\0\0")
+        overwrite(self.path, self.index["model.layers.1.self_attn.qkv_proj.weight"][2] + 64 + 2 * 40, b"\0\0")
 
     def shift_rope(self) -> None:
         for name in ("cos", "sin"):
-            offset, _, *shape = self.index[name]
+            _, offset, _, *shape = self.index[name]
             size = 2 * math.prod(shape)
             table = np.frombuffer(self.path.read_bytes()[offset + 64 : offset + 64 + size], np.float16).reshape(shape)
             overwrite(self.path, offset + 64, np.roll(table, -1, axis=1).tobytes())

@@ -117,6 +117,7 @@ def run(
         "rounds": rounds,
         "quality_tokens": agreements[0].tokens if agreements[0] else None,
         "prompts": list(PROMPTS),
+        "random_weights": any(m.source.random for m in manifests),
     }
     return Report(machine(), settings, _describe(checkpoint, agreements[0]), results)
 

@@ -59,6 +59,7 @@ def render(report: Report) -> str:
         f"<h1>{escape(name)}, in 4 bits</h1>",
         f'<p class="soft">{escape(_machine(report))}</p>',
         _learned(report),
+        _random(report),
         "<h2>Measured</h2>",
         _table(report),
         '<div class="grid" style="margin-top:1rem">',
@@ -89,6 +90,12 @@ def _learned(report: Report) -> str:
         f"<strong>{t['final_loss']:.3f}</strong> at the end; a unigram model of the same tokens has "
         f"{t['unigram_loss']:.3f} nats per token.</p>"
     )
+
+
+def _random(report: Report) -> str:
+    if not report.settings.get("random_weights"):
+        return ""
+    return "<p><strong>The weights are random.</strong> Bytes, memory and speed are real; quality means nothing.</p>"
 
 
 def _table(report: Report) -> str:

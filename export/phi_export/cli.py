@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from phi_runtime.bundle import FORMATS
 from phi_runtime.cli import parser, positive, run
-from phi_runtime.errors import UsageError, missing_extra
+from phi_runtime.errors import UsageError, VerificationError, missing_extra
 
 PREFERENCES = ("quality", "speed")
 
@@ -20,6 +20,8 @@ def main() -> NoReturn:
 def _main(argv: list[str]) -> None:
     if argv[:1] == ["verify"]:
         _verify(argv[1:])
+    elif argv[:1] == ["lint"]:
+        _lint(argv[1:])
     elif argv[:1] == ["calibrate-speed"]:
         _calibrate_speed(argv[1:])
     else:
@@ -31,6 +33,7 @@ def _export(argv: list[str]) -> None:
     p.usage = (
         "phi-export (--int4 | --memory SIZE) CKPT --out DIR [--format gguf,onnx,coreml] [--dry-run] [--force]\n"
         "       phi-export verify BUNDLE --against CKPT [--text FILE] [--tokens N]\n"
+        "       phi-export lint BUNDLE\n"
         "       phi-export calibrate-speed [--threads N]"
     )
     p.add_argument("checkpoint", metavar="CKPT", help="a Hugging Face model folder")
@@ -84,8 +87,9 @@ def _export(argv: list[str]) -> None:
         for planned in plan(checkpoint, formats, ceiling, options):
             show.ledger(checkpoint, planned)
             if ceiling is not None:
-                both = [plan(checkpoint, (planned.format,), Ceiling(ceiling.memory, p), options) for p in PREFERENCES]
-                show.trade(both[0][0], both[1][0])
+                (other,) = (p for p in PREFERENCES if p != ceiling.prefer)
+                (instead,) = plan(checkpoint, (planned.format,), Ceiling(ceiling.memory, other), options)
+                show.trade(planned, instead, other)
         return
     with show.export_progress() as progress:
         bundles = export(
@@ -131,6 +135,28 @@ def _verify(argv: list[str]) -> None:
         outcome = verify(args.bundle, checkpoint, tokens, progress)
     show.verified(args.bundle, outcome)
     outcome.require(args.bundle)
+
+
+def _lint(argv: list[str]) -> None:
+    p = argparse.ArgumentParser(
+        "phi-export lint", description="Say what a device would refuse or run slowly in a Core ML bundle."
+    )
+    p.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder of a Core ML bundle that phi-export wrote")
+    args = p.parse_args(argv)
+    try:
+        from phi_export import show
+        from phi_export.lint import lint
+        from phi_runtime.bundle import find_bundle, read_manifest
+    except ImportError as e:
+        raise missing_extra(e, "export") from None
+    bundle = find_bundle(args.bundle)
+    manifest = read_manifest(bundle)
+    if manifest.format != "coreml":
+        raise UsageError(f"{bundle}: is of format {manifest.format}; lint looks at coreml bundles")
+    found = lint(bundle / manifest.artifact, manifest.options.get("profile") or "gpu")
+    show.findings(found)
+    if any(f.refused for f in found):
+        raise VerificationError(f"{bundle}: a device would refuse it")
 
 
 def _calibrate_speed(argv: list[str]) -> None:

@@ -91,7 +91,7 @@ def plan_memory(
     for item in matrices:
         kinds = fitting(module, item, options)
         if ceiling.prefer == "speed":
-            kinds = speeds.fast(kinds, _SAME_SPEED)
+            kinds = speeds.fast(kinds, [n for n, t in kinds.items() if _bits(t) >= 4], _SAME_SPEED)
         options_of_item = [(n, t.nbytes(item.rows, item.columns), sensitivity(item, t)) for n, t in kinds.items()]
         choices.append(_undominated(options_of_item))
     least = sum(min(size for _, size, _ in c) for c in choices)
@@ -121,6 +121,11 @@ def _overhead(module: Format, checkpoint: Checkpoint, options: Options) -> int:
     manifest = 4096 + 160 * len(items(checkpoint.config, options))
     manifest += len(str(checkpoint.config.to_json())) * 2
     return module.overhead(checkpoint, options) + beside + manifest
+
+
+def _bits(kind: Type) -> float:
+    """Stored bits per weight, scales included."""
+    return 8 * kind.nbytes(4096, 4096) / 4096**2
 
 
 def _undominated(options: list[tuple[str, int, float]]) -> list[tuple[str, int, float]]:

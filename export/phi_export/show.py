@@ -12,6 +12,7 @@ from rich.table import Table
 from phi_export.export import Exported
 from phi_export.export import Progress as ExportProgress
 from phi_export.formats import get_format
+from phi_export.lint import Finding
 from phi_export.plan import Planned, expected_loss
 from phi_export.speed import load_speeds
 from phi_export.verify import Verification
@@ -82,16 +83,14 @@ def _speed(planned: Planned) -> None:
     )
 
 
-def trade(chosen: Planned, fast: Planned) -> None:
-    """What the fastest mix under the same ceiling would give instead."""
+def trade(chosen: Planned, other: Planned, preference: str) -> None:
+    """What the other preference would give under the same ceiling."""
     speeds = load_speeds(get_format(chosen.format).ENGINE)
-    ours, theirs = chosen.milliseconds(speeds), fast.milliseconds(speeds)
+    ours, theirs = chosen.milliseconds(speeds), other.milliseconds(speeds)
     if ours is None or theirs is None:
         return
-    _out.print(
-        f"--prefer quality: {ours:.1f} ms per token at an expected loss of 1; "
-        f"--prefer speed: {theirs:.1f} ms at {expected_loss(fast) / expected_loss(chosen):.2f}"
-    )
+    loss = expected_loss(other) / max(expected_loss(chosen), 1e-30)
+    _out.print(f"--prefer {preference} instead: {theirs:.1f} ms per token, at {loss:.2f} times the expected loss")
 
 
 @contextmanager
@@ -192,3 +191,11 @@ def speeds(path: Path, table: dict[str, object]) -> None:
             shown.add_row(engine, kind, f"{ns:.4f}", f"{ns * 3722.6:.1f}")
     _out.print(shown)
     _out.print(f"{path}: plans use it from now on")
+
+
+def findings(found: list[Finding]) -> None:
+    """What the linter found, the worst first."""
+    for f in sorted(found, key=lambda f: not f.refused):
+        _out.print(f"{'refused' if f.refused else 'slow'}: {f.where}: {f.what}")
+    if not found:
+        _out.print("nothing that a device would refuse or run slowly")

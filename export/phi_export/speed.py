@@ -37,13 +37,11 @@ class Speeds:
             return None
         return sum(self.nanoseconds[kind] * weights for kind, weights in matrices) / 1e6
 
-    def fast(self, kinds: dict[str, T], margin: float) -> dict[str, T]:
-        """Those that take at most `margin` times as long as the fastest of 4 bits or more; all, if unmeasured."""
+    def fast(self, kinds: dict[str, T], than: list[str], margin: float) -> dict[str, T]:
+        """Those that take at most `margin` times as long as the fastest of `than`; all, where nothing was measured."""
         known = {k: self.nanoseconds[k] for k in kinds if k in self.nanoseconds}
-        four = [ns for k, ns in known.items() if "4" in k]
-        if not four:
-            return kinds
-        return {k: kinds[k] for k, ns in known.items() if ns <= margin * min(four)}
+        limit = min((known[k] for k in than if k in known), default=None)
+        return kinds if limit is None else {k: kinds[k] for k, ns in known.items() if ns <= margin * limit}
 
 
 def load_speeds(engine: str) -> Speeds:

@@ -23,6 +23,7 @@ import numpy as np
 from phi_export.compare import Agreement, windows
 from phi_export.formats import Format, Item, Options, get_format, items, stored
 from phi_export.isolated import Artifact
+from phi_export.lint import lint
 from phi_runtime.backends import cores
 from phi_runtime.backends.reference import Lane, ReadTensor, Reference
 from phi_runtime.bundle import Manifest, Parity, check_files, find_bundle, read_manifest
@@ -141,6 +142,10 @@ def verify_manifest(
         progress("files")
         if not written_now:
             check_files(bundle, manifest)
+        if manifest.format == "coreml":
+            refused = [f for f in lint(bundle / manifest.artifact, manifest.options["profile"] or "gpu") if f.refused]
+            if refused:
+                return _failed("files", f"a device would refuse it: {refused[0].where}: {refused[0].what}")
         read = get_format(manifest.format).read(bundle, manifest)
         checks += _check_weights(read, manifest, checkpoint, progress)
         if not all(c.passed for c in checks):

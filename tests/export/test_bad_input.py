@@ -196,9 +196,16 @@ def test_an_index_of_missing_or_foreign_shards(copy, tmp_path):
     ("changes", "says"),
     [
         ({"model_type": "llama"}, "we know: phi3"),
+        ({"model_type": ["phi3"]}, "we know: phi3"),
         ({"rope_scaling": {"type": "longrope"}}, "rope type"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
-        ({"partial_rotary_factor": 0.75}, "partial_rotary_factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type"),
+        ({"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}}, "list 48 numbers"),
+        ({"rope_scaling": {"type": "su", "short_factor": [1.0] * 48, "long_factor": [0] * 48}}, "long_factor"),
+        ({"rope_scaling": [1]}, "should be an object"),
+        ({"original_max_position_embeddings": 10**6}, "original_max_position_embeddings"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"partial_rotary_factor": 1.5}, "above 1"),
+        ({"partial_rotary_factor": 0.01}, "leaves 0 dimensions"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"hidden_size": "192"}, "hidden_size"),
         ({"rms_norm_eps": -1}, "rms_norm_eps"),
@@ -234,6 +241,17 @@ def test_an_output_that_exists(copy, tmp_path):
         (["--out", "x"], "--int4"),
         (["--int4"], "--out"),
         (["--int4", "--out", "x", "--format", "tflite"], "gguf, onnx, coreml"),
+        (["--int4", "--memory", "1GB", "--out", "x"], "either --int4, or --memory"),
+        (["--memory", "1.8", "--out", "x"], "GiB"),
+        (["--memory", "1.8gb", "--out", "x"], "GiB"),
+        (["--memory", "-1GB", "--out", "x"], "GiB"),
+        (["--memory", "0GB", "--out", "x"], "GiB"),
+        (["--memory", "1KB", "--out", "x"], "GiB"),
+        (["--int4", "--prefer", "speed", "--out", "x"], "goes with --memory"),
+        (["--int4", "--profile", "fp16", "--out", "x"], "one format"),
+        (["--int4", "--profile", "ane", "--format", "onnx", "--out", "x"], "fp32, fp16"),
+        (["--int4", "--split-qkv", "--out", "x"], "--format gguf"),
+        (["--int4", "--context", "4096", "--format", "coreml", "--out", "x"], "beyond the model's 320"),
     ],
 )
 def test_contradictory_arguments(args, says, copy, tmp_path):
@@ -284,21 +302,63 @@ def test_interrupted_at_any_moment(number, delay, copy, tmp_path):
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert "Traceback" not in errors
+    left = list(out.parent.iterdir())
     if out.exists():  # it was done before the signal came
         assert sorted(os.listdir(out)) == ["coreml", "gguf", "onnx"]
     else:
         assert process.returncode == (130 if number == signal.SIGINT else 143)
-        assert not list(out.parent.iterdir())
+        # What was written stays hidden, for the next run to go on from.
+        assert all(p.name.startswith(".bundles.unfinished-") for p in left)
+        assert export(copy, out).returncode == 0
+        assert os.listdir(out.parent) == ["bundles"]
 
 
-def test_what_a_kill_leaves_the_next_run_clears(copy, tmp_path):
+def test_a_ceiling_that_cannot_be_met_names_the_nearest_that_can(copy, tmp_path):
+    for kind in ("gguf", "onnx", "coreml"):
+        done = run("phi-export", "--memory", "0.01MB", copy, "--out", tmp_path / "out", "--format", kind)
+        refused(done, "the smallest takes", "--memory ")
+        least = done.stderr.strip().split("--memory ")[-1]
+        done = run("phi-export", "--memory", least, copy, "--out", tmp_path / kind, "--format", kind)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_pickle_is_never_read(copy, tmp_path):
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    refused(export(copy, tmp_path / "out"), "pickle", "safe_serialization")
+
+
+def test_two_runs_of_one_export_do_not_mix(copy, tmp_path):
+    out = tmp_path / "out" / "bundles"
+    out.parent.mkdir()
+    first = subprocess.Popen([SCRIPTS / "phi-export", "--int4", copy, "--out", out], stderr=subprocess.DEVNULL)
+    while not list(out.parent.glob(".*")) and first.poll() is None:
+        time.sleep(0.005)
+    refused(export(copy, out), "another run is writing it")
+    assert first.wait(timeout=120) == 0
+
+
+def test_what_a_kill_leaves_the_next_run_goes_on_from(copy, tmp_path):
     out = tmp_path / "out" / "bundles"
     out.parent.mkdir()
     process = subprocess.Popen([SCRIPTS / "phi-export", "--int4", copy, "--out", out], stderr=subprocess.DEVNULL)
-    while not list(out.parent.glob(".*/gguf")) and process.poll() is None:
+    while not list(out.parent.glob(".*/onnx/genai_config.json")) and process.poll() is None:
         time.sleep(0.005)
     process.kill()
     process.wait()
-    assert list(out.parent.glob(".*"))
+    (stage,) = out.parent.glob(".*")
+    kept = (stage / "gguf" / "model.gguf").stat()
     assert export(copy, out).returncode == 0
     assert sorted(os.listdir(out.parent)) == ["bundles"]
+    assert sorted(os.listdir(out)) == ["coreml", "gguf", "onnx"]
+    again = (out / "gguf" / "model.gguf").stat()
+    assert (again.st_ino, again.st_mtime_ns) == (kept.st_ino, kept.st_mtime_ns), "it was verified already"
+
+    # Another checkpoint's export does not go on from it.
+    process = subprocess.Popen([SCRIPTS / "phi-export", "--int4", copy, "--out", out.parent / "b"])
+    while not list(out.parent.glob(".b.*/gguf")) and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    os.utime(copy / "model.safetensors", (1, 1))
+    assert export(copy, out.parent / "b", "--format", "onnx").returncode == 0
+    assert sorted(os.listdir(out.parent)) == ["b", "bundles"]

@@ -29,7 +29,8 @@ PHI = {
 }  # fmt: skip
 NEO = {
     "model_type": "gpt_neo", "vocab_size": VOCAB, "hidden_size": 256, "num_layers": 4, "num_heads": 16,
-    "max_position_embeddings": 192, "window_size": 32, "attention_types": [[["global", "local"], 2]], "bos_token_id": 1, "eos_token_id": 2,
+    "max_position_embeddings": 192, "window_size": 32,
+    "attention_types": [[["global", "local"], 2]], "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 SHORT, LONG = [1.0 + 0.02 * i for i in range(32)], [1.0 + 0.4 * i for i in range(32)]
 LONGROPE = {"short_factor": SHORT, "long_factor": LONG}

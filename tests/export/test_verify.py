@@ -50,7 +50,7 @@ def test_a_decode_function_that_differs_is_refused(copy, checkpoint):
     model = messages()["Model"]()
     model.ParseFromString(path.read_bytes())
     offsets = BREAKERS["coreml"](bundle).index
-    cos, sin = offsets["cos"][0], offsets["sin"][0]
+    cos, sin = offsets["cos"][1], offsets["sin"][1]
     for op in model.mlProgram.functions["decode"].block_specializations["CoreML8"].operations:
         value = op.attributes["val"].blobFileValue if op.type == "const" else None
         if value and value.offset in (cos, sin):
@@ -108,7 +108,7 @@ def test_a_rope_of_shifted_positions_is_the_same_model(copy, checkpoint, tokens)
     breaker = BREAKERS["coreml"](bundle)
     data = bytearray(breaker.path.read_bytes())
     for name in ("cos", "sin"):
-        offset, _, rows, columns = breaker.index[name]
+        _, offset, _, rows, columns = breaker.index[name]
         table = np.frombuffer(bytes(data[offset + 64 : offset + 64 + 2 * rows * columns]), np.float16)
         data[offset + 64 : offset + 64 + 2 * rows * columns] = np.roll(table.reshape(rows, columns), -1, 0).tobytes()
     with phi_runtime.load(bundle) as phi:

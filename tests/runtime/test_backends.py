@@ -20,8 +20,8 @@ def phi(request, bundles):
 @pytest.fixture
 def reference(phi, bundles):
     manifest = phi.manifest
-    read = get_format(manifest.format).read(bundles / manifest.format, manifest.artifact)
-    return lambda: ReferenceBackend(manifest.config(), read)
+    read = get_format(manifest.format).read(bundles / manifest.format, manifest)
+    return lambda: ReferenceBackend(manifest.config().decoder(), read)
 
 
 def close(a, b, limit=0.02):

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,28 +10,14 @@ from safetensors.torch import load_file
 
 from phi_runtime.backends.reference import ReferenceBackend
 from phi_runtime.checkpoint import open_checkpoint
-from phi_runtime.config import Phi3Config, parse_config
+from phi_runtime.config import num_parameters, parse_config
 from phi_train.models.phi3 import Phi3ForCausalLM
+from phi_train.published import PUBLISHED, phi3_mini_4k
 
 
-def published(**changes) -> Phi3Config:
+def published(**changes):
     """phi-3-mini-4k-instruct's configuration."""
-    mini = Phi3Config(
-        vocab_size=32064,
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        sliding_window=2047,
-        bos_token_id=1,
-        eos_token_id=32000,
-        pad_token_id=32000,
-    )
-    return dataclasses.replace(mini, **changes)
+    return dataclasses.replace(phi3_mini_4k(), **changes)
 
 
 def test_parameter_counts_are_the_published_ones():
@@ -38,11 +25,31 @@ def test_parameter_counts_are_the_published_ones():
         hidden_size=5120, intermediate_size=17920, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=10
     )
     for config, count in ((published(), 3_821_079_552), (medium, 13_960_238_080)):
-        assert config.num_parameters() == count
+        assert num_parameters(config) == count
         with torch.device("meta"):
             model = Phi3ForCausalLM(config)
         assert sum(p.numel() for p in model.parameters()) == count
         assert {n: tuple(p.shape) for n, p in model.named_parameters()} == config.tensor_shapes()
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    {
+        "phi3-mini-4k": 3_821_079_552,
+        "phi3-mini-128k": 3_821_079_552,
+        "phi3-medium-4k": 13_960_238_080,
+        "phi2": 2_779_683_840,
+        "phi15": 1_418_270_720,
+    }.items(),
+)
+def test_published_architectures_have_the_published_counts(name, count):
+    config = PUBLISHED[name]()
+    assert num_parameters(config) == count
+    assert parse_config(config.to_json(), Path("config.json")) == config
+    rope = config.decoder().rope
+    if name == "phi3-mini-128k":
+        assert len(rope.long) == len(rope.short) == 48
+        assert rope.attention_factor == pytest.approx(1.190238)
 
 
 def test_the_checkpoint_opens_in_transformers_with_our_logits(checkpoint, tokens):
@@ -55,7 +62,7 @@ def test_the_checkpoint_opens_in_transformers_with_our_logits(checkpoint, tokens
     with torch.no_grad():
         expected = theirs(ids).logits[0].numpy()
         assert np.abs(ours(ids)[0].numpy() - expected).max() <= 1e-4
-    reference = ReferenceBackend(opened.config, opened.read).forward(piece, every=True)
+    reference = ReferenceBackend(opened.config.decoder(), opened.read).forward(piece, every=True)
     assert np.abs(reference - expected).max() <= 1e-4
     assert expected.std() > 0.5, "logits this flat would prove nothing"
 
@@ -90,7 +97,11 @@ def test_every_shape_agrees_with_transformers(kv_heads, window, theta):
         expected = theirs.eval()(ids).logits[0].numpy()
         assert np.abs(model(ids)[0].numpy() - expected).max() <= 1e-4
     weights = {n: p.detach().numpy() for n, p in model.named_parameters()}
-    reference = ReferenceBackend(config, weights.__getitem__).forward(ids[0].tolist(), every=True)
+
+    def read(name, start=0, stop=None):
+        return weights[name][start:stop]
+
+    reference = ReferenceBackend(config.decoder(), read).forward(ids[0].tolist(), every=True)
     assert np.abs(reference - expected).max() <= 1e-4
 
 

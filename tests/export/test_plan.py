@@ -1,0 +1,135 @@
+"""The solver, the ledger, the speeds."""
+
+import itertools
+import json
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support import run
+
+from phi_export.cli import parse_size
+from phi_export.export import plan
+from phi_export.formats import Options, get_format
+from phi_export.plan import Ceiling, _allocate, _undominated, expected_loss, plan_memory
+from phi_export.speed import Speeds, load_speeds
+from phi_runtime.checkpoint import Checkpoint, Tensor
+from phi_runtime.errors import UsageError
+from phi_train.published import PUBLISHED
+
+
+def headers(name, folder):
+    """A full-size checkpoint of which there are headers only: a plan reads no more."""
+    config = PUBLISHED[name]()
+    tensors = {n: Tensor(n, "BF16", s, folder / "none", 0) for n, s in config.tensor_shapes().items()}
+    tokenizer = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {}, "merges": []}, "added_tokens": []}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return Checkpoint(folder, config, tensors, ())
+
+
+def test_the_solver_finds_what_trying_all_finds():
+    rng = np.random.default_rng(0)
+    for trial in range(40):
+        choices = []
+        for item in range(5):
+            sizes = np.sort(rng.integers(1000, 90_000, 4))[::-1]
+            losses = np.sort(rng.random(4))
+            choices.append(
+                _undominated(
+                    [(f"{item}{i}", int(s), float(x)) for i, (s, x) in enumerate(zip(sizes, losses, strict=True))]
+                )
+            )
+        low, high = (sum(f(o[1] for o in c) for c in choices) for f in (min, max))
+        room = int(low + (high - low) * rng.random())
+        chosen = _allocate(choices, room)
+        by_name = {o[0]: o for c in choices for o in c}
+        assert sum(by_name[n][1] for n in chosen) <= room
+        best = min(
+            sum(o[2] for o in combination)
+            for combination in itertools.product(*choices)
+            if sum(o[1] for o in combination) <= room
+        )
+        assert sum(by_name[n][2] for n in chosen) <= best + 0.02, trial
+
+
+@pytest.mark.parametrize("ceiling", [1_800_000_000, int(1.8 * 2**30)])
+@pytest.mark.parametrize("name", ["gguf", "onnx", "coreml"])
+def test_phi_3_mini_fills_its_ceiling(name, ceiling, tmp_path):
+    checkpoint = headers("phi3-mini-4k", tmp_path)
+    for prefer in ("quality", "speed"):
+        (planned,) = plan(checkpoint, (name,), Ceiling(ceiling, prefer))
+        total = planned.weight_bytes + planned.overhead
+        assert 0.995 * ceiling <= total <= ceiling, (prefer, total)
+        assert sum(q.weights for q in planned.plan.values()) == 3_821_079_552
+
+
+@pytest.mark.parametrize(("name", "most"), [("gguf", 2.16e9), ("onnx", 1.98e9), ("coreml", 1.98e9)])
+def test_phi_3_mini_in_plain_4_bits(name, most, tmp_path):
+    for profile in get_format(name).PROFILES:
+        (planned,) = plan(headers("phi3-mini-4k", tmp_path), (name,), options=Options(profile))
+        assert planned.weight_bytes + planned.overhead <= most
+
+
+def test_more_bytes_never_mean_more_loss(tmp_path):
+    checkpoint = headers("phi3-mini-4k", tmp_path)
+    for name in ("gguf", "onnx", "coreml"):
+        losses = [expected_loss(plan(checkpoint, (name,), Ceiling(gb * 10**8))[0]) for gb in (16, 17, 18, 19, 21, 24)]
+        assert losses == sorted(losses, reverse=True), name
+
+
+def test_the_seam_of_sensitivity(tmp_path):
+    """What calibration will measure decides where the bits go."""
+    checkpoint, module, speeds = headers("phi3-mini-4k", tmp_path), get_format("gguf"), load_speeds("llama.cpp")
+
+    def only_layer_7_matters(item, kind):
+        return item.weights * kind.error * (1000 if ".7." in item.name else 1)
+
+    planned = plan_memory("gguf", module, checkpoint, Options(), Ceiling(1_800_000_000), speeds, only_layer_7_matters)
+    bits = {n: 8 * q.bytes / q.weights for n, q in planned.plan.items() if q.type != "float32"}
+    assert min(b for n, b in bits.items() if ".7." in n) >= max(b for n, b in bits.items() if ".7." not in n)
+
+
+def test_preferring_speed_leaves_slow_types_out(tmp_path):
+    checkpoint, module = headers("phi3-mini-4k", tmp_path), get_format("gguf")
+    speeds = Speeds("llama.cpp", "here", {"Q2_K": 0.01, "Q3_K": 0.03, "Q4_0": 0.012, "Q4_K": 0.013, "Q6_K": 0.02})
+    planned = plan_memory("gguf", module, checkpoint, Options(), Ceiling(1_800_000_000, "speed"), speeds)
+    assert {q.type for q in planned.plan.values()} == {"float32", "Q2_K", "Q4_0"}
+    quality = plan_memory("gguf", module, checkpoint, Options(), Ceiling(1_800_000_000), speeds)
+    assert planned.milliseconds(speeds) < quality.milliseconds(speeds)
+    assert expected_loss(planned) > expected_loss(quality)
+    assert quality.milliseconds(replace(speeds, nanoseconds={})) is None
+
+
+def test_the_shipped_speeds_cover_all_types():
+    for name in ("gguf", "onnx"):
+        module = get_format(name)
+        assert set(load_speeds(module.ENGINE).nanoseconds) == set(module.types(Options()))
+
+
+def test_a_damaged_table_of_speeds_is_named(tmp_path, checkpoint):
+    cache = tmp_path / "phi-edge"
+    cache.mkdir()
+    (cache / "speed.json").write_text("[]")
+    done = run("phi-export", "--int4", checkpoint, "--dry-run", env={"XDG_CACHE_HOME": str(tmp_path)})
+    assert done.returncode == 2
+    assert "calibrate-speed" in done.stderr
+
+
+def test_sizes_have_units():
+    assert parse_size("1.8GB") == 1_800_000_000
+    assert parse_size("1.8GiB") == 1_932_735_283
+    assert parse_size(" 300 MiB ") == 314_572_800
+    for wrong in ("1.8", "1.8G", "1,8GB", "GB", "-1GB", "0MB", "1e9GB", "1.8gb", "1TB"):
+        with pytest.raises(UsageError, match="GiB"):
+            parse_size(wrong)
+
+
+def test_a_dry_run_takes_no_time(tmp_path, checkpoint):
+    """Headers only: a second at full size on two cores, whatever the model; here with room for a busy machine."""
+    began = time.perf_counter()
+    done = run("phi-export", "--memory", "5MB", checkpoint, "--dry-run", "--format", "gguf")
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - began < 5
+    assert "bits/weight" in done.stdout
+    assert "Predicted resident memory" in done.stdout
