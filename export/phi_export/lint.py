@@ -21,10 +21,11 @@ _FLOAT16_MAX = 65504.0
 _NAMES = {number: name for name, number in DATA_TYPES.items()}
 # Operations of iOS 18 that take these element types; others were never seen to load.
 _OPERATIONS = {
-    "add", "cast", "concat", "const", "constexpr_blockwise_shift_scale", "constexpr_lut_to_dense", "gather", "gelu",
-    "greater", "greater_equal", "less_equal", "linear", "logical_and", "matmul", "mod", "mul", "read_state",
-    "reduce_mean", "reshape", "rsqrt", "select", "silu", "slice_by_index", "slice_update", "softmax", "split", "sub",
-    "transpose", "write_state",
+    "add", "cast", "concat", "const", "constexpr_blockwise_shift_scale", "constexpr_lut_to_dense", "equal",
+    "floor_div", "gather", "gelu", "greater", "greater_equal", "less", "less_equal", "linear", "logical_and",
+    "logical_or", "matmul", "maximum", "minimum", "mod", "mul", "read_state", "reduce_mean", "reshape", "rsqrt",
+    "select", "sigmoid", "silu", "slice_by_index", "slice_update", "softmax", "split", "sub", "transpose",
+    "write_state",
 }  # fmt: skip
 _WIDE = ("add", "sub", "mul", "reduce_mean", "rsqrt", "linear", "matmul", "softmax")
 

@@ -15,6 +15,7 @@ from phi_runtime.mil.blob import ALIGN, BITS, BLOB_TYPES, ENTRY_HEAD, FILE_HEAD,
 from phi_runtime.mil.schema import BLOB_FILE, DATA_TYPES, OPSET, messages
 
 Shape = tuple[int, ...]
+_LOGICAL = ("equal", "greater", "greater_equal", "less", "less_equal", "logical_and", "logical_or")
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class FunctionBuilder:
 
     def binary(self, kind: str, x: Var, y: Var) -> Var:
         """Element-wise with broadcasting; comparisons give bool."""
-        dtype = "bool" if kind in ("less_equal", "greater", "greater_equal", "logical_and") else x.dtype
+        dtype = "bool" if kind in _LOGICAL else x.dtype
         return self.op(kind, [(dtype, np.broadcast_shapes(x.shape, y.shape))], x=x, y=y)[0]
 
     def cast(self, x: Var, dtype: str) -> Var:

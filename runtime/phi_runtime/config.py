@@ -8,17 +8,19 @@ from typing import Any, Protocol
 
 from phi_runtime.decoder import Decoder
 from phi_runtime.errors import CheckpointError, UnsupportedError
-from phi_runtime.families import gpt_neo, phi, phi3
+from phi_runtime.families import gpt_neo, phi, phi3, phi3small
 from phi_runtime.families.fields import Fields
 from phi_runtime.families.gpt_neo import GptNeoConfig
 from phi_runtime.families.phi import PhiConfig
 from phi_runtime.families.phi3 import LongRope, Phi3Config
+from phi_runtime.families.phi3small import Phi3SmallConfig
 
 __all__ = [
     "Config",
     "GptNeoConfig",
     "LongRope",
     "Phi3Config",
+    "Phi3SmallConfig",
     "PhiConfig",
     "num_parameters",
     "parse_config",
@@ -68,7 +70,12 @@ class Config(Protocol):
         """The content of `config.json`."""
 
 
-FAMILIES: dict[str, Callable[[Fields], Config]] = {"phi3": phi3.parse, "phi": phi.parse, "gpt_neo": gpt_neo.parse}
+FAMILIES: dict[str, Callable[[Fields], Config]] = {
+    "phi3": phi3.parse,
+    "phi3small": phi3small.parse,
+    "phi": phi.parse,
+    "gpt_neo": gpt_neo.parse,
+}
 
 
 def num_parameters(config: Config) -> int:

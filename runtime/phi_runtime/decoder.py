@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 F32 = npt.NDArray[np.float32]
 
-Activation = Literal["silu", "gelu_new"]
+Activation = Literal["silu", "gelu_new", "gegelu"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,17 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class BlockSparse:
+    """phi3small's attention: of the keys in blocks of `block`, head h sees the nearest `local` blocks and the stripes
+    where (block of the key + h + 1) is a multiple of `stride`.
+    """
+
+    block: int
+    local: int
+    stride: int
+
+
+@dataclass(frozen=True)
 class Layer:
     """One layer. Without `mlp_norm`, attention and MLP both read the first norm and are added at once.
 
@@ -47,6 +58,7 @@ class Layer:
     up: Linear
     down: Linear
     window: int | None = None
+    sparse: BlockSparse | None = None
 
     def linears(self) -> tuple[Linear, ...]:
         """Its matrices, in the order of computation."""
@@ -99,6 +111,10 @@ class Decoder:
     layers: tuple[Layer, ...]
     final_norm: Norm
     head: Linear
+    qkv_by_group: bool = False  # queries, key and value of one key-value head, then those of the next
+    gegelu_limit: float = 0.0  # gegelu's gate and linear part alternate, and are clipped to it
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
 
     @property
     def q_size(self) -> int:
@@ -113,7 +129,7 @@ class Decoder:
     @property
     def gated(self) -> bool:
         """Whether `up` is twice as wide as the MLP."""
-        return self.activation == "silu"
+        return self.activation != "gelu_new"
 
     @property
     def tied(self) -> bool:
@@ -130,10 +146,13 @@ class Decoder:
         return self.window() if all(layer.window is not None for layer in self.layers) else None
 
 
-def visible(layer: Layer, queries: np.ndarray, keys: np.ndarray) -> npt.NDArray[np.bool_]:
-    """Which keys each query may see, bool [T, S]; the arguments are positions [T] and [S]."""
+def visible(layer: Layer, head: int, queries: np.ndarray, keys: np.ndarray) -> npt.NDArray[np.bool_]:
+    """Which keys each query of a head may see, bool [T, S]; queries and keys are positions [T] and [S]."""
     distance_TS = queries[:, None] - keys[None, :]
     seen: npt.NDArray[np.bool_] = distance_TS >= 0
     if layer.window is not None:
         seen &= distance_TS < layer.window
+    if (s := layer.sparse) is not None:
+        near_TS = queries[:, None] // s.block - keys[None, :] // s.block < s.local
+        seen &= near_TS | ((keys // s.block + head + 1) % s.stride == 0)[None, :]
     return seen

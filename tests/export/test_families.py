@@ -8,8 +8,11 @@ import torch
 import transformers
 from support import run
 
+import phi_runtime
+from phi_export.formats import get_format
 from phi_export.verify import verify
 from phi_runtime.backends.reference import Reference
+from phi_runtime.bundle import read_manifest
 from phi_runtime.checkpoint import open_checkpoint
 from phi_runtime.config import parse_config
 from phi_train.init import _pieces
@@ -106,6 +109,93 @@ def test_every_system(name, tokenizer, tmp_path):
             assert outcome.parity.logit_error < 0.04, (kind, len(text))
 
 
+SMALL = {
+    "model_type": "phi3small", "vocab_size": VOCAB, "hidden_size": 256, "ff_intermediate_size": 256,
+    "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 192,
+    "hidden_act": "gegelu", "gegelu_limit": 2.0, "mup_use_scaling": True, "mup_attn_multiplier": 1.0,
+    "mup_embedding_multiplier": 10.0, "mup_width_multiplier": 8.0, "blocksparse_block_size": 8,
+    "blocksparse_homo_head_pattern": False, "blocksparse_num_local_blocks": 2, "blocksparse_vert_stride": 8,
+    "dense_attention_every_n_layers": 2, "bos_token_id": 1, "eos_token_id": 2,
+    "dummy_token_indices": [5, 6],
+}  # fmt: skip
+
+
+def phi3small(raw, weights, ids):
+    """phi-3-small in torch, written from its published definition alone: transformers has no class for it."""
+    heads, groups, T = raw["num_attention_heads"], raw["num_key_value_heads"], len(ids)
+    D = raw["hidden_size"] // heads
+
+    def linear(x, name):
+        return torch.nn.functional.linear(x, weights[name + ".weight"], weights[name + ".bias"])
+
+    def norm(x, name):
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weights[name + ".weight"], weights[name + ".bias"], 1e-5)
+
+    angles = torch.arange(T)[:, None] * 1e6 ** (-torch.arange(0, D, 2) / D)[None]
+    cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+
+    def rotate(x):
+        return x * cos + torch.cat([-x[..., D // 2 :], x[..., : D // 2]], -1) * sin
+
+    block = torch.arange(T) // raw["blocksparse_block_size"]
+    causal = torch.arange(T)[:, None] >= torch.arange(T)[None]
+    local = block[:, None] - block[None] < raw["blocksparse_num_local_blocks"]
+    stripes = torch.stack([(block + h + 1) % raw["blocksparse_vert_stride"] == 0 for h in range(heads)])
+    sparse = causal & (local[None] | stripes[:, None])
+    assert (sparse.any(0) == causal).all(), "the union over the heads of one turn is dense"
+
+    x = weights["model.embed_tokens.weight"][ids] * raw["mup_embedding_multiplier"]
+    for n in range(raw["num_hidden_layers"]):
+        p = f"model.layers.{n}."
+        qkv = linear(norm(x, p + "input_layernorm"), p + "self_attn.query_key_value")
+        qkv = qkv.view(T, groups, heads // groups + 2, D)
+        q = rotate(qkv[:, :, :-2].reshape(T, heads, D).transpose(0, 1))
+        k, v = (qkv[:, :, i].transpose(0, 1).repeat_interleave(heads // groups, 0) for i in (-2, -1))
+        scores = q @ rotate(k).transpose(1, 2) * raw["mup_attn_multiplier"] / D
+        mask = causal.expand(heads, T, T) if (n + 1) % 2 == 0 else sparse
+        out = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+        x = x + linear(out.transpose(0, 1).reshape(T, -1), p + "self_attn.dense")
+        hidden = linear(norm(x, p + "post_attention_layernorm"), p + "mlp.up_proj")
+        gate = hidden[..., ::2].clamp(max=raw["gegelu_limit"])
+        straight = hidden[..., 1::2].clamp(-raw["gegelu_limit"], raw["gegelu_limit"])
+        x = x + linear(gate * torch.sigmoid(1.702 * gate) * (straight + 1), p + "mlp.down_proj")
+    return norm(x, "model.final_layernorm") @ weights["model.embed_tokens.weight"].T / raw["mup_width_multiplier"]
+
+
+def test_phi_3_small(tokenizer, tmp_path):
+    from safetensors.torch import save_file
+
+    config = parse_config(SMALL, tmp_path / "config.json")
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, shape in config.tensor_shapes().items():
+        weights[name] = torch.randn(shape, generator=generator) * 0.1
+        if "layernorm.weight" in name:
+            weights[name] += 1
+    folder = tmp_path / "ckpt"
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(SMALL))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    checkpoint = open_checkpoint(folder)
+    assert parse_config(checkpoint.config.to_json(), tmp_path) == checkpoint.config
+    text = np.random.default_rng(0).integers(3, VOCAB, 150).tolist()
+    expected = phi3small(SMALL, weights, text).numpy()
+    ours = Reference(checkpoint.config.decoder(), checkpoint.read, 0).forward(text, True)[0]
+    assert np.abs(ours - expected).max() <= 1e-4
+    assert expected.std() > 0.05
+
+    done = run("phi-export", "--int4", folder, "--out", tmp_path / "out", "--format", "onnx,coreml")
+    assert done.returncode == 0, done.stderr
+    for kind in ("onnx", "coreml"):
+        outcome = verify(tmp_path / "out" / kind, checkpoint, text)
+        assert outcome.passed, [c for c in outcome.checks if not c.passed]
+        assert outcome.parity.logit_error < 0.04
+    done = run("phi-export", "--int4", folder, "--out", tmp_path / "no")
+    assert done.returncode == 2
+    assert "llama.cpp has no architecture for model_type 'phi3small'" in done.stderr
+
+
 def test_a_format_that_cannot_carry_a_model_says_so_first(tokenizer, tmp_path):
     make(tmp_path / "ckpt", NEO, tokenizer)
     done = run("phi-export", "--int4", tmp_path / "ckpt", "--out", tmp_path / "out")
@@ -113,7 +203,29 @@ def test_a_format_that_cannot_carry_a_model_says_so_first(tokenizer, tmp_path):
     assert "llama.cpp has no architecture for model_type 'gpt_neo'" in done.stderr
     assert not (tmp_path / "out").exists()
 
-    (tmp_path / "ckpt" / "config.json").write_text(json.dumps(NEO | {"model_type": "phi3small"}))
-    done = run("phi-export", "--int4", tmp_path / "ckpt", "--out", tmp_path / "out")
-    assert done.returncode == 2
-    assert "phi3small" in done.stderr
+
+@pytest.mark.parametrize("kind", ["onnx", "coreml"])
+def test_longrope_changes_its_factors_where_it_should(kind, tokenizer, tmp_path):
+    """Token by token over the crossover: the whole text is read again with the long factors, as the reference does."""
+    make(tmp_path / "ckpt", SYSTEMS["128k: longrope"], tokenizer)
+    done = run("phi-export", "--int4", tmp_path / "ckpt", "--out", tmp_path / "out", "--format", kind)
+    assert done.returncode == 0, done.stderr
+    bundle = tmp_path / "out" / kind
+    manifest = read_manifest(bundle)
+    decoder, read = manifest.config().decoder(), get_format(kind).read(bundle, manifest)
+    text = np.random.default_rng(1).integers(3, VOCAB, 262).tolist()
+
+    def exact(length):
+        return Reference(decoder, read, 0).forward(text[:length], every=False)[0]
+
+    def close(a, b):
+        return np.sqrt(np.square(a - b).mean()) < 0.04 * b.std()
+
+    with phi_runtime.load(bundle) as phi:
+        backend = phi.engine.backend
+        backend.forward(text[:254], every=False)
+        for length in (255, 256, 257, 258):
+            assert close(backend.forward([text[length - 1]], every=False), exact(length)), length
+        backend.rewind(250)  # and back
+        assert close(backend.forward(text[250:255], every=False), exact(255))
+        assert close(backend.forward(text[255:262], every=False), exact(262))

@@ -17,7 +17,7 @@ import numpy as np
 from phi_export.mil import FunctionBuilder, Shape, Var, Weight
 from phi_export.stream import align
 from phi_runtime.backends.coreml import DECODE, PREFILL, PREFILL_TOKENS, USE_LONG
-from phi_runtime.decoder import Decoder, Layer, Linear, Norm
+from phi_runtime.decoder import BlockSparse, Decoder, Layer, Linear, Norm
 from phi_runtime.mil.schema import FEATURE_TYPES, SPECIFICATION_VERSION, messages
 
 _MASKED = -30000.0  # far below any score, and finite in float16
@@ -150,10 +150,10 @@ class _Graph:
             self.cos, self.sin = (b.gather(b.weight(self._weights[n].codes), rows) for n in ("cos", "sin"))
         self._begin = self._slot()
         self._keys = self._key_positions()
-        self._masks: dict[int | None, Var] = {}
+        self._masks: dict[tuple[int | None, BlockSparse | None], Var] = {}
 
         if self.part.first:
-            x = b.gather(self._matrix(d.embedding), given["input_ids"])
+            x = self._scaled(b.gather(self._matrix(d.embedding), given["input_ids"]), d.embedding_scale)
             if d.positions is not None:
                 x = b.binary("add", x, b.cast(b.gather(self._vector(d.positions), self.positions), "float16"))
         else:
@@ -167,7 +167,7 @@ class _Graph:
             else:
                 x = b.binary("add", x, b.binary("add", attended, self._mlp(normed, layer)))
         if self.part.last:
-            x = self._linear(self._norm(x, d.final_norm), d.head)
+            x = self._scaled(self._linear(self._norm(x, d.final_norm), d.head), d.logit_scale)
         elif x.shape != (1, T, d.hidden_size):
             x = b.reshape(x, (1, T, d.hidden_size))
         b.output(b.rename(x, self.output[0]))
@@ -195,17 +195,33 @@ class _Graph:
         behind = b.binary("mod", b.binary("sub", last, slots), b.const([self.C], "int32"))
         return b.reshape(b.binary("sub", last, behind), (1, 1, self.C))
 
-    def _visible(self, window: int | None) -> Var:
-        """[1, T, C]: key j by query i iff j is there and 0 <= i - j < window."""
+    def _visible(self, window: int | None, sparse: BlockSparse | None) -> Var:
+        """[1, T, C]: key j by query i iff j is there and 0 <= i - j < window; [H, T, C] where heads differ."""
         b = self.b
-        if window not in self._masks:
+        if (window, sparse) not in self._masks:
             query = b.reshape(self.positions, (1, self.T, 1))
             seen = b.binary("logical_and", b.binary("less_equal", self._keys, query), self._there())
             if window is not None:
                 oldest = b.binary("sub", query, b.const(window, "int32"))
                 seen = b.binary("logical_and", seen, b.binary("greater", self._keys, oldest))
-            self._masks[window] = seen
-        return self._masks[window]
+            if sparse is not None:
+                seen = b.binary("logical_and", seen, self._sparse(query, sparse))
+            self._masks[window, sparse] = seen
+        return self._masks[window, sparse]
+
+    def _sparse(self, query: Var, s: BlockSparse) -> Var:
+        """[H, T, C]: the nearest blocks of keys, and the head's stripes."""
+        b = self.b
+        size = b.const(s.block, "int32")
+        key_block = b.binary("floor_div", self._keys, size)
+        behind = b.binary("sub", b.binary("floor_div", query, size), key_block)
+        near = b.binary("less", behind, b.const(s.local, "int32"))
+        heads = b.const(np.arange(1, self.d.heads + 1).reshape(-1, 1, 1), "int32")
+        turn = b.binary("mod", b.binary("add", key_block, heads), b.const(s.stride, "int32"))
+        return b.binary("logical_or", near, b.binary("equal", turn, b.const(0, "int32")))
+
+    def _scaled(self, x: Var, scale: float) -> Var:
+        return x if scale == 1.0 else self.b.binary("mul", x, self.b.const(scale, "float16"))
 
     def _there(self) -> Var:
         return self.b.binary("greater_equal", self._keys, self.b.const(0, "int32"))
@@ -213,7 +229,11 @@ class _Graph:
     def _attention(self, n: int, layer: Layer, normed: Var) -> Var:
         b, d, T, D = self.b, self.d, self.T, self.d.head_dim
         H, G = d.heads, d.kv_heads
-        q, k, v = (self._heads(x, heads) for x, heads in zip(self._qkv(normed, layer.qkv), (H, G, G), strict=True))
+        if d.qkv_by_group:
+            q, k, v = self._by_group(self._linear(normed, layer.qkv))
+        else:
+            parts = zip(self._qkv(normed, layer.qkv), (H, G, G), strict=True)
+            q, k, v = (self._heads(x, heads) for x, heads in parts)
         if d.rope is not None:
             q, k = self._rotate(q), self._rotate(k)
         k, v = self._remember("k", n, k), self._remember("v", n, v)
@@ -223,7 +243,7 @@ class _Graph:
         grouped = b.reshape(q, (G, H // G * T, D))
         scores = b.reshape(b.matmul(grouped, k, transpose_y=True), (H, T, self.C))
         masked = b.const(_MASKED, "float16")
-        visible = self._visible(layer.window)
+        visible = self._visible(layer.window, layer.sparse)
         scores = b.op("select", [("float16", scores.shape)], cond=visible, a=scores, b=masked)[0]
         weights = b.op("softmax", [("float16", scores.shape)], x=scores, axis=b.const(-1, "int32"))[0]
         out = b.matmul(b.reshape(weights, (G, H // G * T, self.C)), v, transpose_y=False)
@@ -239,6 +259,15 @@ class _Graph:
         whole = self._linear(x, linear)
         cuts = (0, d.q_size, d.q_size + d.kv_size, d.q_size + 2 * d.kv_size)
         return [self.b.slice(whole, (0, 0, a), (1, T, z)) for a, z in pairwise(cuts)]
+
+    def _by_group(self, whole: Var) -> list[Var]:
+        """Queries [H, T, D], keys and values [G, T, D] where each key-value head's lie together."""
+        b, d, T, D = self.b, self.d, self.T, self.d.head_dim
+        H, G, each = d.heads, d.kv_heads, d.heads // d.kv_heads
+        groups = b.transpose(b.reshape(whole, (T, G, each + 2, D)), (1, 2, 0, 3))
+        cuts = (0, each, each + 1, each + 2)
+        q, k, v = (b.slice(groups, (0, a, 0, 0), (G, z, T, D)) for a, z in pairwise(cuts))
+        return [b.reshape(q, (H, T, D)), b.reshape(k, (G, T, D)), b.reshape(v, (G, T, D))]
 
     def _heads(self, x: Var, heads: int) -> Var:
         return self.b.transpose(self.b.reshape(x, (self.T, heads, self.d.head_dim)), (1, 0, 2))
@@ -273,7 +302,9 @@ class _Graph:
     def _mlp(self, x: Var, layer: Layer) -> Var:
         b, d = self.b, self.d
         hidden = self._linear(x, layer.up)
-        if d.gated:
+        if d.activation == "gegelu":
+            hidden = self._gegelu(hidden)
+        elif d.gated:
             settings = {"num_splits": b.const(2, "int32"), "axis": b.const(-1, "int32")}
             half = (1, self.T, d.intermediate_size)
             gate, up = b.op("split", [("float16", half)] * 2, x=hidden, **settings)
@@ -282,6 +313,20 @@ class _Graph:
             mode = b.const("TANH_APPROXIMATION", "str")
             hidden = b.op("gelu", [("float16", hidden.shape)], x=hidden, mode=mode)[0]
         return self._linear(hidden, layer.down)
+
+    def _gegelu(self, x: Var) -> Var:
+        """Gate and linear part alternate: gate * sigmoid(1.702 gate) * (linear + 1), both clipped."""
+        b, d = self.b, self.d
+        half = (1, self.T, d.intermediate_size, 1)
+        pairs = b.reshape(x, (1, self.T, d.intermediate_size, 2))
+        gate, linear = (b.slice(pairs, (0, 0, 0, i), (*half[:3], i + 1)) for i in (0, 1))
+        limit, below = b.const(d.gegelu_limit, "float16"), b.const(-d.gegelu_limit, "float16")
+        gate = b.binary("minimum", gate, limit)
+        linear = b.binary("maximum", b.binary("minimum", linear, limit), below)
+        wide = b.binary("mul", gate, b.const(1.702, "float16"))
+        gate = b.binary("mul", gate, b.op("sigmoid", [("float16", half)], x=wide)[0])
+        out = b.binary("mul", gate, b.binary("add", linear, b.const(1.0, "float16")))
+        return b.reshape(out, (1, self.T, d.intermediate_size))
 
     def _norm(self, x: Var, norm: Norm) -> Var:
         b = self.b

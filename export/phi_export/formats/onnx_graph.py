@@ -13,10 +13,11 @@ import numpy as np
 import onnx_ir as ir
 
 from phi_runtime.config import Config
-from phi_runtime.decoder import Decoder, Layer, Linear, Norm
+from phi_runtime.decoder import BlockSparse, Decoder, Layer, Linear, Norm
 
 ACTIVATIONS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
 _MS = "com.microsoft"
+_HIDDEN = -10000.0  # added to a score, leaves nothing of it in any precision
 _INT8_ACTIVATIONS = 4  # MatMulNBits accuracy_level: activations to int8 per block, as genai's own models
 
 
@@ -114,7 +115,11 @@ class _Graph:
             else:
                 added = self._op("Add", [attended, self._mlp(n, layer, normed)], [f"both.{n}"])
             normed, x = self._skip_norm(x, added, following, f"out.{n}")
-        self._linear(normed, d.head, "logits")
+        if d.logit_scale == 1.0:
+            self._linear(normed, d.head, "logits")
+        else:
+            scale = self._real_constant("logit_scale", d.logit_scale)
+            self._op("Mul", [self._linear(normed, d.head, "logits_unscaled"), scale], ["logits"])
 
         self._output("logits", self._real, ("batch_size", "sequence_length", d.vocab_size))
         for n in range(len(d.layers)):
@@ -126,7 +131,8 @@ class _Graph:
         d = self.d
         self._rope_positions = ""
         long = d.rope is not None and bool(d.rope.long)
-        if d.positions is None and not long:
+        sparse = {layer.sparse for layer in d.layers if layer.sparse is not None}
+        if d.positions is None and not long and not sparse:
             return
         zero = self._constant("index_0", np.array(0, np.int64))
         one = self._constant("one", np.array(1, np.int64))
@@ -140,6 +146,34 @@ class _Graph:
             beyond = self._op("Greater", ["total_length", original], ["beyond_original"])
             offset = self._op("Where", [beyond, original, zero], ["rope_offset"])
             self._rope_positions = self._op("Add", [rows, offset], ["rope_rows"])
+        for s in sparse:
+            self._sparse_bias(s, line)
+
+    def _sparse_bias(self, s: BlockSparse, line: str) -> None:
+        """`sparse_bias` [1, H, T, S]: 0 where a head sees a key, far below any score elsewhere."""
+
+        def whole(name: str, value: Any) -> str:
+            return self._constant(name, np.asarray(value, np.int64))
+
+        zero, one, size = whole("index_0", 0), whole("one", 1), whole("block", s.block)
+        keys = self._op("Range", [zero, "total_length", one], ["key_line"])
+        key_block = self._op("Div", [keys, size], ["key_block"])
+        query_block = self._op("Div", [line, size], ["query_block"])
+        column = self._op("Unsqueeze", [query_block, whole("axes_1", [1])], ["query_block_column"])
+        behind = self._op("Sub", [column, key_block], ["blocks_behind"])
+        near = self._op("Less", [behind, whole("local_blocks", s.local)], ["near"])
+        heads = whole("head_turn", np.arange(1, self.d.heads + 1).reshape(-1, 1, 1))
+        turn = self._op("Mod", [self._op("Add", [key_block, heads], ["key_turn"]), whole("stride", s.stride)], ["turn"])
+        seen = self._op("Or", [near, self._op("Equal", [turn, zero], ["stripe"])], ["seen"])
+        bias = self._op(
+            "Where",
+            [seen, self._real_constant("seen_bias", 0.0), self._real_constant("hidden_bias", _HIDDEN)],
+            ["bias"],
+        )
+        self._op("Unsqueeze", [bias, whole("axes_0", [0])], ["sparse_bias"])
+
+    def _real_constant(self, name: str, value: float) -> str:
+        return self._constant(name, np.array(value, self._real.numpy()))
 
     def _embed(self) -> str:
         d = self.d
@@ -154,6 +188,8 @@ class _Graph:
             gather_axis=0,
             quantize_axis=1,
         )
+        if d.embedding_scale != 1.0:
+            x = self._op("Mul", [x, self._real_constant("embedding_scale", d.embedding_scale)], ["embedded_scaled"])
         if d.positions is None:
             return x
         learnt = self._op("Gather", [d.positions, "positions"], ["learnt_positions"], axis=0)
@@ -161,7 +197,9 @@ class _Graph:
 
     def _attention(self, n: int, layer: Layer, normed: str) -> str:
         d = self.d
-        if len(layer.qkv.weight) == 3:
+        if d.qkv_by_group:
+            qkv = self._by_group(n, self._linear(normed, layer.qkv, f"qkv.{n}"))
+        elif len(layer.qkv.weight) == 3:
             biases = layer.qkv.bias or (None,) * 3
             parts = zip(layer.qkv.weight, biases, "qkv", strict=True)
             qkv = [self._project(normed, w, bias, f"{part}.{n}") for w, bias, part in parts]
@@ -171,7 +209,15 @@ class _Graph:
         tables = ["cos_cache", "sin_cache"] if d.rope is not None else ["", ""]
         return self._op(
             "GroupQueryAttention",
-            [*qkv, *caches, "seqlens_k", "total_sequence_length_32", *tables, self._rope_positions],
+            [
+                *qkv,
+                *caches,
+                "seqlens_k",
+                "total_sequence_length_32",
+                *tables,
+                self._rope_positions,
+                "sparse_bias" if layer.sparse is not None else "",
+            ],
             [f"attention.{n}", f"present.{n}.key", f"present.{n}.value"],
             _MS,
             num_heads=d.heads,
@@ -182,9 +228,39 @@ class _Graph:
             local_window_size=layer.window or -1,
         )
 
+    def _by_group(self, n: int, whole: str) -> list[str]:
+        """Queries, keys and values [B, T, width] where each key-value head's lie together."""
+        d = self.d
+        each = d.heads // d.kv_heads
+        apart = self._constant("by_group", np.array([0, 0, d.kv_heads, each + 2, d.head_dim], np.int64))
+        flat = self._constant("flat", np.array([0, 0, -1], np.int64))
+        groups = self._op("Reshape", [whole, apart], [f"groups.{n}"])
+        sizes = self._constant("group_sizes", np.array([each, 1, 1], np.int64))
+        parts = [f"grouped_{part}.{n}" for part in "qkv"]
+        self._op("Split", [groups, sizes], parts, axis=3)
+        return [self._op("Reshape", [part, flat], [f"{part}.flat"]) for part in parts]
+
+    def _gegelu(self, n: int, hidden: str) -> str:
+        """Gate and linear part alternate: gate * sigmoid(1.702 gate) * (linear + 1), both clipped."""
+        d = self.d
+        apart = self._constant("pairs", np.array([0, 0, d.intermediate_size, 2], np.int64))
+        pairs = self._op("Reshape", [hidden, apart], [f"pairs.{n}"])
+        axis = self._constant("axis_last", np.array([3], np.int64))
+        halves = [f"gate_pair.{n}", f"linear_pair.{n}"]
+        self._op("Split", [pairs], halves, axis=3, num_outputs=2)
+        gate, linear = (self._op("Squeeze", [h, axis], [f"{h}.flat"]) for h in halves)
+        limit, below = self._real_constant("limit", d.gegelu_limit), self._real_constant("below", -d.gegelu_limit)
+        gate = self._op("Clip", [gate, "", limit], [f"gate.{n}"])
+        linear = self._op("Clip", [linear, below, limit], [f"linear.{n}"])
+        gelu = self._op("QuickGelu", [gate], [f"gelu.{n}"], _MS, alpha=1.702)
+        raised = self._op("Add", [linear, self._real_constant("unit", 1.0)], [f"raised.{n}"])
+        return self._op("Mul", [gelu, raised], [f"inner.{n}"])
+
     def _mlp(self, n: int, layer: Layer, normed: str) -> str:
         hidden = self._linear(normed, layer.up, f"up.{n}")
-        if self.d.gated:
+        if self.d.activation == "gegelu":
+            hidden = self._gegelu(n, hidden)
+        elif self.d.gated:
             self._op("Split", [hidden], [f"gate.{n}", f"linear.{n}"], axis=-1, num_outputs=2)
             silu = self._op("QuickGelu", [f"gate.{n}"], [f"silu.{n}"], _MS, alpha=1.0)
             hidden = self._op("Mul", [silu, f"linear.{n}"], [f"inner.{n}"])

@@ -70,7 +70,7 @@ class Reference:
         """Append tokens; per lane the logits [T, vocab_size], or [1, vocab_size] of the last."""
         d, lanes = self.decoder, self._lanes
         positions = np.arange(self.position, self.position + len(tokens))
-        x_TE = self._rows(d.embedding, np.asarray(tokens))
+        x_TE = self._rows(d.embedding, np.asarray(tokens)) * np.float32(d.embedding_scale)
         if d.positions is not None:
             x_TE = x_TE + self._rows(d.positions, positions)
         for lane in lanes:
@@ -90,7 +90,8 @@ class Reference:
             self._watch(n, lanes)
         self.position += len(tokens)
         last = [lane.x_TE if every else lane.x_TE[-1:] for lane in lanes]
-        return self._linear(self._norm(last, d.final_norm), d.head)
+        logits = self._linear(self._norm(last, d.final_norm), d.head)
+        return [x * np.float32(d.logit_scale) for x in logits]
 
     def rewind(self, position: int) -> None:
         """Forget all tokens from `position` on."""
@@ -128,6 +129,9 @@ class Reference:
 
     def _mlp(self, xs: list[F32], layer: Layer) -> list[F32]:
         hidden = self._linear(xs, layer.up)
+        if self.decoder.activation == "gegelu":
+            limit = self.decoder.gegelu_limit
+            return self._linear([gegelu(h, limit) for h in hidden], layer.down)
         if self.decoder.gated:
             halves = [np.split(h, 2, axis=-1) for h in hidden]
             return self._linear([silu(gate) * up for gate, up in halves], layer.down)
@@ -135,17 +139,17 @@ class Reference:
 
     def _attend(self, n: int, layer: Layer, lane: Lane, qkv: F32, positions: np.ndarray) -> F32:
         d, start, stop = self.decoder, self.position, self.position + len(qkv)
-        q, k, v = np.split(qkv, [d.q_size, d.q_size + d.kv_size], axis=-1)
-        q_HTD, k_GTD = _heads(q, d.heads), _heads(k, d.kv_heads)
+        q_HTD, k_GTD, v_GTD = split_heads(d, qkv)
         if d.rope is not None:
             cos, sin = d.rope.tables(positions, stop)
             q_HTD, k_GTD = rotate(q_HTD, cos, sin), rotate(k_GTD, cos, sin)
-        k_GSD, v_GSD = lane.remember(n, start, k_GTD, _heads(v, d.kv_heads))
+        k_GSD, v_GSD = lane.remember(n, start, k_GTD, v_GTD)
 
-        seen_TS = visible(layer, positions, np.arange(stop))
         out_HTD = np.empty_like(q_HTD)
         for head in range(d.heads):  # one at a time: the scores of all would be the largest thing in memory
             group = head * d.kv_heads // d.heads
+            if head == 0 or layer.sparse is not None:
+                seen_TS = visible(layer, head, positions, np.arange(stop))
             scores_TS = (q_HTD[head] * d.attention_scale) @ k_GSD[group].T
             out_HTD[head] = softmax(np.where(seen_TS, scores_TS, -np.inf)) @ v_GSD[group]
         return out_HTD.transpose(1, 0, 2).reshape(len(qkv), d.q_size)
@@ -211,6 +215,23 @@ def gelu_new(x: F32) -> F32:
     """GELU by its tanh approximation (arXiv:1606.08415), as GPT-2 and the first Phis have it."""
     out: F32 = 0.5 * x * (1 + np.tanh(np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x * x * x)))
     return out
+
+
+def gegelu(x: F32, limit: float) -> F32:
+    """phi-3-small's MLP: gate and linear part alternate; gate * sigmoid(1.702 gate) * (linear + 1), both clipped."""
+    gate, linear = np.minimum(x[..., ::2], np.float32(limit)), np.clip(x[..., 1::2], -limit, limit)
+    out: F32 = (gate * (0.5 * (1 + np.tanh(np.float32(0.851) * gate))) * (linear + 1)).astype(np.float32)
+    return out
+
+
+def split_heads(d: Decoder, qkv: F32) -> tuple[F32, F32, F32]:
+    """Queries [H, T, D], keys and values [G, T, D] of the fused projection [T, width]."""
+    if not d.qkv_by_group:
+        q, k, v = np.split(qkv, [d.q_size, d.q_size + d.kv_size], axis=-1)
+        return _heads(q, d.heads), _heads(k, d.kv_heads), _heads(v, d.kv_heads)
+    groups = qkv.reshape(len(qkv), d.kv_heads, -1, d.head_dim)
+    q = groups[:, :, :-2].reshape(len(qkv), d.heads, d.head_dim)
+    return q.transpose(1, 0, 2), groups[:, :, -2].transpose(1, 0, 2), groups[:, :, -1].transpose(1, 0, 2)
 
 
 def softmax(x: F32) -> F32:
