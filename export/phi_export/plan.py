@@ -67,7 +67,8 @@ def plan_int4(name: str, module: Format, checkpoint: Checkpoint, options: Option
     """Every matrix in the format's own 4-bit type."""
     found = items(checkpoint.config, options)
     plan = {i.name: stored(module, i, "" if i.role == "vector" else module.default(i, options), options) for i in found}
-    return _planned(name, module, checkpoint, options, plan, found)
+    overhead = _overhead(module, checkpoint, options)
+    return Planned(name, plan, options, module.context(checkpoint.config, options), overhead, tuple(found))
 
 
 def plan_memory(
@@ -86,7 +87,8 @@ def plan_memory(
     found = items(checkpoint.config, options)
     fixed = {i.name: stored(module, i, "", options) for i in found if i.role == "vector"}
     matrices = [i for i in found if i.role != "vector"]
-    room = ceiling.memory - _overhead(module, checkpoint, options) - sum(q.bytes for q in fixed.values())
+    overhead = _overhead(module, checkpoint, options)
+    room = ceiling.memory - overhead - sum(q.bytes for q in fixed.values())
     choices = []
     for item in matrices:
         kinds = fitting(module, item, options)
@@ -104,14 +106,7 @@ def plan_memory(
     chosen = _allocate(choices, room)
     names = dict(zip((i.name for i in matrices), chosen, strict=True))
     plan = {i.name: fixed[i.name] if i.role == "vector" else stored(module, i, names[i.name], options) for i in found}
-    return _planned(name, module, checkpoint, options, plan, found)
-
-
-def _planned(
-    name: str, module: Format, checkpoint: Checkpoint, options: Options, plan: Plan, found: list[Item]
-) -> Planned:
-    context = module.context(checkpoint.config, options)
-    return Planned(name, plan, options, context, _overhead(module, checkpoint, options), tuple(found))
+    return Planned(name, plan, options, module.context(checkpoint.config, options), overhead, tuple(found))
 
 
 def _overhead(module: Format, checkpoint: Checkpoint, options: Options) -> int:

@@ -120,7 +120,7 @@ def load(path: str | Path, backend: str | None = None, context: int | None = Non
     """Open a bundle that phi-export wrote, on the backend of its format.
 
     path: the bundle's folder, or a file in it. backend: see `phi_runtime.backends`, by default
-    the first of its format. context: tokens to reserve, by default all the bundle has.
+    the first of its format. context: tokens to reserve, by default all the bundle has up to 4,096.
     threads: by default one per core. Raises NotFoundError, BundleError, UnsupportedError, MissingExtraError,
     UsageError for a backend that does not run the format, ContextError for a context beyond the bundle's.
     """

@@ -92,7 +92,11 @@ def test_the_seam_of_sensitivity(tmp_path):
 
 def test_preferring_speed_leaves_slow_types_out(tmp_path):
     checkpoint, module = headers("phi3-mini-4k", tmp_path), get_format("gguf")
-    speeds = Speeds("llama.cpp", "here", {"Q2_K": 0.01, "Q3_K": 0.03, "Q4_0": 0.012, "Q4_K": 0.013, "Q6_K": 0.02})
+    speeds = Speeds(
+        "llama.cpp",
+        "here",
+        {"Q2_K": 0.01, "Q3_K": 0.03, "Q4_0": 0.012, "Q4_K": 0.013, "Q5_K": 0.03, "Q6_K": 0.02, "Q8_0": 0.03},
+    )
     planned = plan_memory("gguf", module, checkpoint, Options(), Ceiling(1_800_000_000, "speed"), speeds)
     assert {q.type for q in planned.plan.values()} == {"float32", "Q2_K", "Q4_0"}
     quality = plan_memory("gguf", module, checkpoint, Options(), Ceiling(1_800_000_000), speeds)

@@ -18,6 +18,7 @@ from phi_export.formats import Item, Options, Plan, Type, choose_profile, items
 from phi_export.formats.onnx_graph import ACTIVATIONS, Matrix, build_model, genai_config, rope_positions
 from phi_export.quantize import finite, round_rows
 from phi_export.stream import PlacedFile, Stream, align
+from phi_runtime.backends.onnxruntime import WINDOWED
 from phi_runtime.backends.reference import ReadTensor, round_int8
 from phi_runtime.bundle import Manifest, TensorQuant
 from phi_runtime.checkpoint import Checkpoint, Tensor, stop_tokens
@@ -112,7 +113,8 @@ def overhead(checkpoint: Checkpoint, options: Options) -> int:
     """Rotary tables, the graph, genai's configuration, padding."""
     d = checkpoint.config.decoder()
     tables = sum(t.nbytes for t in _rope_shapes(d, options).values())
-    return tables + 40_000 + 16_000 * len(d.layers)
+    graphs = 1 if d.kv_positions() is None else 2
+    return tables + graphs * (20_000 + 14_000 * len(d.layers))
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,9 @@ def write(checkpoint: Checkpoint, plan: Plan, options: Options, folder: Path, st
     # The same bytes once more, in the shape in which rows are looked up.
     flat = _Place(codes.offset, codes.dtype, (codes.shape[0], codes.shape[1] * codes.shape[2]))
     initializers.append(_external(f"{d.embedding}.rows", flat, folder))
-    model = build_model(d, matrices, initializers, real)
-    ir.save(model, folder / ARTIFACT)
+    ir.save(build_model(d, matrices, initializers, real), folder / ARTIFACT)
+    if d.kv_positions() is not None:
+        ir.save(build_model(d, matrices, initializers, real, windowed=True), folder / WINDOWED)
     settings = genai_config(checkpoint.config, stop_tokens(checkpoint), ARTIFACT)
     write_file(folder / "genai_config.json", json.dumps(settings, indent=1) + "\n")
 
@@ -229,9 +232,26 @@ def _rope_tables(d: Decoder, options: Options) -> dict[str, np.ndarray]:
     }
 
 
+def check_windowed(folder: Path, manifest: Manifest) -> None:
+    """The graph for a cache of the window's size is the other one but for that attribute. Raises BundleError."""
+    path = folder / WINDOWED
+    if manifest.config().decoder().kv_positions() is None:
+        return
+    try:
+        plain, windowed = ir.load(folder / manifest.artifact), ir.load(path)
+    except Exception as e:  # whatever protobuf and onnx-ir meet
+        raise BundleError(f"{path}: cannot be read ({e}); export the bundle again") from None
+    for node in windowed.graph:
+        if node.op_type == "GroupQueryAttention" and "sliding_window_cache" in node.attributes:
+            del node.attributes["sliding_window_cache"]
+    if ir.to_proto(plain).SerializeToString() != ir.to_proto(windowed).SerializeToString():
+        raise BundleError(f"{path}: is not {manifest.artifact} with a windowed cache; export the bundle again")
+
+
 def read(folder: Path, manifest: Manifest) -> ReadTensor:
     """Weights of the bundle, from the initializers of the saved graph."""
     path = folder / manifest.artifact
+    check_windowed(folder, manifest)
     try:
         graph = ir.load(path).graph
     except Exception as e:  # whatever protobuf and onnx-ir meet

@@ -39,10 +39,17 @@ def rope_positions(d: Decoder) -> list[tuple[int, int]]:
 
 
 def build_model(
-    d: Decoder, matrices: Mapping[str, Matrix], initializers: list[ir.ExternalTensor], real: ir.DataType
+    d: Decoder,
+    matrices: Mapping[str, Matrix],
+    initializers: list[ir.ExternalTensor],
+    real: ir.DataType,
+    windowed: bool = False,
 ) -> ir.Model:
-    """The model over weights that lie in the data file."""
-    return _Graph(d, matrices, initializers, real).model()
+    """The model over weights that lie in the data file.
+
+    windowed: the cache need hold no more than the sliding window, in onnxruntime's builds that have it.
+    """
+    return _Graph(d, matrices, initializers, real, windowed).model()
 
 
 class _Graph:
@@ -54,8 +61,9 @@ class _Graph:
         matrices: Mapping[str, Matrix],
         initializers: list[ir.ExternalTensor],
         real: ir.DataType,
+        windowed: bool,
     ) -> None:
-        self.d, self._matrices, self._real = d, matrices, real
+        self.d, self._matrices, self._real, self._windowed = d, matrices, real, windowed
         self._initializers: list[ir.TensorProtocol] = list(initializers)
         self._values: dict[str, ir.Value] = {}
         self._nodes: list[ir.Node] = []
@@ -226,6 +234,7 @@ class _Graph:
             do_rotary=int(d.rope is not None),
             rotary_interleaved=0,
             local_window_size=layer.window or -1,
+            **({"sliding_window_cache": 1} if self._windowed else {}),
         )
 
     def _by_group(self, n: int, whole: str) -> list[str]:

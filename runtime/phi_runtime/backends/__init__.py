@@ -18,6 +18,8 @@ from phi_runtime.engine import Backend
 from phi_runtime.errors import ContextError, UsageError
 
 _MAX_THREADS = 512  # engines die of absurd numbers
+# Tokens reserved where nobody said: the cache of a 128k model would take 48 GiB and more.
+DEFAULT_CONTEXT = 4096
 
 Opener = Callable[[Path, Manifest, int, int], Backend]
 
@@ -77,7 +79,8 @@ def open_backend(
     if threads is not None and not 1 <= threads <= _MAX_THREADS:
         raise UsageError(f"threads {threads} is not between 1 and {_MAX_THREADS}")
     opener = openers[name or next(iter(openers))]
-    return opener(folder / manifest.artifact, manifest, context or manifest.context, threads or cores())
+    tokens = context or min(manifest.context, DEFAULT_CONTEXT)
+    return opener(folder / manifest.artifact, manifest, tokens, threads or cores())
 
 
 def cores() -> int:

@@ -9,7 +9,11 @@ import numpy as np
 from phi_runtime.decoder import F32, Decoder
 from phi_runtime.errors import BundleError, MissingExtraError
 
+WINDOWED = "model.onnx.windowed"  # beside the graph: the same for a cache of the window's size
 _CHUNK = 256  # tokens per run; bounds the activations and the logits
+
+
+_PROVIDERS = ["CPUExecutionProvider"]
 
 
 class OnnxRuntimeBackend:
@@ -26,17 +30,22 @@ class OnnxRuntimeBackend:
         self.vocab_size = decoder.vocab_size
         self._ort: Any = onnxruntime
         self._tokens: list[int] = []
+        self._reread = False
         # With LongRoPE the graph switches tables by the length so far: a prompt that crosses over is read at once,
         # and what was read with the short factors is read again.
         self._crossover = decoder.rope.original if decoder.rope is not None and decoder.rope.long else None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        self._chunk, self._slots = _CHUNK, context
+        self._window = decoder.kv_positions()
+        self._session: Any = self._open_windowed(path, options)
         try:
-            self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            if self._session is None:
+                self._session = onnxruntime.InferenceSession(str(path), options, providers=_PROVIDERS)
         except Exception as e:  # the library's errors share no base of their own
             raise BundleError(f"{path}: onnxruntime cannot load it ({_first_line(e)}); export it again") from None
-        shape = (1, decoder.kv_heads, context, decoder.head_dim)
+        shape = (1, decoder.kv_heads, self._slots, decoder.head_dim)
         past = next((i for i in self._session.get_inputs() if i.name == "past_key_values.0.key"), None)
         real = np.float16 if past is not None and past.type == "tensor(float16)" else np.float32
         # Zeroed once; `attention_mask` says how much of each buffer counts.
@@ -46,6 +55,33 @@ class OnnxRuntimeBackend:
             for part in ("key", "value")
         }
 
+    def _open_windowed(self, path: Path, options: Any) -> Any:
+        """The graph whose cache holds the window and one chunk; None where it would save nothing, or where this build
+        of onnxruntime does not have it: the other graph gives the same logits in more memory.
+        """
+        windowed = path.with_name(WINDOWED)
+        if self._window is None or not windowed.is_file():
+            return None
+        chunk = min(_CHUNK, max(16, self._window // 4))
+        slots = self._window + chunk
+        if slots >= self.context:
+            return None
+        try:
+            session = self._ort.InferenceSession(str(windowed), options, providers=_PROVIDERS)
+        except Exception as e:
+            if "sliding_window_cache" in str(e):
+                return None
+            raise BundleError(f"{windowed}: onnxruntime cannot load it ({_first_line(e)}); export it again") from None
+        self._chunk, self._slots = chunk, slots
+        return session
+
+    def _first_held(self, total: int) -> int:
+        """The position in a windowed cache's first row after `total` tokens: onnxruntime moves whole rows at a time."""
+        if self._window is None or total <= self._slots:
+            return 0
+        step = self._slots - self._window + 1
+        return step * -(-(total - self._slots) // step)
+
     @property
     def position(self) -> int:
         """Tokens in the KV cache."""
@@ -54,6 +90,9 @@ class OnnxRuntimeBackend:
     def forward(self, tokens: list[int], every: bool) -> F32:
         """Append tokens; logits [T, vocab_size], or [1, vocab_size] of the last."""
         total = len(self._tokens) + len(tokens)
+        if self._reread:  # the cache no longer holds what a rewind went back to
+            kept, self._tokens, self._reread = self._tokens, [], False
+            self.forward(kept, every=False)
         if self._crossover is not None and len(self._tokens) <= self._crossover < total:
             again, self._tokens = self._tokens + tokens, []
             first = self._crossover + _CHUNK  # the first run reaches beyond; the others follow in pieces
@@ -61,15 +100,15 @@ class OnnxRuntimeBackend:
             rows = [self._run(again[a:b]) for a, b in pairwise(cuts)]
             rows = [np.concatenate(rows)[-len(tokens) :]]
         else:
-            rows = [self._run(tokens[i : i + _CHUNK]) for i in range(0, len(tokens), _CHUNK)]
+            rows = [self._run(tokens[i : i + self._chunk]) for i in range(0, len(tokens), self._chunk)]
         return np.concatenate(rows) if every else rows[-1][-1:]
 
     def rewind(self, position: int) -> None:
         """Forget all tokens from `position` on."""
-        back = self._crossover is not None and position <= self._crossover < len(self._tokens)
-        kept, self._tokens = self._tokens[:position], [] if back else self._tokens[:position]
-        if back and kept:  # with the short factors again
-            self.forward(kept, every=False)
+        before, self._tokens = len(self._tokens), self._tokens[:position]
+        shorter = self._crossover is not None and position <= self._crossover < before
+        gone = self._first_held(position) != self._first_held(before)
+        self._reread = position > 0 and (self._reread or shorter or gone)
 
     def close(self) -> None:
         """Free the session and the cache."""

@@ -70,11 +70,11 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     c = codes.view(np.uint8) if codes.dtype == np.int8 else codes.astype(np.uint8, copy=False)
     if bits == 8:
         return c
+    c = c & np.uint8((1 << bits) - 1)
     if bits in (2, 4):
-        mask = np.uint8((1 << bits) - 1)
-        out = c[:, 0 :: 8 // bits] & mask
+        out = c[:, 0 :: 8 // bits].copy()
         for i in range(1, 8 // bits):
-            out |= (c[:, i :: 8 // bits] & mask) << np.uint8(bits * i)
+            out |= c[:, i :: 8 // bits] << np.uint8(bits * i)
         return out
     # Groups of 8 codes make `bits` whole bytes.
     wide = c.reshape(len(c), -1, 8).astype(np.uint64)
