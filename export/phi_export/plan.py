@@ -52,6 +52,13 @@ class Planned:
         return speeds.milliseconds([(self.plan[i.name].type, i.weights) for i in self.items if i.uses])
 
 
+def gb(count: int) -> str:
+    """Bytes in GB (1e9) and GiB (2**30), or in MB and MiB below a tenth of one."""
+    if count < 1e8:
+        return f"{count / 1e6:.2f} MB ({count / 2**20:.2f} MiB)"
+    return f"{count / 1e9:.3f} GB ({count / 2**30:.3f} GiB)"
+
+
 def weight_error(item: Item, kind: Type) -> float:
     """The stand-in for measured sensitivity: squared error of normally distributed weights, by role."""
     return _ROLE.get(item.role, 1.0) * item.weights * kind.error
@@ -100,8 +107,8 @@ def plan_memory(
     if least > room:
         nearest = ceiling.memory + least - room
         raise UsageError(
-            f"{name}: no mix of its types fits in {ceiling.memory / 1e9:.3f} GB; "
-            f"the smallest takes {nearest / 1e9:.3f} GB ({nearest / 2**30:.3f} GiB): --memory {-(-nearest // 10**6)}MB"
+            f"{name}: no mix of its types fits in {gb(ceiling.memory)}; "
+            f"the smallest takes {gb(nearest)}: --memory {-(-nearest // 10**4) / 100:.2f}MB"
         )
     chosen = _allocate(choices, room)
     names = dict(zip((i.name for i in matrices), chosen, strict=True))

@@ -13,7 +13,7 @@ from phi_export.export import Exported
 from phi_export.export import Progress as ExportProgress
 from phi_export.formats import get_format
 from phi_export.lint import Finding
-from phi_export.plan import Planned, expected_loss
+from phi_export.plan import Planned, expected_loss, gb
 from phi_export.speed import load_speeds
 from phi_export.verify import Verification
 from phi_runtime.bundle import TensorQuant
@@ -23,13 +23,6 @@ from phi_runtime.checkpoint import Checkpoint
 RUNTIME_BYTES = 150_000_000
 _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
-
-
-def gb(count: int) -> str:
-    """Bytes in GB (1e9) and GiB (2**30), or in MB and MiB below a tenth of one."""
-    if count < 1e8:
-        return f"{count / 1e6:.2f} MB ({count / 2**20:.2f} MiB)"
-    return f"{count / 1e9:.3f} GB ({count / 2**30:.3f} GiB)"
 
 
 def ledger(checkpoint: Checkpoint, planned: Planned) -> None:

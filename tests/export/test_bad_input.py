@@ -244,7 +244,7 @@ def test_an_output_that_exists(copy, tmp_path):
         (["--int4", "--memory", "1GB", "--out", "x"], "either --int4, or --memory"),
         (["--memory", "1.8", "--out", "x"], "GiB"),
         (["--memory", "1.8gb", "--out", "x"], "GiB"),
-        (["--memory", "-1GB", "--out", "x"], "GiB"),
+        (["--memory=-1GB", "--out", "x"], "GiB"),
         (["--memory", "0GB", "--out", "x"], "GiB"),
         (["--memory", "1KB", "--out", "x"], "GiB"),
         (["--int4", "--prefer", "speed", "--out", "x"], "goes with --memory"),

@@ -81,11 +81,13 @@ class CoreMLBackend:
         start = self._resume_at(held)
         rows = []
         while start < len(self._tokens):
-            if len(self._tokens) - start == 1:
+            # A lone token decodes; so do the last of the context, where a padded chunk has no room.
+            aligned = start - start % PREFILL_TOKENS
+            if len(self._tokens) - start == 1 or aligned + PREFILL_TOKENS > self.context:
                 rows.append(self._run(DECODE, start, 1))
                 start += 1
                 continue
-            start -= start % PREFILL_TOKENS
+            start = aligned
             stop = min(start + PREFILL_TOKENS, len(self._tokens))
             out = self._run(PREFILL, start, PREFILL_TOKENS)[: stop - start]
             rows.append(out[max(0, held - start) :])
