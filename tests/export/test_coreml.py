@@ -37,19 +37,6 @@ def test_the_ring_is_the_window_and_two_chunks(checkpoint):
     assert kv_capacity(PUBLISHED["phi2"]().decoder(), 2048) == 2048
 
 
-def test_the_ring_forgets_and_reads_again(bundles, tokens):
-    """300 tokens in 256 slots; what was overwritten is read again after a rewind."""
-    bundle = bundles / "coreml"
-    with phi_runtime.load(bundle) as phi:
-        backend = phi.engine.backend
-        for position in (299, 290, 250, 170, 100, 37, 1):
-            backend.rewind(0)
-            backend.forward(tokens[:300], every=False)
-            backend.rewind(position)
-            ids = tokens[:position] + tokens[400:410]
-            assert close(backend.forward(tokens[400:410], every=True), exact(bundle, ids)[position:]), position
-
-
 def test_a_shorter_context_is_a_smaller_cache(checkpoint, tokens, tmp_path):
     """Of a length that chunks do not divide: the last tokens go one by one."""
     done = run("phi-export", "--int4", checkpoint, "--format", "coreml", "--context", 150, "--out", tmp_path / "b")

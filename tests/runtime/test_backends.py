@@ -59,6 +59,28 @@ def test_rewind_forgets(phi, reference, tokens):
     assert close(again, reference().forward(tokens[:20] + tokens[300:340], every=True)[20:])
 
 
+@pytest.mark.parametrize("position", [299, 290, 250, 170, 100, 37, 1])
+def test_a_cache_that_forgets_reads_again(phi, reference, tokens, position):
+    """ONNX holds the window of 100 and a chunk, Core ML 256 tokens: what a rewind goes back to may be gone."""
+    if phi.context < 320:
+        assert phi.backend == "llama.cpp"
+        return
+    backend = phi.engine.backend
+    backend.rewind(0)
+    backend.forward(tokens[:300], every=False)
+    backend.rewind(position)
+    again = backend.forward(tokens[400:410], every=True)
+    assert close(again, reference().forward(tokens[:position] + tokens[400:410], every=True)[position:])
+    one = backend.forward(tokens[410:411], every=False)
+    assert close(one, reference().forward(tokens[:position] + tokens[400:411], every=False))
+
+
+def test_onnx_holds_no_more_than_the_window_and_a_chunk(bundles):
+    with phi_runtime.load(bundles / "onnx") as whole, phi_runtime.load(bundles / "onnx", context=120) as short:
+        shapes = [next(iter(p.engine.backend._caches.values())).shape() for p in (whole, short)]
+    assert [s[2] for s in shapes] == [125, 120]
+
+
 def test_greedy_tokens_are_the_references(phi, reference, tokens):
     prompt = tokens[:30]
     answer = phi.generate(prompt, max_tokens=24)

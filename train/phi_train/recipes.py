@@ -98,12 +98,16 @@ def _replace(target: Any, key: str, text: str) -> Any:
         raise UsageError(f"no setting {key!r}{_nearest(key, fields)}")
     hint = get_type_hints(type(target))[key]
     optional = get_origin(hint) in (Union, types.UnionType)
+    if bool in (hint, *get_args(hint)):
+        if text.lower() not in ("true", "false"):
+            raise UsageError(f"--set {key}={text}: should be true or false")
+        return dataclasses.replace(target, **{key: text.lower() == "true"})
     if optional and text.lower() == "none":
         return dataclasses.replace(target, **{key: None})
     kind = next(t for t in get_args(hint) if t is not type(None)) if optional else hint
     try:
         value = kind(text)
-    except ValueError:
+    except (TypeError, ValueError):
         raise UsageError(f"--set {key}={text}: should be a {kind.__name__}") from None
     return dataclasses.replace(target, **{key: value})
 
@@ -118,6 +122,12 @@ def _check(r: Recipe) -> None:
         parse_config(r.model.to_json(), Path("--set model"))
     except PhiError as e:
         raise UsageError(str(e)) from None
+    m = r.model
+    if m.rope_scaling is not None or m.partial_rotary_factor != 1 or m.tie_word_embeddings:
+        raise UsageError(
+            "training carries full rotary embeddings, without rope_scaling, and an untied head; "
+            "leave model.partial_rotary_factor and model.tie_word_embeddings as they are"
+        )
     bounds = {"beta1": 1, "beta2": 1, "weight_decay": 100, "final_learning_rate": 100, "warmup_steps": 2**31}
     for name, most in (bounds | {"seed": 2**63, "gradient_clipping": 1e9}).items():
         if not 0 <= getattr(r, name) < most:
