@@ -21,6 +21,7 @@ from phi_runtime.checkpoint import Checkpoint
 
 # What a runtime takes beside weights and cache: activations of a chunk of the prompt, logits, itself.
 RUNTIME_BYTES = 150_000_000
+CHUNK_TOKENS = 256  # read at once, beside the window
 _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
 
@@ -50,7 +51,7 @@ def ledger(checkpoint: Checkpoint, planned: Planned) -> None:
     decoder = checkpoint.config.decoder()
     per_token = module.kv_bytes(decoder, planned.options)
     context = min(planned.options.context or 4096, planned.context)
-    held = min(context, decoder.kv_positions() or context) if planned.format == "coreml" else context
+    held = min(context, (decoder.kv_positions() or context) + CHUNK_TOKENS)  # a cache may be of the window's size
     _out.print(
         f"KV cache: {gb(1000 * per_token)} per 1,000 tokens; the bundle's context is {planned.context:,} tokens. "
         f"Predicted resident memory at {context:,} tokens: {gb(files + held * per_token + RUNTIME_BYTES)} "

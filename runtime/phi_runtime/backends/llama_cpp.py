@@ -1,4 +1,4 @@
-"""llama.cpp through the C API that llama-cpp-python ships; the file is mapped, not read."""
+"""llama.cpp through the C API that llama-cpp-python ships."""
 
 import ctypes
 import os
@@ -38,6 +38,8 @@ class LlamaCppBackend:
         # token (ggml-org/llama.cpp#20824). The library does not tell its compiler: go without AMX.
         if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
             model_params.use_extra_bufts = False
+        else:
+            _read_not_map(model_params)
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params)
         if not self._model:
             why = next((line for line in log if "error" in line), "unknown reason")
@@ -113,6 +115,15 @@ class LlamaCppBackend:
     def _row(self, i: int) -> F32:
         pointer = self._c.llama_get_logits_ith(self._ctx, i)
         return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)).copy()
+
+
+def _read_not_map(params: Any) -> None:
+    """llama.cpp repacks weights for the processor into a copy: mapping the file as well would hold the model twice."""
+    fields = {name for name, *_ in params._fields_}
+    if "load_mode" in fields:  # 0: neither mapped nor locked
+        params.load_mode = 0
+    else:  # its name in older versions
+        params.use_mmap = False
 
 
 @cache
