@@ -102,7 +102,7 @@ def parse_size(text: str) -> int:
     """Bytes of a size with its unit: MB and GB are powers of ten, MiB and GiB powers of two. Raises UsageError."""
     units = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    if found is None or found[2] not in units or not float(found[1]) > 0:
+    if found is None or found[2] not in units or not 0 < float(found[1]) < 1e9:
         raise UsageError(
             f"--memory {text!r}: give a number and its unit, {', '.join(units)}; for example 1.8GB or 1.8GiB"
         )

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import re
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -14,16 +14,14 @@ from phi_export.formats import Options, get_format
 from phi_export.plan import Ceiling, Planned, plan_int4, plan_memory
 from phi_export.speed import load_speeds
 from phi_export.stream import Stream
-from phi_export.verify import COMPANIONS, sample_tokens, verify_manifest
+from phi_export.verify import COMPANIONS, describe_source, sample_tokens, verify_manifest
 from phi_runtime import __version__
 from phi_runtime.backends import cores
 from phi_runtime.bundle import MANIFEST, Manifest, Parity, Source, list_files, read_manifest, write_manifest
 from phi_runtime.checkpoint import Checkpoint, open_checkpoint, stop_tokens
-from phi_runtime.config import read_json
 from phi_runtime.errors import CheckpointError, MissingExtraError, OutputExistsError, PhiError
-from phi_runtime.files import replace_folder, resumable_folder, sha256
+from phi_runtime.files import replace_folder, resumable_folder
 from phi_runtime.tokenizer import Tokenizer
-from phi_train.init import RANDOM
 
 # Told (format, what is being done, done so far, of how many).
 Progress = Callable[[str, str, int, int], None]
@@ -78,22 +76,24 @@ def export(
     where it stopped. Raises the errors of `open_checkpoint` and `plan`, OutputExistsError, MissingExtraError,
     VerificationError.
     """
-    out = Path(out)
+    out = Path(os.path.realpath(out))
     check_runtimes(formats)
     source = open_checkpoint(checkpoint)
     planned = plan(source, formats, ceiling, options)
     _check_tokenizer(source)
     _check_output(out, formats, force)
     sample = sample_tokens(source, None, tokens)
-    job = _Job(source, _describe_source(source), stop_tokens(source), sample, threads or cores(), progress)
+    described = describe_source(source)
+    job = _Job(source, described, stop_tokens(source), sample, threads or cores(), progress)
     bundles = []
-    with resumable_folder(out, _key(source, planned)) as stage:
+    with resumable_folder(out, _key(described, planned)) as stage:
         for p in planned:
             written = job.bundle(p, stage / p.format)
             size = written.manifest.file_bytes() + (stage / p.format / MANIFEST).stat().st_size
             if ceiling is not None and size > ceiling.memory:
                 raise PhiError(f"{p.format}: took {size:,} bytes, more than the ceiling; please report this as a bug")
             bundles.append(written)
+        _check_output(out, formats, force)  # again: something may have appeared there meanwhile
         if out.exists():
             for p in planned:
                 replace_folder(stage / p.format, out / p.format)
@@ -116,8 +116,10 @@ class _Job:
     def bundle(self, planned: Planned, folder: Path) -> Exported:
         """Write one bundle, what an earlier run left of it included, and verify it."""
         folder.mkdir(exist_ok=True)
-        if (folder / MANIFEST).is_file() and (parity := (found := read_manifest(folder)).parity) is not None:
-            return Exported(folder, found, parity, 0.0, 0.0)  # an earlier run came this far
+        if (folder / MANIFEST).is_file():
+            found = read_manifest(folder)
+            if found.parity is not None and found.parity.tokens == len(self.sample):
+                return Exported(folder, found, found.parity, 0.0, 0.0)  # an earlier run came this far
         module = get_format(planned.format)
         steps = 2 * len(planned.plan)
         done = 0
@@ -163,30 +165,18 @@ class _Job:
         return Exported(folder, manifest, parity, wrote - began, time.perf_counter() - wrote)
 
 
-def _key(checkpoint: Checkpoint, planned: list[Planned]) -> str:
-    """A digest of all that decides the bytes; files count by size and time, so that it takes no reading."""
-    files = [
-        (f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(checkpoint.folder.iterdir()) if f.is_file()
-    ]
+def _key(described: Source, planned: list[Planned]) -> str:
+    """A digest of all that decides the bytes."""
     plans = [(p.format, asdict(p.options), {n: q.type for n, q in p.plan.items()}) for p in planned]
-    said = json.dumps([__version__, str(checkpoint.folder.resolve()), files, plans])
+    said = json.dumps([__version__, asdict(described), plans])
     return hashlib.sha256(said.encode()).hexdigest()[:16]
-
-
-def _describe_source(checkpoint: Checkpoint) -> Source:
-    folder = checkpoint.folder.resolve()
-    # A Hugging Face cache keeps each revision in a folder of the commit's name.
-    revision = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None
-    name = str(read_json(folder / "config.json").get("_name_or_path") or folder.name)
-    random = RANDOM in read_json(folder / "config.json")
-    return Source(name, revision, {f.name: sha256(f) for f in checkpoint.files}, random)
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
     tokenizer = Tokenizer(checkpoint.folder)
-    if tokenizer.vocab_size > checkpoint.config.vocab_size:
+    if tokenizer.largest_id >= checkpoint.config.vocab_size:
         raise CheckpointError(
-            f"{checkpoint.folder}: its tokenizer has {tokenizer.vocab_size} tokens, "
+            f"{checkpoint.folder}: its tokenizer has ids up to {tokenizer.largest_id}, "
             f"the embedding {checkpoint.config.vocab_size} rows; they are not of one model"
         )
 

@@ -13,6 +13,7 @@
 """
 
 import math
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,15 +24,16 @@ import numpy as np
 from phi_export.compare import Agreement, windows
 from phi_export.formats import Format, Item, Options, get_format, items, stored
 from phi_export.isolated import Artifact
-from phi_export.lint import lint
 from phi_runtime.backends import cores
 from phi_runtime.backends.reference import Lane, ReadTensor, Reference
-from phi_runtime.bundle import Manifest, Parity, check_files, find_bundle, read_manifest
+from phi_runtime.bundle import Manifest, Parity, Source, check_files, find_bundle, read_manifest
 from phi_runtime.checkpoint import Checkpoint, stop_tokens
-from phi_runtime.config import num_parameters
+from phi_runtime.config import num_parameters, read_json
 from phi_runtime.decoder import F32, Decoder
 from phi_runtime.errors import BundleError, CheckpointError, PhiError, UnsupportedError, UsageError, VerificationError
+from phi_runtime.files import sha256
 from phi_runtime.tokenizer import Tokenizer
+from phi_train.init import RANDOM
 
 DEFAULT_TOKENS = 256  # or as many as reach beyond the model's window, unless the model is large
 LARGE = 1_000_000_000  # parameters
@@ -133,7 +135,7 @@ def verify_manifest(
     if manifest.config() != checkpoint.config:
         raise UsageError(f"{bundle}: is not of the architecture of {checkpoint.folder}; give its own checkpoint")
     tokens = sample_tokens(checkpoint) if tokens is None else tokens
-    if (wrong := _wrong_claim(bundle, manifest, checkpoint)) is not None:
+    if (wrong := _wrong_claim(bundle, manifest, checkpoint, written_now)) is not None:
         return _failed("files", wrong)
     if len(tokens) < 2:
         raise UsageError("verification needs at least two tokens of text")
@@ -142,10 +144,7 @@ def verify_manifest(
         progress("files")
         if not written_now:
             check_files(bundle, manifest)
-        if manifest.format == "coreml":
-            refused = [f for f in lint(bundle / manifest.artifact, manifest.options["profile"] or "gpu") if f.refused]
-            if refused:
-                return _failed("files", f"a device would refuse it: {refused[0].where}: {refused[0].what}")
+        get_format(manifest.format).examine(bundle, manifest, checkpoint)
         read = get_format(manifest.format).read(bundle, manifest)
         checks += _check_weights(read, manifest, checkpoint, progress)
         if not all(c.passed for c in checks):
@@ -174,7 +173,7 @@ def verify_manifest(
     return Verification(tuple(checks), parity)
 
 
-def _wrong_claim(bundle: Path, manifest: Manifest, checkpoint: Checkpoint) -> str | None:
+def _wrong_claim(bundle: Path, manifest: Manifest, checkpoint: Checkpoint, written_now: bool) -> str | None:
     """What the bundle says of itself that does not follow from the checkpoint, if anything."""
     module = get_format(manifest.format)
     try:
@@ -188,7 +187,12 @@ def _wrong_claim(bundle: Path, manifest: Manifest, checkpoint: Checkpoint) -> st
         "context": (manifest.context, context),
         "window": (manifest.window, checkpoint.config.sliding_window),
         "types of tensors": (manifest.quantization, plan),
+        "chat format": (manifest.chat, None),
     }
+    if not written_now:
+        source = describe_source(checkpoint)
+        expected["digests of the checkpoint"] = (manifest.source.sha256, source.sha256)
+        expected["word on whether the weights are random"] = (manifest.source.random, source.random)
     for name, (said, is_so) in expected.items():
         if said != is_so:
             return f"the manifest's {name} are not what follows from the checkpoint"
@@ -197,6 +201,16 @@ def _wrong_claim(bundle: Path, manifest: Manifest, checkpoint: Checkpoint) -> st
         if original.is_file() and not (copy.is_file() and copy.read_bytes() == original.read_bytes()):
             return f"{copy}: is not the checkpoint's own {name}"
     return None
+
+
+def describe_source(checkpoint: Checkpoint) -> Source:
+    """What a bundle's manifest says of its checkpoint; reads all of it, for the digests."""
+    folder = checkpoint.folder.resolve()
+    # A Hugging Face cache keeps each revision in a folder of the commit's name.
+    revision = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None
+    name = str(read_json(folder / "config.json").get("_name_or_path") or folder.name)
+    random = RANDOM in read_json(folder / "config.json")
+    return Source(name, revision, {f.name: sha256(f) for f in checkpoint.files}, random)
 
 
 def _said_type(manifest: Manifest, item: Item) -> str:
@@ -300,7 +314,10 @@ def _check_tokenizer(artifact: Artifact, checkpoint: Checkpoint) -> None:
     text = _SAMPLE.read_text(encoding="utf-8") + "\n\t  a   b\u00e9\u65e5\U0001f600 x"
     theirs = artifact.tokenize(text)
     if theirs is not None and theirs != Tokenizer(checkpoint.folder).encode(text):
-        raise BundleError("the artifact's own tokenizer splits text otherwise than tokenizer.json; export it again")
+        raise BundleError(
+            "the artifact's own tokenizer splits text otherwise than tokenizer.json; llama.cpp may not have its kind: "
+            "use --format onnx,coreml"
+        )
 
 
 def _fed_singly(decoder: Decoder, length: int, singly: int) -> int:

@@ -140,7 +140,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, RecursionError):
         raise BundleError(f"{path}: is not valid JSON; export the bundle again") from None
     version = raw.get("version") if isinstance(raw, dict) else None
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise BundleError(f"{path}: has no manifest version; export the bundle again")
     if version > VERSION:
         raise BundleError(f"{path}: manifest version {version} is newer than ours ({VERSION}); upgrade phi-edge")
@@ -149,7 +149,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(
             format=_one_of(raw["format"], FORMATS),
             artifact=_inside(raw["artifact"]),
-            source=Source(**raw["source"]),
+            source=_source(raw["source"]),
             architecture=dict(raw["architecture"]),
             context=_count(raw["context"]),
             window=None if raw["window"] is None else _count(raw["window"]),
@@ -160,10 +160,8 @@ def read_manifest(folder: Path) -> Manifest:
                 BundleFile(_inside(f["path"]), _count(f["bytes"], 0), str(f["sha256"]))
                 for f in _some(list(raw["files"]))
             ),
-            options=dict(raw.get("options", {})),
-            parity=None
-            if parity is None
-            else Parity(**(parity | {"layer_errors": tuple(parity.get("layer_errors", ()))})),
+            options=_options(raw.get("options", {})),
+            parity=None if parity is None else _parity(parity),
             version=version,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -195,6 +193,35 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 def _quant(raw: dict[str, Any]) -> TensorQuant:
     return TensorQuant(str(raw["type"]), _count(raw["block"]), _count(raw["weights"]), _count(raw["bytes"]))
+
+
+def _source(raw: dict[str, Any]) -> Source:
+    source = Source(**raw)
+    texts = [source.name, *([] if source.revision is None else [source.revision])]
+    digests = [part for item in source.sha256.items() for part in item]
+    if not all(isinstance(t, str) for t in (*texts, *digests)) or not isinstance(source.random, bool):
+        raise ValueError("source has fields of other types")
+    return source
+
+
+def _options(raw: dict[str, Any]) -> dict[str, Any]:
+    known = {"profile": (str, type(None)), "context": (int, type(None)), "split_qkv": (bool,)}
+    for name, value in dict(raw).items():
+        if name not in known or type(value) not in known[name]:
+            raise ValueError(f"option {name} is {value!r}")
+    return dict(raw)
+
+
+def _parity(raw: dict[str, Any]) -> Parity:
+    errors = tuple(_real(e) for e in raw.get("layer_errors", ()))
+    figures = {name: _real(value) for name, value in raw.items() if name not in ("tokens", "layer_errors")}
+    return Parity(tokens=_count(raw["tokens"]), layer_errors=errors, **figures)
+
+
+def _real(value: Any) -> float:
+    if type(value) not in (int, float) or not value >= 0:
+        raise ValueError(f"{value!r} is not a number from 0 on")
+    return float(value)
 
 
 def _count(value: object, least: int = 1) -> int:

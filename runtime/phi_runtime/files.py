@@ -42,8 +42,8 @@ def resumable_folder(target: Path, key: str) -> Iterator[Path]:
     _check_parent(target)
     stage = target.parent / f".{target.name}{_RESUMABLE}{key}"
     for stale in target.parent.glob(f".{glob.escape(target.name)}{_RESUMABLE}*"):
-        if stale != stage:
-            _drop_unlocked(stale)
+        if stale != stage and not _drop_unlocked(stale):
+            raise PhiError(f"{target}: another run is writing it; wait for it, or choose another --out")
     _sweep(target)
     with disk_full_named(target):
         stage.mkdir(exist_ok=True)
@@ -63,16 +63,17 @@ def resumable_folder(target: Path, key: str) -> Iterator[Path]:
             os.close(lock)
 
 
-def _drop_unlocked(stage: Path) -> None:
-    """Remove what an interrupted run left, unless it is being written."""
+def _drop_unlocked(stage: Path) -> bool:
+    """Remove what an interrupted run left; False if it is being written."""
     lock = os.open(stage, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(stage, ignore_errors=True)
     except BlockingIOError:
-        pass
+        return False
     finally:
         os.close(lock)
+    return True
 
 
 @contextmanager

@@ -18,14 +18,25 @@ class Tokenizer:
         if not path.is_file():
             raise NotFoundError(f"{folder}: holds no {FILE}; copy it from the model's own repository")
         try:
+            if b'"Precompiled"' in path.read_bytes():  # a broken map of it aborts the process
+                raise BundleError(f"{path}: has a precompiled normalizer, which no Phi's has; take the model's own")
             self._t = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as e:  # the library raises bare Exception
+            self._t.no_padding()  # all of a text's tokens and nothing else, whatever the file asks for
+            self._t.no_truncation()
+        except (BundleError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:  # bare Exception for what it cannot read, a panic for what breaks it
             raise BundleError(f"{path}: is not a tokenizer that we can read ({e})") from None
 
     @property
     def vocab_size(self) -> int:
         """Number of ids that the tokenizer knows, added tokens included."""
         return self._t.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id that it can give."""
+        return max(self._t.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special tokens written in it are recognised, none are added.

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from support import SCRIPTS, run
 
+from phi_train.published import PUBLISHED
+
 
 @pytest.fixture
 def copy(checkpoint, tmp_path):
@@ -59,6 +61,16 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
     refused(export(tmp_path / "in", tmp_path / "out"), "config.json")
     (tmp_path / "file").write_text("hello")
     refused(export(tmp_path / "file", tmp_path / "out"), "config.json")
+
+
+TOKENIZERS = {
+    "merges null": lambda raw: raw["model"].update(merges=None),
+    "merges of one": lambda raw: raw["model"].update(merges=[["a"]]),
+    "half a character": lambda raw: raw["model"]["vocab"].update({"\ud800": 300}),
+    "precompiled": lambda raw: raw.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w=="}),
+    "id beyond": lambda raw: raw["model"]["vocab"].update({"zzz": 70_000}),
+    "added null": lambda raw: raw.update(added_tokens=None),
+}
 
 
 def damage(kind, folder):
@@ -119,6 +131,10 @@ def damage(kind, folder):
         raw["model"] |= {"vocab": {}, "merges": []}
         raw["added_tokens"] = []
         (folder / "tokenizer.json").write_text(json.dumps(raw))
+    elif kind in TOKENIZERS:
+        raw = json.loads((folder / "tokenizer.json").read_text())
+        TOKENIZERS[kind](raw)
+        (folder / "tokenizer.json").write_text(json.dumps(raw))
     elif kind == "context":
         edit_config(folder, max_position_embeddings=1)
     elif kind == "context huge":
@@ -163,6 +179,12 @@ def damage(kind, folder):
         "token twice": "<|end|>' is there twice",
         "token NUL": "holds a NUL",
         "empty vocabulary": "tokenizer.json",
+        "merges null": "tokenizer",
+        "merges of one": "tokenizer.json",
+        "half a character": "tokenizer",
+        "precompiled": "precompiled normalizer",
+        "id beyond": "70000",
+        "added null": "tokenizer",
         "context": "of one token",
         "context huge": "above 1048576",
         "layers": "more than any Phi's",
@@ -251,7 +273,8 @@ def test_an_output_that_exists(copy, tmp_path):
         (["--int4", "--profile", "fp16", "--out", "x"], "one format"),
         (["--int4", "--profile", "ane", "--format", "onnx", "--out", "x"], "fp32, fp16"),
         (["--int4", "--split-qkv", "--out", "x"], "--format gguf"),
-        (["--int4", "--context", "4096", "--format", "coreml", "--out", "x"], "beyond the model's 320"),
+        (["--int4", "--context", "4096", "--format", "coreml", "--out", "x"], "not from 2 to the model's 320"),
+        (["--int4", "--context", "1", "--format", "coreml", "--out", "x"], "not from 2 to the model's 320"),
     ],
 )
 def test_contradictory_arguments(args, says, copy, tmp_path):
@@ -327,6 +350,35 @@ def test_a_pickle_is_never_read(copy, tmp_path):
     refused(export(copy, tmp_path / "out"), "pickle", "safe_serialization")
 
 
+def test_what_appears_meanwhile_is_not_replaced(copy, tmp_path):
+    out = tmp_path / "out" / "bundles"
+    out.parent.mkdir()
+    process = subprocess.Popen(
+        [SCRIPTS / "phi-export", "--int4", copy, "--out", out],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while not list(out.parent.glob(".*")) and process.poll() is None:
+        time.sleep(0.005)
+    (out / "gguf").mkdir(parents=True)
+    (out / "gguf" / "mine.txt").write_text("keep me")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "exists already" in errors
+    assert (out / "gguf" / "mine.txt").read_text() == "keep me"
+
+
+def test_two_runs_into_one_folder_do_not_mix(copy, tmp_path):
+    out = tmp_path / "out" / "bundles"
+    out.parent.mkdir()
+    first = subprocess.Popen([SCRIPTS / "phi-export", "--int4", copy, "--out", out], stderr=subprocess.DEVNULL)
+    while not list(out.parent.glob(".*")) and first.poll() is None:
+        time.sleep(0.005)
+    refused(export(copy, out, "--format", "gguf"), "another run is writing it")
+    assert first.wait(timeout=120) == 0
+
+
 def test_two_runs_of_one_export_do_not_mix(copy, tmp_path):
     out = tmp_path / "out" / "bundles"
     out.parent.mkdir()
@@ -362,3 +414,22 @@ def test_what_a_kill_leaves_the_next_run_goes_on_from(copy, tmp_path):
     os.utime(copy / "model.safetensors", (1, 1))
     assert export(copy, out.parent / "b", "--format", "onnx").returncode == 0
     assert sorted(os.listdir(out.parent)) == ["b", "bundles"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_types": 2},
+        {"attention_types": [[["global"], float("inf")]]},
+        {"attention_types": None, "attention_layers": [[]] * 8},
+        {"num_heads": 7},
+        {"window_size": -1},
+        {"tie_word_embeddings": False},
+    ],
+)
+def test_configurations_of_tinystories_that_lie(changes, tmp_path):
+    raw = PUBLISHED["tinystories-1m"]().to_json()
+    raw.pop("attention_layers")
+    (tmp_path / "config.json").write_text(json.dumps(raw | changes))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    refused(run("phi-export", "--int4", tmp_path, "--dry-run"), "config.json")

@@ -12,6 +12,7 @@ from phi_export.compare import Agreement
 from phi_export.verify import verify
 from phi_runtime.bundle import FORMATS
 from phi_runtime.checkpoint import open_checkpoint
+from phi_runtime.files import sha256
 from phi_runtime.mil.schema import messages
 
 
@@ -40,7 +41,9 @@ def test_a_broken_bundle_is_refused(name, break_it, copy, checkpoint):
     assert done.returncode == 1, done.stdout + done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert "does not agree with its checkpoint" in last
-    assert ("graph" if break_it == "shift_rope" else "weights") in last
+    # GGUF has its base frequency in the metadata, which are held to the checkpoint before anything runs.
+    rope = "metadata" if name == "gguf" else "graph"
+    assert (rope if break_it == "shift_rope" else "weights") in last
 
 
 def test_a_decode_function_that_differs_is_refused(copy, checkpoint):
@@ -121,6 +124,20 @@ def test_a_rope_of_shifted_positions_is_the_same_model(copy, checkpoint, tokens)
     assert np.abs(after - before).max() < 0.02 * before.std()
 
 
+def test_all_metadata_of_a_gguf_are_the_checkpoints(copy, checkpoint):
+    """A wrong end of text, context or spelling does not show in the logits, but stock clients go by it."""
+    bundle = copy("gguf")
+    path = bundle / "model.gguf"
+    whole = path.read_bytes()
+    for key, skip in ((b"tokenizer.ggml.eos_token_id", 4), (b"phi3.context_length", 4), (b"<0x47>", -6)):
+        path.write_bytes(whole)
+        overwrite(path, whole.index(key) + len(key) + skip, b"\x07")
+        rehash(bundle)
+        done = run("phi-export", "verify", bundle, "--against", checkpoint)
+        assert done.returncode == 1, key
+        assert "metadata or tokenizer" in done.stderr
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_changed_byte_is_noticed(name, copy, checkpoint):
     bundle = copy(name)
@@ -152,6 +169,14 @@ def test_a_truncated_artifact_is_refused(name, copy, checkpoint):
         (lambda m: m.update(stop_tokens=[3]), "stop tokens"),
         (lambda m: m["quantization"].popitem(), "types of tensors"),
         (lambda m: m.update(version=99), "newer"),
+        (lambda m: m.update(version=True), "version"),
+        (lambda m: m.update(chat="evil"), "chat format"),
+        (lambda m: m["source"].update(random=True), "random"),
+        (lambda m: m["source"].update(random="x"), "malformed"),
+        (lambda m: m["source"]["sha256"].update({"model.safetensors": "0" * 64}), "digests of the checkpoint"),
+        (lambda m: m["options"].update(profile="bogus"), "options"),
+        (lambda m: m["options"].update(context=1.5), "malformed"),
+        (lambda m: m["parity"].update(perplexity="x"), "malformed"),
     ],
 )
 def test_a_manifest_that_claims_what_is_not_so_is_refused(change, says, copy, checkpoint):
@@ -191,6 +216,13 @@ def test_another_checkpoint_of_the_same_shape_is_refused(bundles, checkpoint, tm
     data[-4096:] = tail[::-1].tobytes()
     path.write_bytes(data)
     done = run("phi-export", "verify", bundles / "gguf", "--against", other)
+    assert done.returncode == 1
+    assert "digests of the checkpoint" in done.stderr
+    bundle = shutil.copytree(bundles / "gguf", tmp_path / "gguf")  # a manifest that lies about it
+    manifest = json.loads((bundle / "phi-bundle.json").read_text())
+    manifest["source"]["sha256"] = {"model.safetensors": sha256(path)}
+    (bundle / "phi-bundle.json").write_text(json.dumps(manifest))
+    done = run("phi-export", "verify", bundle, "--against", other)
     assert done.returncode == 1
     assert "weights" in done.stderr
 

@@ -117,6 +117,9 @@ class Format(Protocol):
     def write(self, checkpoint: Checkpoint, plan: Plan, options: Options, folder: Path, stream: Stream) -> None:
         """Write the artifact, a tensor at a time; what `stream` says is there already is not written again."""
 
+    def examine(self, folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
+        """Hold what running it does not show to the checkpoint. Raises BundleError."""
+
     def read(self, folder: Path, manifest: Manifest) -> ReadTensor:
         """Give its weights back under the checkpoint's names, dequantised to float32."""
 

@@ -100,8 +100,8 @@ def palette_rows(rows: int) -> int:
 def check(config: Config, options: Options) -> None:
     """Refuse options that are not ours."""
     choose_profile("coreml", PROFILES, options)
-    if options.context is not None and options.context > config.max_position_embeddings:
-        raise UsageError(f"--context {options.context} is beyond the model's {config.max_position_embeddings}")
+    if options.context is not None and not 2 <= options.context <= config.max_position_embeddings:
+        raise UsageError(f"--context {options.context} is not from 2 to the model's {config.max_position_embeddings}")
 
 
 def types(options: Options) -> dict[str, Type]:
@@ -267,6 +267,15 @@ def _rope(decoder: Decoder, length: int) -> dict[str, np.ndarray]:
     if rope_rows(decoder, length) > len(tables[0][0]):
         tables.append(decoder.rope.tables(positions, decoder.rope.original + 1))
     return {name: np.concatenate([t[i] for t in tables]).astype(np.float16) for i, name in enumerate(("cos", "sin"))}
+
+
+def examine(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
+    """Nothing in the packages is what a device would refuse."""
+    from phi_export.lint import lint  # which looks up our limits
+
+    refused = [f for f in lint(folder / manifest.artifact, manifest.options.get("profile") or "gpu") if f.refused]
+    if refused:
+        raise BundleError(f"a device would refuse it: {refused[0].where}: {refused[0].what}")
 
 
 def read(folder: Path, manifest: Manifest) -> ReadTensor:

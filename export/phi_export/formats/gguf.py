@@ -135,11 +135,7 @@ def write(checkpoint: Checkpoint, plan: Plan, options: Options, folder: Path, st
     """Write `model.gguf`."""
     c = checkpoint.config
     entries = _entries(c, plan, options)
-    weights: dict[str, int] = {}
-    for quant in plan.values():
-        weights[quant.type] = weights.get(quant.type, 0) + quant.weights
-    most = max((t for t in weights if t in _TYPES), key=lambda t: weights[t])
-    head = _head(checkpoint, entries, _TYPES[most].file_type)
+    head = _head(checkpoint, entries, _mostly(plan), checkpoint.folder.resolve().name)
     base = len(head)
     with stream.file(folder / ARTIFACT, base + align(entries[-1].offset + entries[-1].nbytes, _ALIGN)) as file:
         file.write(0, head)
@@ -175,6 +171,34 @@ _OURS = {"Q4_0": quantize_q4_0, "Q4_K": quantize_q4_k}
 
 def _quantize(rows: F32, kind: GgmlType) -> np.ndarray:
     return _OURS[kind.name](rows) if kind.name in _OURS else ggml.quantize(rows, kind)
+
+
+def examine(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
+    """All metadata, the tokenizer included, and the table of tensors are what follows from the checkpoint."""
+    path = folder / manifest.artifact
+    config, options = checkpoint.config, Options(**manifest.options)
+    entries = _entries(config, manifest.quantization, options)
+    file_type = _mostly(manifest.quantization)
+    try:
+        import gguf
+
+        name = str(gguf.GGUFReader(path).fields["general.name"].contents())
+    except ImportError:
+        raise MissingExtraError("gguf", "export") from None
+    except Exception as e:  # the library raises whatever its parsing meets
+        raise BundleError(f"{path}: cannot be read ({e}); export the bundle again") from None
+    expected = _head(checkpoint, entries, file_type, name)
+    with open(path, "rb") as f:
+        if f.read(len(expected)) != expected:
+            raise BundleError(f"{path}: its metadata or tokenizer are not the checkpoint's; export the bundle again")
+
+
+def _mostly(plan: Plan) -> int:
+    """The llama_ftype of the type that most weights have."""
+    weights: dict[str, int] = {}
+    for quant in plan.values():
+        weights[quant.type] = weights.get(quant.type, 0) + quant.weights
+    return _TYPES[max((t for t in weights if t in _TYPES), key=lambda t: weights[t])].file_type
 
 
 @dataclass(frozen=True)
@@ -307,9 +331,8 @@ def _entries(config: Config, plan: Plan, options: Options) -> list[_Entry]:
     return entries
 
 
-def _head(checkpoint: Checkpoint, entries: list[_Entry], file_type: int) -> bytes:
+def _head(checkpoint: Checkpoint, entries: list[_Entry], file_type: int, name: str) -> bytes:
     """All that stands before the tensors' content, padded."""
-    name = checkpoint.folder.resolve().name
     metadata = _architecture(checkpoint.config, name, file_type) | tokenizer_metadata(checkpoint)
     parts = [b"GGUF" + struct.pack("<IQQ", 3, len(entries), len(metadata))]
     for key, (kind, value) in metadata.items():

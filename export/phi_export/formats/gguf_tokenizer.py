@@ -96,10 +96,12 @@ def _tokens(path: Path, raw: dict[str, Any], model: dict[str, Any], size: int) -
     """Spelling and type of every id; ids that the tokenizer leaves out are unused."""
     tokens = [f"<|unused_{i}|>" for i in range(size)]
     types = [_UNUSED] * size
+    if not isinstance(model.get("vocab"), dict):
+        raise CheckpointError(f"{path}: has no vocabulary; take the model's own")
     for token, i in model["vocab"].items():
         _check(path, token, i, size)
         tokens[i], types[i] = token, _NORMAL
-    for added in raw.get("added_tokens", []):
+    for added in raw.get("added_tokens") or []:
         _check(path, added["content"], added["id"], size)
         tokens[added["id"]] = added["content"]
         types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
@@ -124,7 +126,7 @@ def _scores(path: Path, model: dict[str, Any], tokens: list[str]) -> list[float]
 def _merges(path: Path, model: dict[str, Any]) -> list[list[str]]:
     """The pairs to merge, first first; tokenizer.json spells them as lists or with a space between."""
     pairs = []
-    for i, merge in enumerate(model.get("merges", [])):
+    for i, merge in enumerate(model.get("merges") or []):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) for p in pair):
             raise CheckpointError(f"{path}: merge {i} is {merge!r}, not a pair of pieces")
@@ -135,8 +137,10 @@ def _merges(path: Path, model: dict[str, Any]) -> list[list[str]]:
 def _check(path: Path, token: object, i: object, size: int) -> None:
     if not isinstance(token, str) or not isinstance(i, int) or not 0 <= i < size:
         raise CheckpointError(f"{path}: token {token!r} has id {i!r}, the embedding has {size} rows")
-    if "\0" in token or not token:
-        raise CheckpointError(f"{path}: token {token!r} is empty or holds a NUL, which llama.cpp cannot carry")
+    if "\0" in token or not token or any("\ud800" <= c <= "\udfff" for c in token):
+        raise CheckpointError(
+            f"{path}: token {token!r} is empty, holds a NUL or half a character, which llama.cpp cannot carry"
+        )
 
 
 def _prepends_space(raw: dict[str, Any]) -> bool:

@@ -232,8 +232,14 @@ def _rope_tables(d: Decoder, options: Options) -> dict[str, np.ndarray]:
     }
 
 
-def check_windowed(folder: Path, manifest: Manifest) -> None:
-    """The graph for a cache of the window's size is the other one but for that attribute. Raises BundleError."""
+def examine(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
+    """genai's configuration follows from the checkpoint; the graph for a cache of the window's size is the other one
+    but for that attribute.
+    """
+    settings = json.dumps(genai_config(checkpoint.config, stop_tokens(checkpoint), ARTIFACT), indent=1) + "\n"
+    path = folder / "genai_config.json"
+    if not path.is_file() or path.read_text(encoding="utf-8") != settings:
+        raise BundleError(f"{path}: is not what follows from the checkpoint; export the bundle again")
     path = folder / WINDOWED
     if manifest.config().decoder().kv_positions() is None:
         return
@@ -251,7 +257,6 @@ def check_windowed(folder: Path, manifest: Manifest) -> None:
 def read(folder: Path, manifest: Manifest) -> ReadTensor:
     """Weights of the bundle, from the initializers of the saved graph."""
     path = folder / manifest.artifact
-    check_windowed(folder, manifest)
     try:
         graph = ir.load(path).graph
     except Exception as e:  # whatever protobuf and onnx-ir meet

@@ -149,13 +149,14 @@ def _attention_layers(f: Fields, count: int) -> tuple[str, ...]:
     kinds = f.raw.get("attention_layers")
     if kinds is None:
         kinds = []
-        for entry in f.get("attention_types", [[["global", "local"], -(-count // 2)]]):
+        said = f.get("attention_types", [[["global", "local"], -(-count // 2)]])
+        for entry in said if isinstance(said, list) else [said]:
             try:
                 names, times = entry
                 kinds += list(names) * min(int(times), count)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise CheckpointError(f"{f.path}: attention_types holds {entry!r}") from None
         kinds = kinds[:count]
-    if not isinstance(kinds, list) or len(kinds) != count or not set(kinds) <= {"global", "local"}:
+    if not isinstance(kinds, list) or len(kinds) != count or any(k not in ("global", "local") for k in kinds):
         raise CheckpointError(f"{f.path}: attention_layers should name global or local for each of {count} layers")
     return tuple(kinds)
