@@ -161,7 +161,7 @@ def _lint(argv: list[str]) -> None:
 
 def _calibrate_speed(argv: list[str]) -> None:
     p = argparse.ArgumentParser(
-        "phi-export calibrate-speed", description="Measure how fast each type decodes here; takes a minute or two."
+        "phi-export calibrate-speed", description="Measure how fast each type decodes here; takes two or three minutes."
     )
     p.add_argument("--threads", type=positive, metavar="N", help="threads (default: one per core)")
     p.add_argument(
