@@ -83,6 +83,7 @@ def export(
     _check_tokenizer(source)
     _check_output(out, formats, force)
     sample = sample_tokens(source, None, tokens)
+    progress(planned[0].format, "digesting the checkpoint", 0, 2 * len(planned[0].plan))
     described = describe_source(source)
     job = _Job(source, described, stop_tokens(source), sample, threads or cores(), progress)
     bundles = []

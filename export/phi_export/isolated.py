@@ -35,8 +35,7 @@ class Artifact:
 
     def logits(self, tokens: list[int], singly: int) -> F32:
         """Logits [len(tokens), vocab_size] from an empty context; the last `singly` tokens are fed one by one."""
-        raw = self._ask({"tokens": tokens, "singly": singly})
-        return raw
+        return self._ask({"tokens": tokens, "singly": singly})
 
     def tokenize(self, text: str) -> list[int] | None:
         """Tokens by the artifact's own tokenizer, None if it has none."""

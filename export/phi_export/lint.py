@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from phi_export.formats.coreml import CHUNK_BYTES
+from phi_export.formats.coreml import CHUNK_BYTES, MODEL, WEIGHTS
+from phi_export.quantize import FLOAT16_MAX
 from phi_runtime.backends.coreml import package_paths
 from phi_runtime.errors import BundleError
 from phi_runtime.mil.blob import BlobReader
 from phi_runtime.mil.schema import BLOB_FILE, DATA_TYPES, OPSET, SPECIFICATION_VERSION, messages
 
 _MAX_RANK = 5
-_FLOAT16_MAX = 65504.0
 _NAMES = {number: name for name, number in DATA_TYPES.items()}
 # Operations of iOS 18 that take these element types; others were never seen to load.
 _OPERATIONS = {
@@ -43,17 +43,17 @@ def lint(artifact: Path, profile: str) -> list[Finding]:
     """Look at a package, or at the chain that it begins. Raises BundleError for one that cannot be read."""
     found: list[Finding] = []
     for package in package_paths(artifact):
-        data = package / "Data" / "com.apple.CoreML"
+        data = package / "Data"
         model = messages()["Model"]()
         try:
-            model.ParseFromString((data / "model.mlmodel").read_bytes())
-            blob = BlobReader(data / "weights" / "weight.bin")
+            model.ParseFromString((data / MODEL).read_bytes())
+            blob = BlobReader(data / WEIGHTS / "weight.bin")
         except BundleError:
             raise
         except Exception as e:  # missing files and protobuf's own errors alike
             raise BundleError(f"{package}: cannot be read ({e}); export the bundle again") from None
         found += _package(model, package.name, profile)
-        found += _size(data / "weights" / "weight.bin", package.name, profile)
+        found += _size(data / WEIGHTS / "weight.bin", package.name, profile)
         slow = set()
         for name, function in sorted(model.mlProgram.functions.items()):
             where = f"{package.name}, {name}"
@@ -125,6 +125,6 @@ def _constant(value: Any, where: str, blob: BlobReader) -> list[Finding]:
         content: Any = getattr(tensor, kind).values if kind else ()
         array = np.frombuffer(content, dtype) if kind == "bytes" else np.array(list(content), np.float64)
     largest = float(np.abs(array.astype(np.float32)).max(initial=0))
-    if not largest <= _FLOAT16_MAX:
+    if not largest <= FLOAT16_MAX:
         return [Finding(True, where, f"a constant of {largest:g} is not finite in float16")]
     return []

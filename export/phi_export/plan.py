@@ -7,6 +7,7 @@ import numpy as np
 
 from phi_export.formats import Format, Item, Options, Plan, Type, fitting, get_format, items, stored
 from phi_export.speed import Speeds
+from phi_export.verify import COMPANIONS
 from phi_runtime.checkpoint import Checkpoint
 from phi_runtime.errors import UsageError
 
@@ -117,8 +118,6 @@ def plan_memory(
 
 
 def _overhead(module: Format, checkpoint: Checkpoint, options: Options) -> int:
-    from phi_export.verify import COMPANIONS
-
     beside = sum(p.stat().st_size for n in COMPANIONS if (p := checkpoint.folder / n).is_file())
     manifest = 4096 + 160 * len(items(checkpoint.config, options))
     manifest += len(str(checkpoint.config.to_json())) * 2

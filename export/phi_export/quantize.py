@@ -16,7 +16,7 @@ U8 = npt.NDArray[np.uint8]
 I8 = npt.NDArray[np.int8]
 F16 = npt.NDArray[np.float16]
 
-_FLOAT16_MAX = 65504.0
+FLOAT16_MAX = 65504.0
 _CACHED = 1 << 16  # weights worked on at a time, so that every step stays in the cache
 # Tried as scales, in units of the one that just reaches a block's largest weight. Clipping it a
 # little often costs less than a coarser grid for the others; the coarser the grid, the sooner.
@@ -32,7 +32,7 @@ def finite(tensor: Tensor, start: int = 0, stop: int | None = None) -> F32:
     """
     piece = tensor.read(start, stop)
     largest = max(float(piece.max(initial=0.0)), -float(piece.min(initial=0.0)))
-    if not largest <= _FLOAT16_MAX:  # also false for NaN
+    if not largest <= FLOAT16_MAX:  # also false for NaN
         raise CheckpointError(
             f"{tensor.path}: tensor {tensor.name} holds {'a NaN' if np.isnan(largest) else f'the value {largest:g}'}, "
             "which float16 cannot carry; mend the checkpoint before exporting it"

@@ -16,12 +16,13 @@ from phi_export.lint import Finding
 from phi_export.plan import Planned, expected_loss, gb
 from phi_export.speed import load_speeds
 from phi_export.verify import Verification
+from phi_runtime.backends import DEFAULT_CONTEXT
+from phi_runtime.backends.onnxruntime import CHUNK
 from phi_runtime.bundle import TensorQuant
 from phi_runtime.checkpoint import Checkpoint
 
 # What a runtime takes beside weights and cache: activations of a chunk of the prompt, logits, itself.
 RUNTIME_BYTES = 150_000_000
-CHUNK_TOKENS = 256  # read at once, beside the window
 _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
 
@@ -50,8 +51,8 @@ def ledger(checkpoint: Checkpoint, planned: Planned) -> None:
     _out.print(f"files: at most {gb(files)}")
     decoder = checkpoint.config.decoder()
     per_token = module.kv_bytes(decoder, planned.options)
-    context = min(planned.options.context or 4096, planned.context)
-    held = min(context, (decoder.kv_positions() or context) + CHUNK_TOKENS)  # a cache may be of the window's size
+    context = min(planned.options.context or DEFAULT_CONTEXT, planned.context)
+    held = min(context, (decoder.kv_positions() or context) + CHUNK)  # a cache may be of the window's size
     _out.print(
         f"KV cache: {gb(1000 * per_token)} per 1,000 tokens; the bundle's context is {planned.context:,} tokens. "
         f"Predicted resident memory at {context:,} tokens: {gb(files + held * per_token + RUNTIME_BYTES)} "

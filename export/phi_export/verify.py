@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from phi_export.compare import Agreement, windows
-from phi_export.formats import Format, Item, Options, get_format, items, stored
+from phi_export.formats import Item, Options, get_format, items, stored
 from phi_export.isolated import Artifact
 from phi_runtime.backends import cores
 from phi_runtime.backends.reference import Lane, ReadTensor, Reference
@@ -135,6 +135,8 @@ def verify_manifest(
     if manifest.config() != checkpoint.config:
         raise UsageError(f"{bundle}: is not of the architecture of {checkpoint.folder}; give its own checkpoint")
     tokens = sample_tokens(checkpoint) if tokens is None else tokens
+    if not written_now:
+        progress("the checkpoint's digests")
     if (wrong := _wrong_claim(bundle, manifest, checkpoint, written_now)) is not None:
         return _failed("files", wrong)
     if len(tokens) < 2:
@@ -252,7 +254,8 @@ def _check_weights(read: ReadTensor, manifest: Manifest, checkpoint: Checkpoint,
 
     Errors are in units of their limits, which depend on the type.
     """
-    module, options = get_format(manifest.format), Options(**manifest.options)
+    options = Options(**manifest.options)
+    kinds = get_format(manifest.format).types(options)
     worst = {"block": (0.0, ""), "tensor": (0.0, ""), "vector": (0.0, "")}
     with ThreadPoolExecutor(cores()) as pool:
         for item in items(checkpoint.config, options):
@@ -264,7 +267,7 @@ def _check_weights(read: ReadTensor, manifest: Manifest, checkpoint: Checkpoint,
                 limit = MAX_VECTOR_ERROR if quant.type == "float32" else _MAX_HALF_ERROR
                 worst["vector"] = max(worst["vector"], (_nan_is_worst(error / limit), item.name))
                 continue
-            expected = _expected_error(module, quant.type, options)
+            expected = kinds[quant.type].error
 
             # Where whole rows share a table, a part of them that is small beside the rest may be lost.
             block, floor = (quant.block, 1e-6) if quant.block > 1 else (item.columns, 1.0)
@@ -294,10 +297,6 @@ def _check_weights(read: ReadTensor, manifest: Manifest, checkpoint: Checkpoint,
         Check("weights", value, 1.0, f"error of the worst {kind} as a share of what its type allows, {where}")
         for kind, (value, where) in worst.items()
     ]
-
-
-def _expected_error(module: Format, kind: str, options: Options) -> float:
-    return module.types(options)[kind].error
 
 
 def _vector_error(stored_vector: F32, original: F32) -> float:

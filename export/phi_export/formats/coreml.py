@@ -19,6 +19,7 @@ from phi_export.formats.coreml_graph import Matrix, Part, build_model, kv_capaci
 from phi_export.mil import BlobLayout
 from phi_export.quantize import finite, fit_palettes, round_rows
 from phi_export.stream import PlacedFile, Stream
+from phi_runtime.backends import DEFAULT_CONTEXT
 from phi_runtime.backends.coreml import package_paths
 from phi_runtime.backends.reference import ReadTensor, round_float16
 from phi_runtime.bundle import Manifest, TensorQuant
@@ -35,10 +36,9 @@ ENGINE = "coreml"
 ROUNDING_MARGIN = 8  # float16 after every operation, not before the products alone
 rounding = round_float16
 
-DEFAULT_CONTEXT = 4096
 # The Neural Engine loads no larger file (anemll's and Apple's own limit on iOS); other devices take one.
 CHUNK_BYTES = {"gpu": None, "ane": 950_000_000}
-_MODEL, _WEIGHTS = "com.apple.CoreML/model.mlmodel", "com.apple.CoreML/weights"
+MODEL, WEIGHTS = "com.apple.CoreML/model.mlmodel", "com.apple.CoreML/weights"
 INDEX = "phi-edge.weights"  # metadata key: where in the weight file each tensor of the checkpoint is
 
 
@@ -148,8 +148,9 @@ def write(checkpoint: Checkpoint, plan: Plan, options: Options, folder: Path, st
     for n, part in enumerate(parts):
         package = folder / package_name(n, len(parts))
         data = package / "Data"
-        (data / _WEIGHTS).mkdir(parents=True, exist_ok=True)
-        _write_package(checkpoint, part, plan, [i for i in found if part.holds(i.tensor)], length, data, stream)
+        (data / WEIGHTS).mkdir(parents=True, exist_ok=True)
+        held = part.tensors()
+        _write_package(checkpoint, part, plan, [i for i in found if i.tensor in held], length, data, stream)
         write_file(package / "Manifest.json", json.dumps(_package_manifest(), indent=4, sort_keys=True) + "\n")
 
 
@@ -210,21 +211,23 @@ def _write_package(
     rows = _rope(part.decoder, length)
     for name, table in rows.items():
         places[name] = Matrix(layout.add("float16", table.shape))
-    with stream.file(data / _WEIGHTS / "weight.bin", layout.size) as file:
+    with stream.file(data / WEIGHTS / "weight.bin", layout.size) as file:
         layout.write_heads(file)
         for name, table in rows.items():
             file.write(places[name].codes.place, table)
         for item in found:
-            if stream.missing(f"{item.name}@{data.parent.name}" if item.tensor in part.shared else item.name):
+            # A tied embedding lies in the first and in the last package.
+            name = f"{item.name}@{data.parent.name}" if item.tensor in part.shared else item.name
+            if stream.missing(name):
                 _write_item(file, places[item.tensor], checkpoint, item, plan[item.name], stream)
-                stream.done(f"{item.name}@{data.parent.name}" if item.tensor in part.shared else item.name)
+                stream.done(name)
     model = build_model(part, places, length)
     index = {
         name: [m.codes.dtype, m.codes.offset, None if m.table is None else m.table.offset, *m.codes.shape]
         for name, m in places.items()
     }
     model.description.metadata.userDefined[INDEX] = json.dumps(index)
-    write_file(data / _MODEL, model.SerializeToString(deterministic=True))
+    write_file(data / MODEL, model.SerializeToString(deterministic=True))
 
 
 def _write_item(
@@ -285,9 +288,9 @@ def read(folder: Path, manifest: Manifest) -> ReadTensor:
         data = package / "Data"
         try:
             model = messages()["Model"]()
-            model.ParseFromString((data / _MODEL).read_bytes())
+            model.ParseFromString((data / MODEL).read_bytes())
             index = json.loads(model.description.metadata.userDefined[INDEX])
-            blob = BlobReader(data / _WEIGHTS / "weight.bin")
+            blob = BlobReader(data / WEIGHTS / "weight.bin")
             places |= {name: (blob, entry) for name, entry in index.items()}
         except BundleError:
             raise
@@ -326,8 +329,8 @@ def _package_manifest() -> dict[str, Any]:
     back, sorted, when they open a package; written sorted, the bundle's digests survive that.
     """
     entries = {}
-    identifiers = {path: str(uuid.uuid5(uuid.NAMESPACE_URL, path)).upper() for path in (_MODEL, _WEIGHTS)}
-    for name, path, text in (("model.mlmodel", _MODEL, "Specification"), ("weights", _WEIGHTS, "Weights")):
+    identifiers = {path: str(uuid.uuid5(uuid.NAMESPACE_URL, path)).upper() for path in (MODEL, WEIGHTS)}
+    for name, path, text in (("model.mlmodel", MODEL, "Specification"), ("weights", WEIGHTS, "Weights")):
         entries[identifiers[path]] = {
             "author": "com.apple.CoreML",
             "description": f"CoreML Model {text}",
@@ -337,5 +340,5 @@ def _package_manifest() -> dict[str, Any]:
     return {
         "fileFormatVersion": "1.0.0",
         "itemInfoEntries": entries,
-        "rootModelIdentifier": identifiers[_MODEL],
+        "rootModelIdentifier": identifiers[MODEL],
     }

@@ -54,7 +54,7 @@ class Part:
         """Its layers."""
         return self.decoder.layers[self.start : self.stop]
 
-    def tensors(self) -> list[str | None]:
+    def tensors(self) -> set[str | None]:
         """Names of its tensors, None among them."""
         d = self.decoder
         found: list[str | None] = [d.embedding, d.positions] if self.first else []
@@ -63,11 +63,7 @@ class Part:
             found += [n for linear in layer.linears() for n in (*linear.weight, *linear.bias)]
         if self.last:
             found += [d.final_norm.weight, d.final_norm.bias, *d.head.weight, *d.head.bias]
-        return found
-
-    def holds(self, tensor: str) -> bool:
-        """Whether a tensor belongs to it."""
-        return tensor in self.tensors()
+        return set(found)
 
     @property
     def shared(self) -> tuple[str, ...]:

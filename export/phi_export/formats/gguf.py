@@ -66,7 +66,7 @@ _TYPES = {
     )
 }
 
-_LAYER = {"attention_norm": "attn_norm", "mlp_norm": "ffn_norm", "o": "attn_output", "up": "ffn_up", "down": "ffn_down"}
+_LINEARS = {"o": "attn_output", "up": "ffn_up", "down": "ffn_down"}
 _PARTS = ("attn_q", "attn_k", "attn_v")
 
 
@@ -285,10 +285,10 @@ def gguf_names(config: Config) -> dict[str, tuple[str, tuple[str, ...]]]:
             else:
                 for tensor, part in zip(tensors, _PARTS, strict=False):
                     add((tensor,), p + part, suffix)
-        for role in ("o", "up", "down"):
+        for role, stem in _LINEARS.items():
             linear = getattr(layer, role)
-            add(linear.weight, p + _LAYER[role], "weight")
-            add(linear.bias, p + _LAYER[role], "bias")
+            add(linear.weight, p + stem, "weight")
+            add(linear.bias, p + stem, "bias")
     add((d.final_norm.weight,), "output_norm", "weight")
     add((d.final_norm.bias,), "output_norm", "bias")
     if not d.tied:

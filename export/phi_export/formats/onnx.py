@@ -84,6 +84,10 @@ def artifact(folder: Path) -> str:
 
 def types(options: Options) -> dict[str, Type]:
     """MatMulNBits' grids."""
+    return dict(_grids(options))
+
+
+def _grids(options: Options) -> dict[str, Grid]:
     width = vector_bytes(options)
     return {f"int{b}-g{g}": Grid(f"int{b}-g{g}", b, g, width, error) for (b, g), error in _ERRORS.items()}
 
@@ -112,7 +116,8 @@ def context(config: Config, options: Options) -> int:
 def overhead(checkpoint: Checkpoint, options: Options) -> int:
     """Rotary tables, the graph, genai's configuration, padding."""
     d = checkpoint.config.decoder()
-    tables = sum(t.nbytes for t in _rope_shapes(d, options).values())
+    rows = sum(count for count, _ in rope_positions(d)) if d.rope else 0
+    tables = rows * d.rope.dims * vector_bytes(options) if d.rope else 0  # cos and sin of half the dims
     graphs = 1 if d.kv_positions() is None else 2
     return tables + graphs * (20_000 + 14_000 * len(d.layers))
 
@@ -213,15 +218,6 @@ def _write_item(
     stream.pieces(item.rows, item.columns, 1, work)
 
 
-def _rope_shapes(d: Decoder, options: Options) -> dict[str, np.ndarray]:
-    """Stand-ins for the rotary tables, of their size."""
-    if d.rope is None:
-        return {}
-    rows = sum(count for count, _ in rope_positions(d))
-    real = np.float32 if vector_bytes(options) == 4 else np.float16
-    return {name: np.broadcast_to(real(0), (rows, d.rope.dims // 2)) for name in ("cos_cache", "sin_cache")}
-
-
 def _rope_tables(d: Decoder, options: Options) -> dict[str, np.ndarray]:
     if d.rope is None:
         return {}
@@ -262,6 +258,8 @@ def read(folder: Path, manifest: Manifest) -> ReadTensor:
     except Exception as e:  # whatever protobuf and onnx-ir meet
         raise BundleError(f"{path}: cannot be read ({e}); export the bundle again") from None
 
+    kinds = _grids(Options(**manifest.options))
+
     def initializer(name: str, start: int, stop: int | None) -> np.ndarray:
         """Rows of an initializer, read and not mapped, so that they do not stay in memory."""
         value = graph.initializers.get(name)
@@ -288,7 +286,7 @@ def read(folder: Path, manifest: Manifest) -> ReadTensor:
         if not len(codes):
             return np.zeros((0, 0), np.float32)
         stored = np.ascontiguousarray(codes).reshape(*scales.shape, -1)
-        bits = next(t.bits for n, t in types(Options()).items() if n == manifest.quantization[name].type)  # type: ignore[attr-defined]
+        bits = kinds[manifest.quantization[name].type].bits
         out = unpack(stored, bits, False).astype(np.float32)
         out -= np.float32(1 << bits - 1)
         out *= scales.astype(np.float32)[:, :, None]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from phi_runtime.backends import DEFAULT_CONTEXT
 from phi_runtime.config import Config
 from phi_runtime.decoder import BlockSparse, Decoder, Layer, Linear, Norm
 
@@ -395,7 +396,7 @@ def genai_config(c: Config, stops: tuple[int, ...], filename: str) -> dict[str, 
             },
         },
         "search": {
-            "max_length": min(context, 4096),
+            "max_length": min(context, DEFAULT_CONTEXT),
             "do_sample": False,
             "past_present_share_buffer": True,
         },

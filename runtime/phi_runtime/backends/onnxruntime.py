@@ -10,7 +10,7 @@ from phi_runtime.decoder import F32, Decoder
 from phi_runtime.errors import BundleError, MissingExtraError
 
 WINDOWED = "model.onnx.windowed"  # beside the graph: the same for a cache of the window's size
-_CHUNK = 256  # tokens per run; bounds the activations and the logits
+CHUNK = 256  # tokens per run; bounds the activations and the logits
 
 
 _PROVIDERS = ["CPUExecutionProvider"]
@@ -37,7 +37,7 @@ class OnnxRuntimeBackend:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        self._chunk, self._slots = _CHUNK, context
+        self._chunk, self._slots = CHUNK, context
         self._window = decoder.kv_positions()
         self._session: Any = self._open_windowed(path, options)
         try:
@@ -62,7 +62,7 @@ class OnnxRuntimeBackend:
         windowed = path.with_name(WINDOWED)
         if self._window is None or not windowed.is_file():
             return None
-        chunk = min(_CHUNK, max(16, self._window // 4))
+        chunk = min(CHUNK, max(16, self._window // 4))
         slots = self._window + chunk
         if slots >= self.context:
             return None
@@ -95,8 +95,8 @@ class OnnxRuntimeBackend:
             self.forward(kept, every=False)
         if self._crossover is not None and len(self._tokens) <= self._crossover < total:
             again, self._tokens = self._tokens + tokens, []
-            first = self._crossover + _CHUNK  # the first run reaches beyond; the others follow in pieces
-            cuts = [0, *range(first, total, _CHUNK), total]
+            first = self._crossover + CHUNK  # the first run reaches beyond; the others follow in pieces
+            cuts = [0, *range(first, total, CHUNK), total]
             rows = [self._run(again[a:b]) for a, b in pairwise(cuts)]
             rows = [np.concatenate(rows)[-len(tokens) :]]
         else:
