@@ -44,6 +44,13 @@ def _export(argv: list[str]) -> None:
         choices=PREFERENCES,
         help="what the mix is chosen for; speed: only types that decode as fast as 4 bits do (default: quality)",
     )
+    p.add_argument(
+        "--calibrate",
+        metavar="TEXT",
+        help="steer the rounding by what the model does on a text: a file, a folder, or `built-in`",
+    )
+    p.add_argument("--windows", type=positive, metavar="N", help="windows of 512 tokens to calibrate on (default: 32)")
+    p.add_argument("--cache", type=Path, metavar="DIR", help="where calibrations are kept (default: CKPT/calibration)")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for the bundles: DIR/gguf, DIR/onnx, DIR/coreml")
     p.add_argument("--format", default=",".join(FORMATS), help="formats, comma-separated (default %(default)s)")
     p.add_argument("--profile", help="onnx: fp32 or fp16 activations; coreml: gpu or ane (default: the first)")
@@ -60,6 +67,8 @@ def _export(argv: list[str]) -> None:
         raise UsageError("say how to quantise: either --int4, or --memory SIZE for the best mix that fits")
     if args.prefer and args.memory is None:
         raise UsageError("--prefer chooses among mixes, so it goes with --memory SIZE")
+    if args.calibrate is None and (args.windows or args.cache):
+        raise UsageError("--windows and --cache are of calibration: say on what, --calibrate TEXT")
     if not args.out and not args.dry_run:
         raise UsageError("say where the bundles go: --out DIR")
     memory = parse_size(args.memory) if args.memory is not None else None
@@ -69,9 +78,11 @@ def _export(argv: list[str]) -> None:
 
     try:
         from phi_export import show
+        from phi_export.calibration import CalibrationText, calibrate
         from phi_export.export import export, plan
         from phi_export.formats import Options, get_format
         from phi_export.plan import Ceiling
+        from phi_export.verify import describe_source
     except ImportError as e:
         raise missing_extra(e, "export") from None
     for name in formats:
@@ -82,18 +93,25 @@ def _export(argv: list[str]) -> None:
         raise UsageError("--split-qkv is gguf's: say --format gguf")
     options = Options(args.profile, args.context, args.split_qkv)
     ceiling = None if memory is None else Ceiling(memory, args.prefer or "quality")
+    text = None
+    if args.calibrate is not None:
+        text = CalibrationText(args.calibrate, args.windows or CalibrationText.windows, args.cache)
     if args.dry_run:
         checkpoint = open_checkpoint(args.checkpoint)
-        for planned in plan(checkpoint, formats, ceiling, options):
-            show.ledger(checkpoint, planned)
+        calibration = None
+        if text is not None:
+            with show.spinner("calibrating:") as detail:
+                calibration = calibrate(checkpoint, describe_source(checkpoint), text, detail)
+        for planned in plan(checkpoint, formats, ceiling, options, calibration):
+            show.ledger(checkpoint, planned, calibration)
             if ceiling is not None:
                 (other,) = (p for p in PREFERENCES if p != ceiling.prefer)
-                (instead,) = plan(checkpoint, (planned.format,), Ceiling(ceiling.memory, other), options)
+                (instead,) = plan(checkpoint, (planned.format,), Ceiling(ceiling.memory, other), options, calibration)
                 show.trade(planned, instead, other)
         return
     with show.export_progress() as progress:
         bundles = export(
-            args.checkpoint, args.out, formats, args.force, progress, ceiling, options, args.tokens, args.threads
+            args.checkpoint, args.out, formats, args.force, progress, ceiling, options, args.tokens, args.threads, text
         )
     show.exported(bundles)
 
@@ -170,7 +188,7 @@ def _calibrate_speed(argv: list[str]) -> None:
     args = p.parse_args(argv)
     try:
         from phi_export import show
-        from phi_export.calibrate import calibrate_speed
+        from phi_export.measure_speed import calibrate_speed
     except ImportError as e:
         raise missing_extra(e, "export") from None
     with show.spinner("measuring") as progress:

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from phi_export.formats import Options, get_format
-from phi_export.plan import Ceiling, Planned, plan_int4, plan_memory
+from phi_export.calibration import Calibration, CalibrationText, calibrate
+from phi_export.formats import Options, get_format, uncalibrated
+from phi_export.plan import Ceiling, Planned, plan_int4, plan_memory, weight_error
 from phi_export.speed import load_speeds
 from phi_export.stream import Stream
 from phi_export.verify import COMPANIONS, describe_source, sample_tokens, verify_manifest
@@ -39,22 +40,28 @@ class Exported:
 
 
 def plan(
-    checkpoint: Checkpoint, formats: tuple[str, ...], ceiling: Ceiling | None = None, options: Options | None = None
+    checkpoint: Checkpoint,
+    formats: tuple[str, ...],
+    ceiling: Ceiling | None = None,
+    options: Options | None = None,
+    calibration: Calibration | None = None,
 ) -> list[Planned]:
-    """How each format will store each tensor, from the headers alone.
+    """How each format will store each tensor, from the headers and the calibration alone.
 
     Raises UsageError for an unknown format or a ceiling that cannot be met, UnsupportedError for a model or a
     width that a format cannot carry.
     """
     options = options or Options()
+    loss = calibration.loss if calibration else weight_error
     planned = []
     for name in formats:
         module = get_format(name)
         module.check(checkpoint.config, options)
         if ceiling is None:
-            planned.append(plan_int4(name, module, checkpoint, options))
+            planned.append(plan_int4(name, module, checkpoint, options, loss))
         else:
-            planned.append(plan_memory(name, module, checkpoint, options, ceiling, load_speeds(module.ENGINE)))
+            speeds = load_speeds(module.ENGINE)
+            planned.append(plan_memory(name, module, checkpoint, options, ceiling, speeds, loss))
     return planned
 
 
@@ -68,13 +75,16 @@ def export(
     options: Options | None = None,
     tokens: int | None = None,
     threads: int | None = None,
+    text: CalibrationText | None = None,
 ) -> list[Exported]:
     """Write `out`/FORMAT for each format, verified against the checkpoint over `tokens` tokens.
 
     A new `out` appears at once, with all formats in it, or not at all. `force` replaces the bundles
-    that are there, each at once, after all were verified. An export that was interrupted goes on at the tensor
-    where it stopped. Raises the errors of `open_checkpoint` and `plan`, OutputExistsError, MissingExtraError,
-    VerificationError.
+    that are there, each at once, after all were verified. With a `text` it is calibrated on that. An export that
+    was interrupted goes on at the layer or tensor where it stopped.
+
+    Raises the errors of `open_checkpoint`, `calibrate` and `plan`,
+    OutputExistsError, MissingExtraError, VerificationError.
     """
     out = Path(os.path.realpath(out))
     check_runtimes(formats)
@@ -85,9 +95,17 @@ def export(
     sample = sample_tokens(source, None, tokens)
     progress(planned[0].format, "digesting the checkpoint", 0, 2 * len(planned[0].plan))
     described = describe_source(source)
-    job = _Job(source, described, stop_tokens(source), sample, threads or cores(), progress)
+    calibration = None
+    if text is not None:
+
+        def calibrating(what: str) -> None:
+            progress(planned[0].format, f"calibrating: {what}", 0, 2 * len(planned[0].plan))
+
+        calibration = calibrate(source, described, text, calibrating)
+        planned = plan(source, formats, ceiling, options, calibration)
+    job = _Job(source, described, stop_tokens(source), sample, threads or cores(), progress, calibration)
     bundles = []
-    with resumable_folder(out, _key(described, planned)) as stage:
+    with resumable_folder(out, _key(described, planned, calibration)) as stage:
         for p in planned:
             written = job.bundle(p, stage / p.format)
             size = written.manifest.file_bytes() + (stage / p.format / MANIFEST).stat().st_size
@@ -113,6 +131,7 @@ class _Job:
     sample: list[int]
     threads: int
     progress: Progress
+    calibration: Calibration | None
 
     def bundle(self, planned: Planned, folder: Path) -> Exported:
         """Write one bundle, what an earlier run left of it included, and verify it."""
@@ -134,7 +153,8 @@ class _Job:
         stream = Stream(
             folder.with_name(f"{planned.format}.journal"), self.threads, lambda name: step(f"writing {name}")
         )
-        module.write(self.source, planned.plan, planned.options, folder, stream)
+        factor = self.calibration.factor if self.calibration else uncalibrated
+        module.write(self.source, planned.plan, planned.options, folder, stream, factor)
         stream.close()
         (folder / MANIFEST).unlink(missing_ok=True)
         for name in COMPANIONS:
@@ -152,6 +172,7 @@ class _Job:
             quantization=planned.plan,
             files=list_files(folder),
             options=asdict(planned.options),
+            calibration=self.calibration.on if self.calibration else None,
         )
         write_manifest(folder, manifest)
         wrote = time.perf_counter()
@@ -166,10 +187,11 @@ class _Job:
         return Exported(folder, manifest, parity, wrote - began, time.perf_counter() - wrote)
 
 
-def _key(described: Source, planned: list[Planned]) -> str:
+def _key(described: Source, planned: list[Planned], calibration: Calibration | None) -> str:
     """A digest of all that decides the bytes."""
+    calibrated = calibration.on.digest if calibration else None
     plans = [(p.format, asdict(p.options), {n: q.type for n, q in p.plan.items()}) for p in planned]
-    said = json.dumps([__version__, asdict(described), plans])
+    said = json.dumps([__version__, asdict(described), plans, calibrated])
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 

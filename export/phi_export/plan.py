@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from phi_export.formats import Format, Item, Options, Plan, Type, fitting, get_format, items, stored
+from phi_export.formats import Format, Item, Options, Plan, Type, fitting, items, stored
 from phi_export.speed import Speeds
 from phi_export.verify import COMPANIONS
 from phi_runtime.checkpoint import Checkpoint
@@ -42,6 +42,12 @@ class Planned:
     context: int
     overhead: int  # bytes of the bundle beside the weights, at most
     items: tuple[Item, ...]
+    losses: dict[str, float]  # expected of each item; nats of KL divergence where there was a calibration
+
+    @property
+    def expected_loss(self) -> float:
+        """Of all items together."""
+        return sum(self.losses.values())
 
     @property
     def weight_bytes(self) -> int:
@@ -65,18 +71,13 @@ def weight_error(item: Item, kind: Type) -> float:
     return _ROLE.get(item.role, 1.0) * item.weights * kind.error
 
 
-def expected_loss(planned: Planned) -> float:
-    """Expected loss of a plan, by the stand-in."""
-    kinds = get_format(planned.format).types(planned.options)
-    return sum(weight_error(i, kinds[planned.plan[i.name].type]) for i in planned.items if i.role != "vector")
-
-
-def plan_int4(name: str, module: Format, checkpoint: Checkpoint, options: Options) -> Planned:
+def plan_int4(
+    name: str, module: Format, checkpoint: Checkpoint, options: Options, sensitivity: Sensitivity = weight_error
+) -> Planned:
     """Every matrix in the format's own 4-bit type."""
     found = items(checkpoint.config, options)
     plan = {i.name: stored(module, i, "" if i.role == "vector" else module.default(i, options), options) for i in found}
-    overhead = _overhead(module, checkpoint, options)
-    return Planned(name, plan, options, module.context(checkpoint.config, options), overhead, tuple(found))
+    return _planned(name, module, checkpoint, options, plan, found, sensitivity)
 
 
 def plan_memory(
@@ -114,7 +115,21 @@ def plan_memory(
     chosen = _allocate(choices, room)
     names = dict(zip((i.name for i in matrices), chosen, strict=True))
     plan = {i.name: fixed[i.name] if i.role == "vector" else stored(module, i, names[i.name], options) for i in found}
-    return Planned(name, plan, options, module.context(checkpoint.config, options), overhead, tuple(found))
+    return _planned(name, module, checkpoint, options, plan, found, sensitivity)
+
+
+def _planned(
+    name: str,
+    module: Format,
+    checkpoint: Checkpoint,
+    options: Options,
+    plan: Plan,
+    found: list[Item],
+    sensitivity: Sensitivity,
+) -> Planned:
+    kinds, context = module.types(options), module.context(checkpoint.config, options)
+    losses = {i.name: sensitivity(i, kinds[plan[i.name].type]) for i in found if i.role != "vector"}
+    return Planned(name, plan, options, context, _overhead(module, checkpoint, options), tuple(found), losses)
 
 
 def _overhead(module: Format, checkpoint: Checkpoint, options: Options) -> int:

@@ -8,6 +8,7 @@ table[code], one float16 table per group of rows (Core ML). GGUF's grids are ggm
 import numpy as np
 import numpy.typing as npt
 
+from phi_export.feedback import Factor, palette, round_columns, uniform
 from phi_runtime.checkpoint import Tensor
 from phi_runtime.decoder import F32
 from phi_runtime.errors import CheckpointError
@@ -40,13 +41,17 @@ def finite(tensor: Tensor, start: int = 0, stop: int | None = None) -> F32:
     return piece
 
 
-def round_rows(x: F32, bits: int, block: int) -> tuple[I8, F16]:
-    """Codes [rows, columns] and scales [rows, columns / block] of finite rows."""
+def round_rows(x: F32, bits: int, block: int, factor: Factor | None = None) -> tuple[I8, F16]:
+    """Codes [rows, columns] and scales [rows, columns / block] of finite rows, with error feedback given a factor."""
     rows, columns = x.shape
     codes, scales = np.empty(x.shape, np.int8), np.empty((rows, columns // block), np.float16)
     step = max(1, _CACHED // columns)
     for i in range(0, rows, step):
         codes[i : i + step], scales[i : i + step] = _round_cached(x[i : i + step], bits, block)
+    if factor is not None:
+        half = 1 << bits - 1
+        found = round_columns(x, factor, uniform(scales.astype(np.float32), block, bits, half))
+        codes = found.view(np.int8) - np.int8(half - 256 if half == 128 else half)
     return codes, scales
 
 
@@ -88,8 +93,9 @@ def dequantize_rows(codes: I8, scales: F16) -> F32:
     return blocks.reshape(rows, columns)
 
 
-def fit_palettes(x: F32, bits: int, group: int) -> tuple[U8, F16]:
-    """Codes [rows, columns] and tables [rows / group, 2**bits], rising, each fitted to its group of rows.
+def fit_palettes(x: F32, bits: int, group: int, factor: Factor | None = None) -> tuple[U8, F16]:
+    """Codes [rows, columns] and tables [rows / group, 2**bits], rising, each fitted to its group of rows; with error
+    feedback given a factor.
 
     One-dimensional k-means by Lloyd's algorithm on a histogram of each group.
     """
@@ -99,6 +105,8 @@ def fit_palettes(x: F32, bits: int, group: int) -> tuple[U8, F16]:
     for g in range(groups):
         rows = slice(g * group, (g + 1) * group)
         tables[g], codes[rows] = _fit_palette(x[rows], 1 << bits)
+    if factor is not None:
+        codes = round_columns(x, factor, palette(tables.astype(np.float32), group))
     return codes, tables
 
 

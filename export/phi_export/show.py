@@ -9,16 +9,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from phi_export.calibration import Calibration
 from phi_export.export import Exported
 from phi_export.export import Progress as ExportProgress
 from phi_export.formats import get_format
 from phi_export.lint import Finding
-from phi_export.plan import Planned, expected_loss, gb
+from phi_export.plan import Planned, gb
 from phi_export.speed import load_speeds
 from phi_export.verify import Verification
 from phi_runtime.backends import DEFAULT_CONTEXT
 from phi_runtime.backends.onnxruntime import CHUNK
-from phi_runtime.bundle import TensorQuant
 from phi_runtime.checkpoint import Checkpoint
 
 # What a runtime takes beside weights and cache: activations of a chunk of the prompt, logits, itself.
@@ -27,27 +27,35 @@ _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
 
 
-def ledger(checkpoint: Checkpoint, planned: Planned) -> None:
-    """The table of `--dry-run`: what each group of tensors will take, and what follows from it."""
+def ledger(checkpoint: Checkpoint, planned: Planned, calibration: Calibration | None = None) -> None:
+    """The table of `--dry-run`: what each group of tensors will take and cost, and what follows from it."""
     module, plan = get_format(planned.format), planned.plan
     total, weights = planned.weight_bytes, sum(q.weights for q in plan.values())
     profile = f" ({planned.options.profile})" if planned.options.profile else ""
     table = Table(title=f"{planned.format}{profile}: {weights:,} weights", title_justify="left")
-    for column in ("tensors", "type", "bits/weight", "bytes", "share"):
+    costs = ["expected loss"] if calibration else []
+    for column in ("tensors", "type", "bits/weight", "bytes", "share", *costs):
         table.add_column(column, justify="left" if column in ("tensors", "type") else "right")
-    groups: dict[tuple[str, str], list[TensorQuant]] = {}
+    groups: dict[tuple[str, str], list[str]] = {}
     for name, quant in plan.items():
-        groups.setdefault((_short(name), quant.type), []).append(quant)
-    for (group, kind), quants in groups.items():
-        size, count = sum(q.bytes for q in quants), sum(q.weights for q in quants)
-        label = group if len(quants) == 1 else f"{len(quants)} x {group}"
-        table.add_row(label, kind, f"{8 * size / count:.3f}", f"{size:,}", f"{100 * size / total:.1f} %")
+        groups.setdefault((_short(name), quant.type), []).append(name)
+    for (group, kind), names in groups.items():
+        size, count = sum(plan[n].bytes for n in names), sum(plan[n].weights for n in names)
+        label = group if len(names) == 1 else f"{len(names)} x {group}"
+        lost = [f"{sum(planned.losses.get(n, 0.0) for n in names):.6f}"] if calibration else []
+        table.add_row(label, kind, f"{8 * size / count:.3f}", f"{size:,}", f"{100 * size / total:.1f} %", *lost)
     table.add_section()
-    table.add_row("weights", "", f"{8 * total / weights:.3f}", f"{total:,}", "")
+    lost = [f"{planned.expected_loss:.6f}"] if calibration else []
+    table.add_row("weights", "", f"{8 * total / weights:.3f}", f"{total:,}", "", *lost)
     table.add_row("beside them, at most", "", "", f"{planned.overhead:,}", "")
     files = total + planned.overhead
     table.add_row("files, at most", "", "", f"{files:,}", "")
     _out.print(table)
+    if calibration:
+        _out.print(
+            f"expected loss: KL divergence, nats per token, by measured cost of each matrix "
+            f"(calibrated on {calibration.on.text}, {calibration.on.tokens:,} tokens)"
+        )
     _out.print(f"files: at most {gb(files)}")
     decoder = checkpoint.config.decoder()
     per_token = module.kv_bytes(decoder, planned.options)
@@ -84,7 +92,7 @@ def trade(chosen: Planned, other: Planned, preference: str) -> None:
     ours, theirs = chosen.milliseconds(speeds), other.milliseconds(speeds)
     if ours is None or theirs is None:
         return
-    loss = expected_loss(other) / max(expected_loss(chosen), 1e-30)
+    loss = other.expected_loss / max(chosen.expected_loss, 1e-30)
     _out.print(f"--prefer {preference} instead: {theirs:.1f} ms per token, at {loss:.2f} times the expected loss")
 
 

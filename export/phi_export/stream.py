@@ -47,9 +47,11 @@ class Stream:
             f.write(name + "\n")
         self._progress(name)
 
-    def pieces(self, rows: int, columns: int, multiple: int, work: Callable[[int, int], None]) -> None:
-        """Call work(start, stop) for all rows, in pieces of a multiple of `multiple`, on the pool."""
-        step = max(1, PIECE // columns // multiple) * multiple
+    def pieces(
+        self, rows: int, columns: int, multiple: int, work: Callable[[int, int], None], weights: int = PIECE
+    ) -> None:
+        """Call work(start, stop) for all rows on the pool, in pieces of some `weights`, a multiple of rows each."""
+        step = max(1, weights // columns // multiple) * multiple
         running: set[Future[None]] = set()
         try:
             for start in range(0, rows, step):

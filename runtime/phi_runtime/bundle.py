@@ -73,6 +73,17 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class CalibratedOn:
+    """The text whose activations steered the rounding: what it was called, its tokens, and the digest of both it and
+    the checkpoint.
+    """
+
+    text: str
+    tokens: int
+    digest: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a client may want to know before it opens the artifact.
 
@@ -90,6 +101,7 @@ class Manifest:
     quantization: dict[str, TensorQuant]
     files: tuple[BundleFile, ...]
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    calibration: CalibratedOn | None = None
     parity: Parity | None = None
     version: int = VERSION
 
@@ -161,6 +173,7 @@ def read_manifest(folder: Path) -> Manifest:
                 for f in _some(list(raw["files"]))
             ),
             options=_options(raw.get("options", {})),
+            calibration=_calibration(raw.get("calibration")),
             parity=None if parity is None else _parity(parity),
             version=version,
         )
@@ -210,6 +223,10 @@ def _options(raw: dict[str, Any]) -> dict[str, Any]:
         if name not in known or type(value) not in known[name]:
             raise ValueError(f"option {name} is {value!r}")
     return dict(raw)
+
+
+def _calibration(raw: dict[str, Any] | None) -> CalibratedOn | None:
+    return None if raw is None else CalibratedOn(str(raw["text"]), _count(raw["tokens"]), str(raw["digest"]))
 
 
 def _parity(raw: dict[str, Any]) -> Parity:

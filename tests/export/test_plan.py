@@ -12,7 +12,7 @@ from support import run
 from phi_export.cli import parse_size
 from phi_export.export import plan
 from phi_export.formats import Options, get_format
-from phi_export.plan import Ceiling, _allocate, _undominated, expected_loss, plan_memory
+from phi_export.plan import Ceiling, _allocate, _undominated, plan_memory
 from phi_export.speed import Speeds, load_speeds
 from phi_runtime.checkpoint import Checkpoint, Tensor
 from phi_runtime.errors import UsageError
@@ -74,7 +74,7 @@ def test_phi_3_mini_in_plain_4_bits(name, most, tmp_path):
 def test_more_bytes_never_mean_more_loss(tmp_path):
     checkpoint = headers("phi3-mini-4k", tmp_path)
     for name in ("gguf", "onnx", "coreml"):
-        losses = [expected_loss(plan(checkpoint, (name,), Ceiling(gb * 10**8))[0]) for gb in (16, 17, 18, 19, 21, 24)]
+        losses = [plan(checkpoint, (name,), Ceiling(gb * 10**8))[0].expected_loss for gb in (16, 17, 18, 19, 21, 24)]
         assert losses == sorted(losses, reverse=True), name
 
 
@@ -101,7 +101,7 @@ def test_preferring_speed_leaves_slow_types_out(tmp_path):
     assert {q.type for q in planned.plan.values()} == {"float32", "Q2_K", "Q4_0"}
     quality = plan_memory("gguf", module, checkpoint, Options(), Ceiling(1_800_000_000), speeds)
     assert planned.milliseconds(speeds) < quality.milliseconds(speeds)
-    assert expected_loss(planned) > expected_loss(quality)
+    assert planned.expected_loss > quality.expected_loss
     assert quality.milliseconds(replace(speeds, nanoseconds={})) is None
 
 

@@ -23,8 +23,13 @@ class Document:
 
     @property
     def held_out(self) -> bool:
-        """Whether the document is kept from training; it depends on its name alone."""
-        return int(hashlib.sha256(self.name.encode()).hexdigest(), 16) % 100 < _HELD_OUT_OF_100
+        """Whether the document is kept from training and calibration; it depends on its name alone."""
+        return lot(self.name) % 100 < _HELD_OUT_OF_100
+
+
+def lot(name: str) -> int:
+    """A number drawn for a name, always the same."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16)
 
 
 def documents(corpus: str) -> Iterator[Document]:
@@ -33,24 +38,31 @@ def documents(corpus: str) -> Iterator[Document]:
     corpus: `stdlib`, the running interpreter's own standard library, or a folder of .txt, .md and
     .py files. Raises NotFoundError for a folder that is not there, UsageError for an empty one.
     """
-    if corpus == "stdlib":
-        root, suffixes = Path(sysconfig.get_paths()["stdlib"]), {".py"}
-    else:
-        root, suffixes = Path(corpus), {".txt", ".md", ".py"}
-        if not root.is_dir():
-            raise NotFoundError(f"{root}: no such folder; give a folder of texts, or `stdlib`")
     found = False
-    for path in sorted(root.rglob("*")):
-        relative = path.relative_to(root)
-        skipped = corpus == "stdlib" and _SKIPPED.intersection(relative.parts)
-        if path.suffix not in suffixes or skipped or not path.is_file():
-            continue
+    for path, name in document_paths(corpus):
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue  # a handful of the library's files are in other encodings on purpose
         if text.strip():
             found = True
-            yield Document(relative.as_posix(), text)
+            yield Document(name, text)
     if not found:
-        raise UsageError(f"{root}: holds no {' or '.join(sorted(suffixes))} files; give another corpus")
+        raise UsageError(f"corpus {corpus}: holds no text; give a folder of .txt, .md or .py files")
+
+
+def document_paths(corpus: str) -> list[tuple[Path, str]]:
+    """Files of a corpus in a fixed order, and their documents' names. Raises NotFoundError."""
+    if corpus == "stdlib":
+        root, suffixes = Path(sysconfig.get_paths()["stdlib"]), {".py"}
+    else:
+        root, suffixes = Path(corpus), {".txt", ".md", ".py"}
+        if not root.is_dir():
+            raise NotFoundError(f"{root}: no such folder; give a folder of texts, or `stdlib`")
+    return [
+        (path, path.relative_to(root).as_posix())
+        for path in sorted(root.rglob("*"))
+        if path.suffix in suffixes
+        and path.is_file()
+        and not (corpus == "stdlib" and _SKIPPED.intersection(path.relative_to(root).parts))
+    ]

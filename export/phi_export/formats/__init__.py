@@ -1,12 +1,14 @@
 """One module per format, named as `--format` names it, each with the functions of `Format`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import Protocol, cast
 
-from phi_export.stream import Stream
+from phi_export.feedback import Factor
+from phi_export.stream import PIECE, Stream
 from phi_runtime.backends.reference import ReadTensor
 from phi_runtime.bundle import FORMATS, Manifest, TensorQuant
 from phi_runtime.checkpoint import Checkpoint
@@ -78,6 +80,20 @@ class Item:
 Plan = dict[str, TensorQuant]
 
 
+# Of a tensor by name: what error feedback needs, or None to round each weight for itself.
+FactorOf = Callable[[str], Factor | None]
+_FED_BACK = 1 << 22
+
+
+def uncalibrated(tensor: str) -> None:
+    """No calibration."""
+
+
+def piece(factor: Factor | None) -> int:
+    """Weights of a piece: more under error feedback, whose steps are as many for any number of rows."""
+    return PIECE if factor is None else _FED_BACK
+
+
 class Format(Protocol):
     """What a format module offers."""
 
@@ -114,7 +130,15 @@ class Format(Protocol):
     def context(self, config: Config, options: Options) -> int:
         """Tokens that the artifact carries exactly."""
 
-    def write(self, checkpoint: Checkpoint, plan: Plan, options: Options, folder: Path, stream: Stream) -> None:
+    def write(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        options: Options,
+        folder: Path,
+        stream: Stream,
+        factor: FactorOf = uncalibrated,
+    ) -> None:
         """Write the artifact, a tensor at a time; what `stream` says is there already is not written again."""
 
     def examine(self, folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:

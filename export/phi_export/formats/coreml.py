@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from phi_export.formats import Item, Options, Plan, Type, choose_profile, items
+from phi_export.feedback import Factor
+from phi_export.formats import FactorOf, Item, Options, Plan, Type, choose_profile, items, piece, uncalibrated
 from phi_export.formats.coreml_graph import Matrix, Part, build_model, kv_capacity, rope_rows
 from phi_export.mil import BlobLayout
 from phi_export.quantize import finite, fit_palettes, round_rows
@@ -139,7 +140,14 @@ def overhead(checkpoint: Checkpoint, options: Options) -> int:
     return tables + 60_000 + 55_000 * len(d.layers) + 4 * kv_capacity(d, context(checkpoint.config, options)) * 2
 
 
-def write(checkpoint: Checkpoint, plan: Plan, options: Options, folder: Path, stream: Stream) -> None:
+def write(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    options: Options,
+    folder: Path,
+    stream: Stream,
+    factor: FactorOf = uncalibrated,
+) -> None:
     """Write the package, or the chain of packages: weights a tensor at a time, then each program."""
     d = checkpoint.config.decoder()
     found = items(checkpoint.config, options)
@@ -150,7 +158,7 @@ def write(checkpoint: Checkpoint, plan: Plan, options: Options, folder: Path, st
         data = package / "Data"
         (data / WEIGHTS).mkdir(parents=True, exist_ok=True)
         held = part.tensors()
-        _write_package(checkpoint, part, plan, [i for i in found if i.tensor in held], length, data, stream)
+        _write_package(checkpoint, part, plan, [i for i in found if i.tensor in held], length, data, stream, factor)
         write_file(package / "Manifest.json", json.dumps(_package_manifest(), indent=4, sort_keys=True) + "\n")
 
 
@@ -192,7 +200,14 @@ def _layer_tensors(decoder: Decoder, n: int) -> list[str]:
 
 
 def _write_package(
-    checkpoint: Checkpoint, part: Part, plan: Plan, found: list[Item], length: int, data: Path, stream: Stream
+    checkpoint: Checkpoint,
+    part: Part,
+    plan: Plan,
+    found: list[Item],
+    length: int,
+    data: Path,
+    stream: Stream,
+    factor: FactorOf,
 ) -> None:
     layout = BlobLayout()
     places: dict[str, Matrix] = {}
@@ -219,7 +234,8 @@ def _write_package(
             # A tied embedding lies in the first and in the last package.
             name = f"{item.name}@{data.parent.name}" if item.tensor in part.shared else item.name
             if stream.missing(name):
-                _write_item(file, places[item.tensor], checkpoint, item, plan[item.name], stream)
+                known = factor(item.tensor)
+                _write_item(file, places[item.tensor], checkpoint, item, plan[item.name], stream, known)
                 stream.done(name)
     model = build_model(part, places, length)
     index = {
@@ -231,7 +247,13 @@ def _write_package(
 
 
 def _write_item(
-    file: PlacedFile, place: Matrix, checkpoint: Checkpoint, item: Item, quant: TensorQuant, stream: Stream
+    file: PlacedFile,
+    place: Matrix,
+    checkpoint: Checkpoint,
+    item: Item,
+    quant: TensorQuant,
+    stream: Stream,
+    factor: Factor | None,
 ) -> None:
     tensor, kind = checkpoint.tensors[item.tensor], _BY_NAME.get(quant.type)
     if kind is None:
@@ -245,20 +267,20 @@ def _write_item(
         block, bits = kind.block, kind.bits
 
         def work(start: int, stop: int) -> None:
-            codes, scales = round_rows(finite(tensor, start, stop), bits, block)
+            codes, scales = round_rows(finite(tensor, start, stop), bits, block, factor)
             file.write(codes_at + start * row_bytes, pack(codes, bits))
             file.write(table_at + start * (item.columns // block) * 2, scales)
 
-        stream.pieces(item.rows, item.columns, 1, work)
+        stream.pieces(item.rows, item.columns, 1, work, piece(factor))
     else:
         group, size, width = palette_rows(item.rows), 2 << kind.bits, kind.bits
 
         def work(start: int, stop: int) -> None:
-            codes, tables = fit_palettes(finite(tensor, start, stop), width, group)
+            codes, tables = fit_palettes(finite(tensor, start, stop), width, group, factor)
             file.write(codes_at + start * row_bytes, pack(codes, width))
             file.write(table_at + start // group * size, tables)
 
-        stream.pieces(item.rows, item.columns, group, work)
+        stream.pieces(item.rows, item.columns, group, work, piece(factor))
 
 
 def _rope(decoder: Decoder, length: int) -> dict[str, np.ndarray]:

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from phi_export import ggml
-from phi_export.formats import Item, Options, Plan, Type, choose_profile, items
+from phi_export.feedback import Factor, round_columns, uniform
+from phi_export.formats import FactorOf, Item, Options, Plan, Type, choose_profile, items, piece, uncalibrated
 from phi_export.formats.gguf_tokenizer import tokenizer_metadata
 from phi_export.formats.gguf_values import Kind, Metadata, encode, encode_string
 from phi_export.ggml import GgmlType
+from phi_export.ggml_codes import LAYOUTS, open_rows, put_codes
 from phi_export.q4 import quantize_q4_0, quantize_q4_k
 from phi_export.quantize import finite
 from phi_export.stream import PlacedFile, Stream, align
@@ -131,7 +133,14 @@ class _Entry:
     content: F32 | None = None
 
 
-def write(checkpoint: Checkpoint, plan: Plan, options: Options, folder: Path, stream: Stream) -> None:
+def write(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    options: Options,
+    folder: Path,
+    stream: Stream,
+    factor: FactorOf = uncalibrated,
+) -> None:
     """Write `model.gguf`."""
     c = checkpoint.config
     entries = _entries(c, plan, options)
@@ -145,11 +154,13 @@ def write(checkpoint: Checkpoint, plan: Plan, options: Options, folder: Path, st
                 assert entry.content is not None
                 file.write(place, entry.content)
             elif stream.missing(entry.item.name):
-                _write_item(file, place, checkpoint, entry, stream)
+                _write_item(file, place, checkpoint, entry, stream, factor(entry.item.tensor))
                 stream.done(entry.item.name)
 
 
-def _write_item(file: PlacedFile, place: int, checkpoint: Checkpoint, entry: _Entry, stream: Stream) -> None:
+def _write_item(
+    file: PlacedFile, place: int, checkpoint: Checkpoint, entry: _Entry, stream: Stream, factor: Factor | None
+) -> None:
     item, tensor = entry.item, checkpoint.tensors[entry.item.tensor]  # type: ignore[union-attr]
     assert item is not None and entry.quant is not None
     if item.role == "vector":
@@ -160,17 +171,22 @@ def _write_item(file: PlacedFile, place: int, checkpoint: Checkpoint, entry: _En
 
     def work(start: int, stop: int) -> None:
         rows = finite(tensor, item.start + start, item.start + stop)
-        file.write(place + start * row_bytes, _quantize(rows, kind))
+        file.write(place + start * row_bytes, _quantize(rows, kind, factor))
 
-    stream.pieces(item.rows, item.columns, 1, work)
+    stream.pieces(item.rows, item.columns, 1, work, piece(factor))
 
 
 # ggml's own quantisers for all but these two.
 _OURS = {"Q4_0": quantize_q4_0, "Q4_K": quantize_q4_k}
 
 
-def _quantize(rows: F32, kind: GgmlType) -> np.ndarray:
-    return _OURS[kind.name](rows) if kind.name in _OURS else ggml.quantize(rows, kind)
+def _quantize(rows: F32, kind: GgmlType, factor: Factor | None) -> np.ndarray:
+    data = _OURS[kind.name](rows) if kind.name in _OURS else ggml.quantize(rows, kind)
+    if factor is not None:  # under the same steps, other codes
+        layout, (step, offset) = LAYOUTS[kind.name], open_rows(data, kind)
+        level = uniform(step, layout.sub, layout.bits, layout.zero, offset)
+        put_codes(data, round_columns(rows, factor, level), kind)
+    return data
 
 
 def examine(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:

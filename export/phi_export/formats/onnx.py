@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from phi_export.formats import Item, Options, Plan, Type, choose_profile, items
+from phi_export.feedback import Factor
+from phi_export.formats import FactorOf, Item, Options, Plan, Type, choose_profile, items, piece, uncalibrated
 from phi_export.formats.onnx_graph import ACTIVATIONS, Matrix, build_model, genai_config, rope_positions
 from phi_export.quantize import finite, round_rows
 from phi_export.stream import PlacedFile, Stream, align
@@ -146,7 +147,14 @@ class _Layout:
         return place
 
 
-def write(checkpoint: Checkpoint, plan: Plan, options: Options, folder: Path, stream: Stream) -> None:
+def write(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    options: Options,
+    folder: Path,
+    stream: Stream,
+    factor: FactorOf = uncalibrated,
+) -> None:
     """Write the data file, then `model.onnx` and what genai wants beside it."""
     d = checkpoint.config.decoder()
     real = ACTIVATIONS[choose_profile("onnx", PROFILES, options)]
@@ -171,7 +179,8 @@ def write(checkpoint: Checkpoint, plan: Plan, options: Options, folder: Path, st
             file.write(layout.places[name].offset, table)
         for item in found:
             if stream.missing(item.name):
-                _write_item(file, layout, checkpoint.tensors[item.tensor], item, plan[item.name], options, stream)
+                tensor, known = checkpoint.tensors[item.tensor], factor(item.tensor)
+                _write_item(file, layout, tensor, item, plan[item.name], options, stream, known)
                 stream.done(item.name)
     initializers = [_external(name, p, folder) for name, p in layout.places.items()]
     codes = layout.places[f"{d.embedding}.codes"]
@@ -199,6 +208,7 @@ def _write_item(
     quant: TensorQuant,
     options: Options,
     stream: Stream,
+    factor: Factor | None,
 ) -> None:
     kind = types(options).get(quant.type)
     real = np.float32 if vector_bytes(options) == 4 else np.float16
@@ -210,12 +220,12 @@ def _write_item(
     bits, block, half = kind.bits, kind.block, np.int8(-128) if kind.bits == 8 else np.int8(1 << kind.bits - 1)
 
     def work(start: int, stop: int) -> None:
-        codes, scales = round_rows(finite(tensor, start, stop), bits, block)
+        codes, scales = round_rows(finite(tensor, start, stop), bits, block, factor)
         codes ^= half  # signed to unsigned: adds half the range
         file.write(codes_at + start * row_codes, pack(codes, bits))
         file.write(scales_at + start * row_scales, scales.astype(real))
 
-    stream.pieces(item.rows, item.columns, 1, work)
+    stream.pieces(item.rows, item.columns, 1, work, piece(factor))
 
 
 def _rope_tables(d: Decoder, options: Options) -> dict[str, np.ndarray]:

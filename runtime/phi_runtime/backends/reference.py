@@ -7,7 +7,7 @@ Shapes: T new tokens, S tokens in the cache with them, H heads, G key-value head
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -64,34 +64,54 @@ class Reference:
         self.context = decoder.context if context is None else context
         self.position = 0
         self._read, self._watch = read, watch
-        self._lanes = [Lane(decoder, self.context, r) for r in roundings]
+        self.lanes = [Lane(decoder, self.context, r) for r in roundings]
 
-    def forward(self, tokens: list[int], every: bool) -> list[F32]:
-        """Append tokens; per lane the logits [T, vocab_size], or [1, vocab_size] of the last."""
-        d, lanes = self.decoder, self._lanes
-        positions = np.arange(self.position, self.position + len(tokens))
-        x_TE = self._rows(d.embedding, np.asarray(tokens)) * np.float32(d.embedding_scale)
-        if d.positions is not None:
-            x_TE = x_TE + self._rows(d.positions, positions)
-        for lane in lanes:
-            lane.x_TE = x_TE
-        for n, layer in enumerate(d.layers):
-            normed = self._norm([lane.x_TE for lane in lanes], layer.attention_norm)
-            qkv = self._linear(normed, layer.qkv)
-            attended = [self._attend(n, layer, lane, x, positions) for lane, x in zip(lanes, qkv, strict=True)]
-            added = self._linear(attended, layer.o)
-            if layer.mlp_norm is not None:
-                _add(lanes, added)
-                normed = self._norm([lane.x_TE for lane in lanes], layer.mlp_norm)
-                added = self._mlp(normed, layer)
-            else:
-                added = [a + m for a, m in zip(added, self._mlp(normed, layer), strict=True)]
+    def forward(self, tokens: list[int] | list[list[int]], every: bool) -> list[F32]:
+        """Append tokens; per lane the logits [T, vocab_size], or [1, vocab_size] of the last.
+
+        `tokens` are one text for all lanes, or one for each, of equal length.
+        """
+        self.embed(tokens)
+        for n in range(len(self.decoder.layers)):
+            self.layer(n)
+            self._watch(n, self.lanes)
+        self.position += len(self.lanes[0].x_TE)
+        return self.logits([lane.x_TE if every else lane.x_TE[-1:] for lane in self.lanes])
+
+    def embed(self, tokens: list[int] | list[list[int]]) -> None:
+        """Set each lane's activations to what enters the first layer."""
+        d = self.decoder
+        found: dict[tuple[int, ...], F32] = {}
+        for n, lane in enumerate(self.lanes):
+            given: Any = tokens[n] if isinstance(tokens[n], list) else tokens
+            text: tuple[int, ...] = tuple(given)
+            if text not in found:
+                x_TE = self._rows(d.embedding, np.asarray(text)) * np.float32(d.embedding_scale)
+                if d.positions is not None:
+                    x_TE = x_TE + self._rows(d.positions, self.position + np.arange(len(text)))
+                found[text] = x_TE
+            lane.x_TE = found[text]
+
+    def layer(self, n: int) -> None:
+        """Take every lane through one layer."""
+        lanes, layer = self.lanes, self.decoder.layers[n]
+        positions = np.arange(self.position, self.position + len(lanes[0].x_TE))
+        normed = self.norm([lane.x_TE for lane in lanes], layer.attention_norm)
+        qkv = self.linear(normed, layer.qkv)
+        attended = [self._attend(n, layer, lane, x, positions) for lane, x in zip(lanes, qkv, strict=True)]
+        added = self.linear(attended, layer.o)
+        if layer.mlp_norm is not None:
             _add(lanes, added)
-            self._watch(n, lanes)
-        self.position += len(tokens)
-        last = [lane.x_TE if every else lane.x_TE[-1:] for lane in lanes]
-        logits = self._linear(self._norm(last, d.final_norm), d.head)
-        return [x * np.float32(d.logit_scale) for x in logits]
+            normed = self.norm([lane.x_TE for lane in lanes], layer.mlp_norm)
+            added = self._mlp(normed, layer)
+        else:
+            added = [a + m for a, m in zip(added, self._mlp(normed, layer), strict=True)]
+        _add(lanes, added)
+
+    def logits(self, xs: list[F32]) -> list[F32]:
+        """What the head makes of each lane's activations after the last layer."""
+        d = self.decoder
+        return [y * np.float32(d.logit_scale) for y in self.linear(self.norm(xs, d.final_norm), d.head)]
 
     def rewind(self, position: int) -> None:
         """Forget all tokens from `position` on."""
@@ -99,21 +119,23 @@ class Reference:
 
     def close(self) -> None:
         """Drop the caches."""
-        self._lanes = []
+        self.lanes = []
 
     def _rows(self, name: str, rows: np.ndarray) -> F32:
         wanted, inverse = np.unique(rows, return_inverse=True)
         return np.concatenate([self._read(name, int(r), int(r) + 1) for r in wanted])[inverse]
 
-    def _norm(self, xs: list[F32], norm: Norm) -> list[F32]:
+    def norm(self, xs: list[F32], norm: Norm) -> list[F32]:
+        """Each lane's activations, normalised."""
         weight, eps = self._read(norm.weight), self.decoder.norm_eps
         if norm.bias is None:
             return [rms_norm(x, weight, eps) for x in xs]
         bias = self._read(norm.bias)
         return [layer_norm(x, weight, bias, eps) for x in xs]
 
-    def _linear(self, xs: list[F32], linear: Linear) -> list[F32]:
-        rounded = [lane.round(x) for lane, x in zip(self._lanes, xs, strict=True)]
+    def linear(self, xs: list[F32], linear: Linear) -> list[F32]:
+        """Each lane's activations times a matrix; to be extended by who wants to see what enters a matrix."""
+        rounded = [lane.round(x) for lane, x in zip(self.lanes, xs, strict=True)]
         parts: list[list[F32]] = [[] for _ in xs]
         for name in linear.weight:
             start, step = 0, max(1, _CHUNK // xs[0].shape[-1])
@@ -128,14 +150,14 @@ class Reference:
         return out
 
     def _mlp(self, xs: list[F32], layer: Layer) -> list[F32]:
-        hidden = self._linear(xs, layer.up)
+        hidden = self.linear(xs, layer.up)
         if self.decoder.activation == "gegelu":
             limit = self.decoder.gegelu_limit
-            return self._linear([gegelu(h, limit) for h in hidden], layer.down)
+            return self.linear([gegelu(h, limit) for h in hidden], layer.down)
         if self.decoder.gated:
             halves = [np.split(h, 2, axis=-1) for h in hidden]
-            return self._linear([silu(gate) * up for gate, up in halves], layer.down)
-        return self._linear([gelu_new(h) for h in hidden], layer.down)
+            return self.linear([silu(gate) * up for gate, up in halves], layer.down)
+        return self.linear([gelu_new(h) for h in hidden], layer.down)
 
     def _attend(self, n: int, layer: Layer, lane: Lane, qkv: F32, positions: np.ndarray) -> F32:
         d, start, stop = self.decoder, self.position, self.position + len(qkv)

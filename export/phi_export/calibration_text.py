@@ -1,0 +1,84 @@
+"""The text that calibration reads: windows of tokens, spread over a corpus, some as a chat where the model has one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from phi_runtime.checkpoint import Checkpoint
+from phi_runtime.errors import CheckpointError, UsageError
+from phi_runtime.tokenizer import Tokenizer
+from phi_train.corpus import Document, document_paths, lot
+
+BUILT_IN = "built-in"
+_CHARACTERS = 6  # of a text read per token wanted: more than any tokenizer needs
+
+
+def calibration_windows(checkpoint: Checkpoint, text: str, count: int, length: int) -> list[list[int]]:
+    """Up to `count` windows of `length` tokens.
+
+    text: a file; a folder, of which each document gives one window and those that `phi_train.corpus` holds out
+    none; or BUILT_IN, the interpreter's own library and its manual. Raises NotFoundError, UsageError where the text is
+    too little.
+    """
+    tokenizer = Tokenizer(checkpoint.folder)
+    chat = all(tokenizer.id(token) is not None for token in ("<|user|>", "<|end|>", "<|assistant|>"))
+    windows: list[list[int]] = []
+    for piece in _pieces(text, _CHARACTERS * length, count):
+        said = _as_chat(piece) if chat and len(windows) % 2 else piece
+        tokens = tokenizer.encode(said)[:length]
+        if len(tokens) == length:
+            windows.append(tokens)
+        if len(windows) == count:
+            break
+    if not windows:
+        raise UsageError(f"--calibrate {text}: too little text for one window of {length} tokens; give more")
+    if max(map(max, windows)) >= checkpoint.config.vocab_size:
+        raise CheckpointError(f"{checkpoint.folder}: its tokenizer gives tokens beyond the embedding")
+    return windows
+
+
+def _as_chat(text: str) -> str:
+    cut = len(text) // 8
+    return f"<|user|>\n{text[:cut]}<|end|>\n<|assistant|>\n{text[cut:]}"
+
+
+def _pieces(text: str, size: int, count: int) -> Iterator[str]:
+    """Pieces of `size` characters in an order that depends on names alone."""
+    if text == BUILT_IN:
+        prose, code = _manual(size), _documents("stdlib", size)
+        for both in zip(prose, code, strict=False):
+            yield from both
+    elif Path(text).is_dir():
+        yield from _documents(text, size)
+    else:
+        content = _read(Path(text))
+        # All of a short text, or places spread evenly over a long one.
+        step = max(size, (len(content) - size) // count)
+        for start in range(0, max(1, len(content) - size + 1), step):
+            yield content[start : start + size]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"--calibrate {path}: cannot be read as UTF-8 text ({e}); give another") from None
+
+
+def _documents(corpus: str, size: int) -> Iterator[str]:
+    for path, name in sorted(document_paths(corpus), key=lambda p: lot(p[1])):
+        try:
+            content = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        if len(content) >= size and not Document(name, "").held_out:
+            start = lot(name) % (len(content) - size + 1)
+            yield content[start : start + size]
+
+
+def _manual(size: int) -> Iterator[str]:
+    from pydoc_data.topics import topics  # the language's reference, half a megabyte of English
+
+    content = "\n".join(topics[name] for name in sorted(topics))
+    starts = range(0, len(content) - size, size)
+    for start in sorted(starts, key=lambda s: lot(str(s))):
+        yield content[start : start + size]

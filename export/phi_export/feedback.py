@@ -1,0 +1,118 @@
+"""Rounding with error feedback: what rounding one column of a matrix spoils, the columns still to come mend.
+
+A matrix W [R, C] multiplies activations x [C] of second moment H = E[x x^T], so that an error D costs
+tr(D H D^T). Columns are rounded one after the other, the most used first; the error of each is spread over
+those that follow so that the cost grows least (GPTQ, arXiv:2210.17323), under steps that are chosen before:
+D_later -= error_j V_j,later, where H^-1 = V^T diag(.) V and V is upper triangular with ones on its diagonal.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from phi_runtime.decoder import F32
+
+# Takes a column's number and its values over rows [R]; gives their codes and the values that these stand for.
+Level = Callable[[int, F32], tuple[np.ndarray, F32]]
+
+DAMPING = 0.01  # of the mean of H's diagonal: what calibration did not see is not worthless
+_LEAF = 16  # columns rounded one by one before their errors go further
+_SMALL = 192  # rows below which LAPACK factorises faster than products of blocks do
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What feedback needs to know of a matrix's inputs: the order of its columns, and V in that order [C, C]."""
+
+    order: npt.NDArray[np.int64]
+    spread: F32
+
+    def noise(self, rows: int, relative: float, weights: F32, random: np.random.Generator) -> F32:
+        """An error [R, C] as feedback leaves behind, where rounding errs by `relative` of the weights' mean square."""
+        size: F32 = np.sqrt(relative * np.square(weights, dtype=np.float32).mean(axis=1, keepdims=True))
+        drawn = random.standard_normal((rows, len(self.order)), dtype=np.float32) * size
+        out: F32 = np.empty_like(drawn)
+        out[:, self.order] = drawn @ self.spread
+        return out
+
+
+def factorise(moment: F32) -> Factor:
+    """The factor of a second moment [C, C]."""
+    used = np.diag(moment)
+    order = np.argsort(-used, kind="stable")
+    backwards = order[::-1]  # the inverse's upper factor is the inverse of the factor from the far end
+    damped = moment[np.ix_(backwards, backwards)]
+    damped[np.diag_indices_from(damped)] += np.float32(DAMPING * used.mean(dtype=np.float64) or 1.0)
+    upper = _inverse_of_lower_factor(damped)[::-1, ::-1]
+    return Factor(order, np.ascontiguousarray(upper / np.diag(upper)[:, None]))
+
+
+def _inverse_of_lower_factor(a: F32) -> F32:
+    """L^-1 of a = L L^T, by blocks, so that nearly all of it are matrix products."""
+    n = len(a)
+    if n <= _SMALL:
+        return np.tril(np.linalg.inv(np.linalg.cholesky(a.astype(np.float64)))).astype(np.float32)
+    h = n // 2
+    out = np.zeros_like(a)
+    out[:h, :h] = first = _inverse_of_lower_factor(a[:h, :h])
+    below = a[h:, :h] @ first.T
+    out[h:, h:] = second = _inverse_of_lower_factor(a[h:, h:] - below @ below.T)
+    out[h:, :h] = second @ (below @ -first)
+    return out
+
+
+def uniform(step: F32, sub: int, bits: int, zero: int, offset: F32 | None = None) -> Level:
+    """The grid step * (code - zero) - offset; step and offset [R, C / sub]."""
+    steps = np.ascontiguousarray(step.T)
+    inverse = np.divide(1, steps, out=np.zeros_like(steps), where=np.abs(steps) > 1e-30)
+    offsets = None if offset is None else np.ascontiguousarray(offset.T)
+    highest = (1 << bits) - 1
+
+    def level(column: int, w: F32) -> tuple[np.ndarray, F32]:
+        block = column // sub
+        code = w * inverse[block] if offsets is None else (w + offsets[block]) * inverse[block]
+        np.rint(code, out=code)
+        code += zero
+        np.clip(code, 0, highest, out=code)
+        value = (code - zero) * steps[block]
+        return code, value if offsets is None else value - offsets[block]
+
+    return level
+
+
+def palette(tables: F32, group: int) -> Level:
+    """The nearest entry of the rising tables [R / group, size]."""
+    halfway = ((tables[:, 1:] + tables[:, :-1]) / 2)[:, None]
+    first = np.arange(len(tables))[:, None] * tables.shape[1]
+
+    def level(column: int, w: F32) -> tuple[np.ndarray, F32]:
+        code = (w.reshape(len(tables), group, 1) > halfway).sum(axis=2)
+        return code.reshape(-1), tables.reshape(-1)[(first + code).reshape(-1)]
+
+    return level
+
+
+def round_columns(x: F32, factor: Factor, level: Level) -> npt.NDArray[np.uint8]:
+    """Codes [R, C] of x [R, C]."""
+    order, spread = factor.order.tolist(), factor.spread
+    w = np.ascontiguousarray(x.T[factor.order])  # a column's values lie together
+    codes = np.empty(w.shape, np.uint8)
+
+    def run(start: int, stop: int) -> None:
+        """Round these columns; afterwards w holds their errors."""
+        if stop - start > _LEAF:
+            middle = start + max(1, (stop - start) // (2 * _LEAF)) * _LEAF
+            run(start, middle)
+            w[middle:stop] -= spread[start:middle, middle:stop].T @ w[start:middle]
+            run(middle, stop)
+            return
+        for j in range(start, stop):
+            codes[order[j]], value = level(order[j], w[j])
+            w[j] -= value
+            if j + 1 < stop:
+                w[j + 1 : stop] -= spread[j, j + 1 : stop, None] * w[j]
+
+    run(0, len(w))
+    return np.ascontiguousarray(codes.T)
