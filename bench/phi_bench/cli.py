@@ -1,5 +1,7 @@
 """`phi-bench`."""
 
+import argparse
+import json
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,7 +29,27 @@ def _main(argv: list[str]) -> None:
     r.add_argument("--text", type=Path, metavar="FILE", help="the text that quality is measured on")
     r.add_argument("--tokens", type=positive, default=4096, metavar="N", help="tokens of it (default %(default)s)")
     r.add_argument("--rounds", type=positive, default=3, metavar="N", help="rounds of speed (default %(default)s)")
+    q = commands.add_parser("quality", help="hold models to their checkpoint on a text")
+    q.add_argument(
+        "models", metavar="BUNDLE", type=Path, nargs="+", help="bundles, or anybody's .gguf of the same model"
+    )
+    q.add_argument("--against", type=Path, metavar="CKPT", required=True, help="the checkpoint")
+    q.add_argument("--text", type=Path, metavar="FILE", required=True, help="the text, which calibration has not seen")
+    q.add_argument("--tokens", type=positive, default=16384, metavar="N", help="tokens of it (default %(default)s)")
+    q.add_argument(
+        "--window", type=positive, default=512, metavar="N", help="tokens read from an empty context (default 512)"
+    )
+    q.add_argument("--skip", type=int, default=0, metavar="N", help="positions of each window not counted (default 0)")
+    q.add_argument("--kv", default="f16", metavar="TYPE", help="type of llama.cpp's cache: f16, q8_0, q4_0 and others")
+    q.add_argument("--out", type=Path, metavar="FILE", help="where to write the figures as JSON")
     args = p.parse_args(argv)
+    if args.command == "quality":
+        _quality(args)
+    else:
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     try:
         from rich.console import Console
         from rich.table import Table
@@ -55,3 +77,35 @@ def _main(argv: list[str]) -> None:
         table.add_row(*(cells[i] for i in chosen))
     Console(highlight=False).print(table)
     print(f"wrote {args.out}" + (f" and {args.html}" if args.html else ""))
+
+
+def _quality(args: argparse.Namespace) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+
+        from phi_bench.quality import quality
+    except ImportError as e:
+        raise missing_extra(e, "bench") from None
+    console = Console(stderr=True)
+    with console.status("measuring") as status:
+        say = status.update if console.is_terminal else (lambda _: None)
+        found = quality(args.models, args.against, args.text, args.tokens, args.window, args.skip, args.kv, say)
+    if args.out:
+        write_file(args.out, json.dumps([q.to_json() for q in found], indent=1) + "\n")
+    out = Console(highlight=False)
+    for q in found:
+        out.print(
+            f"{q.name}: {q.file_bytes:,} bytes, KV {q.kv}, {q.tokens:,} positions\n"
+            f"  KL divergence, nats: mean {q.kld_mean:.6f} +- {q.kld_error:.6f}, median {q.kld_median:.6f}, "
+            f"99.9 % {q.kld_999:.5f}, largest {q.kld_max:.4f}\n"
+            f"  same top token {100 * q.top1_agreement:.2f} %; perplexity {q.perplexity:.4f}, the checkpoint's "
+            f"{q.checkpoint_perplexity:.4f} ({100 * (q.perplexity / q.checkpoint_perplexity - 1):+.3f} %)",
+            soft_wrap=True,
+        )
+        table = Table("positions", "mean KL divergence", "same top token")
+        for first, last, mean, same in q.by_position:
+            table.add_row(f"{first} to {last}", f"{mean:.6f}", f"{100 * same:.2f} %")
+        out.print(table)
+    if args.out:
+        print(f"wrote {args.out}")

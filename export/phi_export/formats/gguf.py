@@ -31,7 +31,6 @@ ARTIFACT = "model.gguf"
 PROFILES = ("cpu",)
 ENGINE = "llama.cpp"
 ROUNDING_MARGIN = 2
-rounding = round_int8
 
 _ALIGN = 32
 _F32 = 0  # ggml_type
@@ -67,6 +66,12 @@ _TYPES = {
         _Type("Q8_0", 8, 32, 34, "q8_0", 0.00003, 7),
     )
 }
+
+
+def rounding(x: F32) -> F32:
+    """llama.cpp rounds activations in blocks as wide as the weights': 256 for the K types, which every such row has."""
+    return round_int8(x, 256 if x.shape[-1] % 256 == 0 else 32)
+
 
 _LINEARS = {"o": "attn_output", "up": "ffn_up", "down": "ffn_down"}
 _PARTS = ("attn_q", "attn_k", "attn_v")

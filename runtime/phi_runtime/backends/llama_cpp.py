@@ -13,6 +13,8 @@ from phi_runtime.decoder import F32
 from phi_runtime.errors import BundleError, ContextError, MissingExtraError
 
 _CHUNK = 256  # tokens per llama_decode; bounds the compute buffer
+# Types that the KV cache may have, and ggml's numbers of them.
+KV_TYPES = {"f16": 1, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 
 
 class LlamaCppBackend:
@@ -20,7 +22,7 @@ class LlamaCppBackend:
 
     name = "llama.cpp"
 
-    def __init__(self, path: Path, context: int, threads: int) -> None:
+    def __init__(self, path: Path, context: int, threads: int, kv: str = "f16") -> None:
         try:
             import llama_cpp
         except ImportError:
@@ -48,6 +50,7 @@ class LlamaCppBackend:
         params.n_ctx = context
         params.n_batch = params.n_ubatch = min(context, _CHUNK)
         params.n_threads = params.n_threads_batch = threads
+        params.type_k = params.type_v = KV_TYPES[kv]
         self._ctx = llama_cpp.llama_init_from_model(self._model, params)
         if not self._ctx:
             llama_cpp.llama_model_free(self._model)

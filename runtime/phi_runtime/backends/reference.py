@@ -274,9 +274,9 @@ def _heads(x: F32, heads: int) -> F32:
     return x.reshape(len(x), heads, -1).transpose(1, 0, 2)
 
 
-def round_int8(x: F32) -> F32:
-    """Activations as llama.cpp's and onnxruntime's int8 kernels see them: 8 bits, a scale per 32."""
-    blocks = np.pad(x, [(0, 0), (0, -x.shape[-1] % 32)]).reshape(-1, 32)
+def round_int8(x: F32, block: int = 32) -> F32:
+    """Activations as llama.cpp's and onnxruntime's int8 kernels see them: 8 bits, a scale per block."""
+    blocks = np.pad(x, [(0, 0), (0, -x.shape[-1] % block)]).reshape(-1, block)
     scale = np.abs(blocks).max(axis=1, keepdims=True) / 127
     out: F32 = (np.rint(blocks / np.where(scale == 0, 1, scale)) * scale).reshape(len(x), -1)[:, : x.shape[-1]]
     return out

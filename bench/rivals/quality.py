@@ -1,0 +1,290 @@
+"""Quality beside other exporters, all on one checkpoint, one calibration text and one held-out text.
+
+    python bench/rivals/quality.py CKPT --calibrate TEXT --text HELDOUT --work DIR --out figures.json \
+        --llama DIR --builder COMMAND
+
+Needs llama.cpp's tools (`--llama`, the folder of llama-imatrix and llama-quantize) and, for ONNX, a command that
+takes a checkpoint and a folder and writes onnxruntime-genai's int4 model there (its builder with `-p int4 -e cpu`).
+coremltools' own compression runs on one linear layer after another; its weights are read back and computed by the
+reference, as ours are.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phi_bench.quality import Logits, hold, open_model
+from phi_export.calibration import WINDOW, CalibrationText, calibrate
+from phi_export.calibration_text import calibration_windows
+from phi_export.compare import Agreement
+from phi_export.export import export
+from phi_export.formats import Options, get_format, items
+from phi_export.plan import Ceiling
+from phi_export.verify import COMPANIONS, describe_source, sample_tokens
+from phi_runtime.backends.reference import Reference
+from phi_runtime.bundle import read_manifest
+from phi_runtime.checkpoint import Checkpoint, open_checkpoint
+from phi_runtime.tokenizer import Tokenizer
+
+PRESETS = ("Q2_K", "IQ3_XXS", "Q3_K_S", "IQ3_S", "IQ3_M", "Q3_K_M", "IQ4_XS", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M")
+
+
+class Arms:
+    """All models under comparison: a name, bytes, how long it took to make, and its logits."""
+
+    def __init__(self, checkpoint: Checkpoint, work: Path, text: CalibrationText) -> None:
+        self.checkpoint, self.work, self.text = checkpoint, work, text
+        self.rows: list[dict[str, Any]] = []
+        self.models: list[Logits] = []
+        self.companions = sum(p.stat().st_size for n in COMPANIONS if (p := checkpoint.folder / n).is_file())
+
+    def add(self, group: str, name: str, size: int, seconds: float, logits: Logits) -> None:
+        """Enter a model that was made."""
+        bits = 8 * size / sum(i.weights for i in items(self.checkpoint.config, Options()))
+        self.rows.append({"group": group, "name": name, "bytes": size, "bits": bits, "seconds": seconds})
+        self.models.append(logits)
+        print(f"{group:8} {name:42} {size:>12,} bytes {bits:.3f} bits/weight  {seconds:.1f} s", flush=True)
+
+    def ours(
+        self, group: str, name: str, format: str, ceiling: int | None, calibrated: bool = True, **options: Any
+    ) -> None:
+        """A bundle of ours; a `ceiling` is of the artifact alone, as others count."""
+        out = self.work / f"ours-{name}".replace(" ", "-")
+        shutil.rmtree(out, ignore_errors=True)
+        room = None if ceiling is None else Ceiling(ceiling + self.companions)
+        began = time.perf_counter()
+        text = self.text if calibrated else None
+        (made,) = export(
+            self.checkpoint.folder, out, (format,), ceiling=room, options=Options(**options), tokens=64, text=text
+        )
+        seconds = time.perf_counter() - began - made.verify_s
+        size = sum(f.bytes for f in made.manifest.files if f.path not in COMPANIONS)
+        assert ceiling is None or size <= ceiling, (size, ceiling)
+        if format == "gguf":
+            logits = open_model(made.folder, self.checkpoint, WINDOW, "f16")[1]
+        else:
+            logits = self.computed(get_format(format).read(made.folder, read_manifest(made.folder)))
+        self.add(group, name, size, seconds, logits)
+
+    def computed(self, read: Callable[..., np.ndarray]) -> Logits:
+        """Weights in the reference's arithmetic."""
+        decoder = self.checkpoint.config.decoder()
+        tensors = {name: read(name) for name in self.checkpoint.tensors}
+        return lambda tokens: Reference(decoder, lambda n, a=0, b=None: tensors[n][a:b], 0).forward(tokens, True)[0]
+
+
+def llama_cpp(arms: Arms, tools: Path, windows: list[list[int]]) -> Iterator[tuple[str, int]]:
+    """llama.cpp's presets with its own importance matrix from the same text; (name, bytes) of each."""
+    checkpoint, work = arms.checkpoint, arms.work
+    base = work / "base.gguf"
+    plain = work / "plain"
+    shutil.rmtree(plain, ignore_errors=True)
+    export(checkpoint.folder, plain, ("gguf",), tokens=64)
+    _unquantised(plain / "gguf" / "model.gguf", base, checkpoint)
+    arms.add("gguf", "float32, unquantised", base.stat().st_size, 0, _gguf(base, checkpoint))
+    tokenizer = Tokenizer(checkpoint.folder)
+    said = work / "calibration.txt"
+    said.write_text("".join(tokenizer.decode(w) for w in windows), encoding="utf-8")
+    matrix = work / "imatrix.gguf"
+    began = time.perf_counter()
+    _tool(tools / "llama-imatrix", "-m", base, "-f", said, "-o", matrix, "-c", WINDOW, "-t", 2)
+    gathered = time.perf_counter() - began
+    for preset in PRESETS:
+        out = work / f"{preset}.gguf"
+        began = time.perf_counter()
+        _tool(tools / "llama-quantize", "--imatrix", matrix, base, out, preset, 2)
+        size = out.stat().st_size
+        arms.add(
+            "gguf",
+            f"llama.cpp {preset} + imatrix",
+            size,
+            gathered + time.perf_counter() - began,
+            _gguf(out, checkpoint),
+        )
+        yield preset, size
+
+
+def _gguf(path: Path, checkpoint: Checkpoint) -> Logits:
+    return open_model(path, checkpoint, WINDOW, "f16")[1]
+
+
+def _tool(program: Path, *args: object) -> None:
+    done = subprocess.run([program, *map(str, args)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{program.name}: {(done.stderr or done.stdout)[-600:]}")
+
+
+def _unquantised(ours: Path, out: Path, checkpoint: Checkpoint) -> None:
+    """Our GGUF's metadata around the checkpoint's own weights in float32."""
+    import gguf
+
+    from phi_export.formats.gguf import gguf_names
+
+    reader = gguf.GGUFReader(ours)
+    architecture = str(reader.fields["general.architecture"].contents())
+    writer = gguf.GGUFWriter(out, architecture)
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        kind = field.types[0]
+        sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        value = 0 if field.name == "general.file_type" else field.contents()
+        writer.add_key_value(field.name, value, kind, sub_type=sub)
+    names = gguf_names(checkpoint.config)
+    for name in checkpoint.tensors:
+        writer.add_tensor(names[name][0], np.ascontiguousarray(checkpoint.read(name)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def genai(arms: Arms, command: str) -> int:
+    """onnxruntime-genai's own int4 model, run by onnxruntime; its bytes."""
+    import onnxruntime
+
+    folder = arms.work / "genai"
+    shutil.rmtree(folder, ignore_errors=True)
+    began = time.perf_counter()
+    done = subprocess.run([command, arms.checkpoint.folder, folder], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{command}: {done.stderr[-800:]}")
+    seconds = time.perf_counter() - began
+    size = sum((folder / n).stat().st_size for n in ("model.onnx", "model.onnx.data"))
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    decoder = arms.checkpoint.config.decoder()
+    empty = np.zeros((1, decoder.kv_heads, 0, decoder.head_dim), np.float32)
+
+    def logits(tokens: list[int]) -> np.ndarray:
+        feeds: dict[str, np.ndarray] = {}
+        for i in session.get_inputs():
+            if i.name == "input_ids":
+                feeds[i.name] = np.array([tokens], np.int64)
+            elif i.name == "attention_mask":
+                feeds[i.name] = np.ones((1, len(tokens)), np.int64)
+            elif i.name == "position_ids":
+                feeds[i.name] = np.arange(len(tokens))[None]
+            else:
+                feeds[i.name] = empty
+        return np.asarray(session.run(["logits"], feeds)[0][0], np.float32)
+
+    arms.add("onnx", "onnxruntime-genai builder int4", size, seconds, logits)
+    return size
+
+
+def coremltools_arm(arms: Arms, name: str, config: Any, embedding: bool, kind: str) -> int:
+    """coremltools' own compression of every linear layer (and of the embedding where it is said so); its bytes."""
+    import coremltools as ct
+    import coremltools.optimize.coreml as cto
+    from coremltools.converters.mil import Builder
+    from coremltools.converters.mil.mil import types
+
+    checkpoint = arms.checkpoint
+    compress = cto.linear_quantize_weights if kind == "linear" else cto.palettize_weights
+    weights: dict[str, np.ndarray] = {}
+    size = 0
+    began = time.perf_counter()
+    for item in items(checkpoint.config, Options()):
+        w = checkpoint.read(item.tensor)
+        if item.role == "vector" or (item.role == "embedding" and not embedding):
+            weights[item.tensor] = w.astype(np.float16).astype(np.float32)
+            size += 2 * w.size
+            continue
+
+        @Builder.program(input_specs=[Builder.TensorSpec((1, w.shape[1]), types.fp16)], opset_version=ct.target.iOS18)
+        def layer(x: Any, w: np.ndarray = w) -> Any:
+            return Builder.linear(x=x, weight=w.astype(np.float16))
+
+        model = ct.convert(
+            layer, convert_to="mlprogram", minimum_deployment_target=ct.target.iOS18, skip_model_load=True
+        )
+        model = compress(model, cto.OptimizationConfig(global_config=config))
+        with tempfile.TemporaryDirectory() as folder:
+            model.save(f"{folder}/m.mlpackage")
+            (blob,) = Path(folder).rglob("weight.bin")
+            size += blob.stat().st_size
+        ops = [op for op in model._mil_program.functions["main"].operations if op.op_type.startswith("constexpr")]
+        (op,) = ops
+        weights[item.tensor] = np.asarray(
+            op.outputs[0].val if op.outputs[0].val is not None else op.materialized_val_inference(), np.float32
+        )
+    arms.add("coreml", name, size, time.perf_counter() - began, arms.computed(lambda n: weights[n]))
+    return size
+
+
+def main() -> None:
+    """Make all models, then hold them to the checkpoint."""
+    p = argparse.ArgumentParser()
+    p.add_argument("checkpoint", type=Path)
+    p.add_argument("--calibrate", required=True)
+    p.add_argument("--windows", type=int, default=64)
+    p.add_argument("--text", type=Path, required=True)
+    p.add_argument("--tokens", type=int, default=16384)
+    p.add_argument("--work", type=Path, required=True)
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--llama", type=Path)
+    p.add_argument("--builder")
+    p.add_argument("--coreml", action="store_true")
+    args = p.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    checkpoint = open_checkpoint(args.checkpoint)
+    text = CalibrationText(args.calibrate, args.windows)
+    began = time.perf_counter()
+    calibrate(checkpoint, describe_source(checkpoint), text)
+    print(f"our calibration: {time.perf_counter() - began:.1f} s (0 where it was there)")
+    arms = Arms(checkpoint, args.work, text)
+    if args.llama:
+        windows = calibration_windows(checkpoint, args.calibrate, args.windows, WINDOW)
+        for preset, size in llama_cpp(arms, args.llama, windows):
+            arms.ours("gguf", f"ours at {preset}'s bytes", "gguf", size)
+        arms.ours("gguf", "ours, plain int4, round to nearest", "gguf", None, calibrated=False)
+        arms.ours("gguf", "ours, plain int4, calibrated", "gguf", None)
+    if args.builder:
+        size = genai(arms, args.builder)
+        arms.ours("onnx", "ours onnx int4 uncalibrated", "onnx", None, calibrated=False)
+        arms.ours("onnx", "ours onnx int4", "onnx", None)
+        arms.ours("onnx", "ours onnx at 0.75 of the builder's bytes", "onnx", int(0.75 * size))
+    if args.coreml:
+        import coremltools.optimize.coreml as cto
+
+        grid = cto.OpLinearQuantizerConfig(
+            mode="linear_symmetric", dtype="int4", granularity="per_block", block_size=32
+        )
+        coremltools_arm(arms, "coremltools int4 block 32, embedding 16 bit", grid, False, "linear")
+        size = coremltools_arm(arms, "coremltools int4 block 32", grid, True, "linear")
+        arms.ours("coreml", "ours coreml at its bytes", "coreml", size + 400_000)
+        table = cto.OpPalettizerConfig(mode="kmeans", nbits=4, granularity="per_grouped_channel", group_size=16)
+        size = coremltools_arm(arms, "coremltools palette 4 bits, 16 rows", table, True, "palette")
+        arms.ours("coreml", "ours coreml palettes at its bytes", "coreml", size + 400_000, profile="ane")
+        arms.ours("coreml", "ours coreml palette4", "coreml", None, profile="ane")
+    tokens = sample_tokens(checkpoint, args.text, args.tokens)
+    for row, a in zip(arms.rows, hold(arms.models, checkpoint, tokens, WINDOW), strict=True):
+        row |= _figures(a)
+        print(
+            f"{row['group']:8} {row['name']:42} {row['bits']:.3f} bits/weight  "
+            f"KLD {a.kld_mean:.6f} +- {a.kld_error:.6f}  "
+            f"top-1 {100 * a.top1_agreement:.2f} %  perplexity {100 * (a.perplexity_q / a.perplexity_p - 1):+.3f} %"
+        )
+    args.out.write_text(json.dumps(arms.rows, indent=1) + "\n")
+
+
+def _figures(a: Agreement) -> dict[str, float]:
+    return {
+        "kld_mean": a.kld_mean,
+        "kld_error": a.kld_error,
+        "top1_agreement": a.top1_agreement,
+        "perplexity": a.perplexity_q,
+        "checkpoint_perplexity": a.perplexity_p,
+    }
+
+
+if __name__ == "__main__":
+    main()
