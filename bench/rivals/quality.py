@@ -200,8 +200,8 @@ def coremltools_arm(arms: Arms, name: str, config: Any, embedding: bool, kind: s
             continue
 
         @Builder.program(input_specs=[Builder.TensorSpec((1, w.shape[1]), types.fp16)], opset_version=ct.target.iOS18)
-        def layer(x: Any, w: np.ndarray = w) -> Any:
-            return Builder.linear(x=x, weight=w.astype(np.float16))
+        def layer(x: Any) -> Any:
+            return Builder.linear(x=x, weight=w.astype(np.float16))  # noqa: B023  (called at once)
 
         model = ct.convert(
             layer, convert_to="mlprogram", minimum_deployment_target=ct.target.iOS18, skip_model_load=True

@@ -156,14 +156,24 @@ def _gather(checkpoint: Checkpoint, texts: list[list[int]], folder: Path, progre
             gatherer.layer(n)
         progress(f"layer {n + 1} of {len(decoder.layers)}: factors")
         for name in list(gatherer.moments):
-            _save_factor(folder, name, factorise(gatherer.moments.pop(name) / count))
+            _save_factor(folder, name, factorise(_finite(gatherer.moments.pop(name), checkpoint) / count))
         _save(folder / f"after-{n + 1:04d}.npy", np.stack([lane.x_TE for lane in lanes]))
         (folder / f"after-{n:04d}.npy").unlink(missing_ok=True)
     progress("the head's factor")
     gatherer.lanes = lanes
     gatherer.see(gatherer.norm([lane.x_TE for lane in lanes], decoder.final_norm), decoder.head)
-    _save_factor(folder, decoder.head.weight[0], factorise(gatherer.moments.pop(decoder.head.weight[0]) / count))
-    (folder / f"after-{len(decoder.layers):04d}.npy").unlink()
+    _save_factor(
+        folder,
+        decoder.head.weight[0],
+        factorise(_finite(gatherer.moments.pop(decoder.head.weight[0]), checkpoint) / count),
+    )
+    (folder / f"after-{len(decoder.layers):04d}.npy").unlink(missing_ok=True)
+
+
+def _finite(moment: F32, checkpoint: Checkpoint) -> F32:
+    if not np.isfinite(moment).all():
+        raise CheckpointError(f"{checkpoint.folder}: its activations grow beyond float32 on the calibration text")
+    return moment
 
 
 def _resume(folder: Path, windows: int) -> tuple[int, np.ndarray | None]:

@@ -45,6 +45,9 @@ def _export(argv: list[str]) -> None:
         help="what the mix is chosen for; speed: only types that decode as fast as 4 bits do (default: quality)",
     )
     p.add_argument(
+        "--min-speed", type=_speed, metavar="N", help="of the mixes that fit, those predicted to decode N tokens/s here"
+    )
+    p.add_argument(
         "--calibrate",
         metavar="TEXT",
         help="steer the rounding by what the model does on a text: a file, a folder, or `built-in`",
@@ -67,6 +70,8 @@ def _export(argv: list[str]) -> None:
         raise UsageError("say how to quantise: either --int4, or --memory SIZE for the best mix that fits")
     if args.prefer and args.memory is None:
         raise UsageError("--prefer chooses among mixes, so it goes with --memory SIZE")
+    if args.min_speed and (args.memory is None or args.prefer):
+        raise UsageError("--min-speed chooses among mixes, so it goes with --memory SIZE, and without --prefer")
     if args.calibrate is None and (args.windows or args.cache):
         raise UsageError("--windows and --cache are of calibration: say on what, --calibrate TEXT")
     if not args.out and not args.dry_run:
@@ -92,7 +97,7 @@ def _export(argv: list[str]) -> None:
     if args.split_qkv and formats != ("gguf",):
         raise UsageError("--split-qkv is gguf's: say --format gguf")
     options = Options(args.profile, args.context, args.split_qkv)
-    ceiling = None if memory is None else Ceiling(memory, args.prefer or "quality")
+    ceiling = None if memory is None else Ceiling(memory, args.prefer or "quality", args.min_speed)
     text = None
     if args.calibrate is not None:
         text = CalibrationText(args.calibrate, args.windows or CalibrationText.windows, args.cache)
@@ -104,7 +109,7 @@ def _export(argv: list[str]) -> None:
                 calibration = calibrate(checkpoint, describe_source(checkpoint), text, detail)
         for planned in plan(checkpoint, formats, ceiling, options, calibration):
             show.ledger(checkpoint, planned, calibration)
-            if ceiling is not None:
+            if ceiling is not None and ceiling.min_speed is None:
                 (other,) = (p for p in PREFERENCES if p != ceiling.prefer)
                 (instead,) = plan(checkpoint, (planned.format,), Ceiling(ceiling.memory, other), options, calibration)
                 show.trade(planned, instead, other)
@@ -114,6 +119,13 @@ def _export(argv: list[str]) -> None:
             args.checkpoint, args.out, formats, args.force, progress, ceiling, options, args.tokens, args.threads, text
         )
     show.exported(bundles)
+
+
+def _speed(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise ValueError
+    return value
 
 
 def parse_size(text: str) -> int:

@@ -14,6 +14,10 @@ from phi_runtime.errors import UsageError
 # Expected loss of storing an item as a type, in any unit that adds up over items.
 Sensitivity = Callable[[Item, Type], float]
 
+# An item's type, its bytes, its loss.
+_Choice = tuple[str, int, float]
+
+_PRICES = 16  # of a millisecond that are tried
 _RESOLUTION = 1 << 14  # steps of the ceiling that the solver tells apart
 _SAME_SPEED = 1.02  # a type within this of the fastest counts as fast
 # What llama.cpp's mixes give more bits to, as published and confirmed by many measurements: the head and
@@ -26,10 +30,12 @@ class Ceiling:
     """Bytes that a bundle's files may take together; `prefer` says what the mix is chosen for.
 
     quality: the least expected loss. speed: the same, among the types that decode as fast as the fastest 4-bit one.
+    min_speed: the least loss of those predicted to decode so many tokens per second.
     """
 
     memory: int
     prefer: str = "quality"
+    min_speed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,13 +104,16 @@ def plan_memory(
     matrices = [i for i in found if i.role != "vector"]
     overhead = _overhead(module, checkpoint, options)
     room = ceiling.memory - overhead - sum(q.bytes for q in fixed.values())
-    choices = []
+    choices: list[list[_Choice]] = []
     for item in matrices:
         kinds = fitting(module, item, options)
         if ceiling.prefer == "speed":
             kinds = speeds.fast(kinds, [n for n, t in kinds.items() if _bits(t) >= 4], _SAME_SPEED)
-        options_of_item = [(n, t.nbytes(item.rows, item.columns), sensitivity(item, t)) for n, t in kinds.items()]
-        choices.append(_undominated(options_of_item))
+        if ceiling.min_speed is not None:
+            kinds = {n: t for n, t in kinds.items() if n in speeds.nanoseconds}
+            if not kinds:
+                raise UsageError(f"--min-speed: {speeds.engine} was never measured; run phi-export calibrate-speed")
+        choices.append([(n, t.nbytes(item.rows, item.columns), sensitivity(item, t)) for n, t in kinds.items()])
     least = sum(min(size for _, size, _ in c) for c in choices)
     if least > room:
         nearest = ceiling.memory + least - room
@@ -112,7 +121,14 @@ def plan_memory(
             f"{name}: no mix of its types fits in {gb(ceiling.memory)}; "
             f"the smallest takes {gb(nearest)}: --memory {-(-nearest // 10**4) / 100:.2f}MB"
         )
-    chosen = _allocate(choices, room)
+    if ceiling.min_speed is None:
+        chosen = _allocate(choices, room)
+    else:
+        times = [
+            {n: speeds.nanoseconds[n] * i.weights * i.uses / 1e6 for n, _, _ in c}
+            for i, c in zip(matrices, choices, strict=True)
+        ]
+        chosen = _allocate_in_time(choices, times, room, 1000 / ceiling.min_speed)
     names = dict(zip((i.name for i in matrices), chosen, strict=True))
     plan = {i.name: fixed[i.name] if i.role == "vector" else stored(module, i, names[i.name], options) for i in found}
     return _planned(name, module, checkpoint, options, plan, found, sensitivity)
@@ -144,21 +160,53 @@ def _bits(kind: Type) -> float:
     return 8 * kind.nbytes(4096, 4096) / 4096**2
 
 
-def _undominated(options: list[tuple[str, int, float]]) -> list[tuple[str, int, float]]:
+def _allocate_in_time(
+    choices: list[list[_Choice]], times: list[dict[str, float]], room: int, limit: float
+) -> list[str]:
+    """As `_allocate`, within `limit` milliseconds as well: under a price for each, raised until it is so."""
+
+    def at(price: float) -> tuple[list[str], float]:
+        priced = [[(n, size, loss + price * t[n]) for n, size, loss in c] for c, t in zip(choices, times, strict=True)]
+        chosen = _allocate(priced, room)
+        return chosen, sum(t[n] for t, n in zip(times, chosen, strict=True))
+
+    best, taken = at(0.0)
+    if taken <= limit:
+        return best
+    unit = sum(max(loss for _, _, loss in c) for c in choices) / taken
+    low, high = 1e-6 * unit, 1e3 * unit
+    best, taken = at(high)
+    if taken > limit:
+        raise UsageError(
+            f"--min-speed {1000 / limit:g}: the fastest mix in that memory is predicted to decode "
+            f"{1000 / taken:.1f} tokens/s; ask for less, or give more --memory"
+        )
+    for _ in range(_PRICES):
+        price = (low * high) ** 0.5
+        found, taken = at(price)
+        if taken <= limit:
+            high, best = price, found
+        else:
+            low = price
+    return best
+
+
+def _undominated(options: list[_Choice]) -> list[_Choice]:
     """Without those that are no smaller than another of less loss; the largest first."""
-    kept: list[tuple[str, int, float]] = []
+    kept: list[_Choice] = []
     for option in sorted(options, key=lambda o: (o[1], o[2], o[0])):
         if not kept or option[2] < kept[-1][2]:
             kept.append(option)
     return kept[::-1]
 
 
-def _allocate(choices: list[list[tuple[str, int, float]]], room: int) -> list[str]:
-    """One option (name, bytes, loss) for each, of least total loss within `room` bytes.
+def _allocate(choices: list[list[_Choice]], room: int) -> list[str]:
+    """One option for each, of least total loss within `room` bytes.
 
     Dynamic programming over the bytes left, in steps of `room` / _RESOLUTION, sizes rounded up; what the rounding
     left over is then spent where it buys most.
     """
+    choices = [_undominated(options) for options in choices]
     step = max(1, room // _RESOLUTION)
     total = room // step
     losses = np.zeros(total + 1)

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from phi_export.compare import Agreement, windows
+from phi_export.feedback import DAMPING
 from phi_export.formats import Item, Options, get_format, items, stored
 from phi_export.isolated import Artifact
 from phi_runtime.backends import cores
@@ -47,7 +48,9 @@ _PIECE = 1 << 21  # weights compared at a time
 # distributions cost a few times that; two tensors mixed up give an error of about 2, a lost scale 1.
 _TENSOR_MARGIN, _BLOCK_MARGIN = 4.5, 22
 _MAX_ERROR = 0.95
-_FED_BACK = 4.0  # error feedback moves weights further than rounding does, where the outputs do not see it
+# Error feedback moves weights further than rounding does, where outputs do not see it: what it leaves of
+# tr(D (H + damping) D^T) is no more than rounding would, and damping alone bounds D by that.
+_FED_BACK = 1 + 1 / DAMPING
 MAX_VECTOR_ERROR = 1e-6
 _MAX_HALF_ERROR = 1e-3  # of vectors that are stored in float16
 MAX_KLD = 1.0

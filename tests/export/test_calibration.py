@@ -1,0 +1,199 @@
+import json
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from support import SCRIPTS, run
+
+from phi_export.calibration import CalibrationText, calibrate
+from phi_export.calibration_text import BUILT_IN, calibration_windows
+from phi_export.compare import Agreement, windows
+from phi_export.export import export, plan
+from phi_export.formats import Options, get_format, items
+from phi_export.verify import describe_source
+from phi_runtime.backends.reference import Reference
+from phi_runtime.bundle import FORMATS, read_manifest
+from phi_runtime.checkpoint import open_checkpoint
+from phi_runtime.tokenizer import Tokenizer
+from phi_train.corpus import Document, documents
+
+
+@pytest.fixture(scope="module")
+def source(checkpoint):
+    return open_checkpoint(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def wanted(corpus, tmp_path_factory):
+    return CalibrationText(str(corpus), 12, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def calibration(source, wanted):
+    return calibrate(source, describe_source(source), wanted)
+
+
+def divergence(source, read, tokens) -> float:
+    found = Agreement()
+    decoder = source.config.decoder()
+    for piece in windows(tokens, 256):
+        exact, rounded = (Reference(decoder, r, 0).forward(piece, True)[0] for r in (source.read, read))
+        found.add(exact, rounded, piece[1:])
+    return found.kld_mean
+
+
+@pytest.mark.parametrize(("name", "profile"), [(n, p) for n in FORMATS for p in get_format(n).PROFILES])
+def test_a_calibrated_bundle_is_closer_to_its_checkpoint(name, profile, source, wanted, tokens, tmp_path):
+    options, embedding = Options(profile), source.config.decoder().embedding
+    found = []
+    for text in (None, wanted):
+        out = tmp_path / str(text is None)
+        (made,) = export(source.folder, out, (name,), options=options, text=text, tokens=64)
+        manifest = read_manifest(made.folder)
+        assert (manifest.calibration is None) == (text is None)
+        read = get_format(name).read(made.folder, manifest)
+        # The embedding is rounded alike in both and hides the rest.
+        kept = lambda n, a=0, b=None, read=read: source.read(n, a, b) if n == embedding else read(n, a, b)  # noqa: E731
+        found.append(divergence(source, kept, tokens[:1024]))
+    assert found[1] < 0.6 * found[0], found
+
+
+def test_costs_foretell_the_loss(source, wanted, calibration, tokens, tmp_path):
+    (planned,) = plan(source, ("onnx",), None, Options(), calibration)
+    (made,) = export(source.folder, tmp_path / "b", ("onnx",), text=wanted, tokens=64)
+    measured = divergence(source, get_format("onnx").read(made.folder, made.manifest), tokens[:2048])
+    assert measured / 2 < planned.expected_loss < measured * 2
+
+
+def test_every_matrix_has_a_cost_and_a_factor(source, calibration):
+    for item in items(source.config, Options(split_qkv=True)):
+        if item.role == "vector":
+            continue
+        assert calibration.costs[item.name] > 0
+        factor = calibration.factor(item.tensor)
+        assert (factor is None) == (item.role == "embedding")
+        assert factor is None or factor.spread.shape == (item.columns, item.columns)
+    whole = {i.name: calibration.cost(i) for i in items(source.config, Options())}
+    assert sum(whole.values()) == pytest.approx(sum(calibration.costs.values()))
+
+
+def test_a_calibration_is_made_once(source, wanted, calibration):
+    said = []
+    again = calibrate(source, describe_source(source), wanted, said.append)
+    assert again == calibration
+    assert not said
+
+
+def test_an_interrupted_calibration_goes_on(checkpoint, wanted, calibration, tmp_path):
+    command = [SCRIPTS / "phi-export", "--int4", checkpoint, "--format", "onnx", "--dry-run"]
+    command += ["--calibrate", wanted.text, "--windows", "12", "--cache", tmp_path]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (state := list(tmp_path.glob("*/after-0001.npy"))) and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert state, "it ended before it could be killed"
+    assert not list(tmp_path.glob("*/sensitivity.json"))
+    first = next(tmp_path.glob("*/*layers.0*-spread.npy"))
+    written = first.stat().st_mtime_ns
+    done = run(*command[:1], *command[1:])
+    assert done.returncode == 0, done.stderr
+    assert first.stat().st_mtime_ns == written  # the first layer was not done again
+    for path in calibration.folder.iterdir():
+        assert (tmp_path / calibration.folder.name / path.name).read_bytes() == path.read_bytes(), path.name
+    assert not list(tmp_path.glob("*/after-*"))
+
+
+def test_damage_to_the_cache_is_named(checkpoint, wanted, calibration, tmp_path):
+    copy = tmp_path / "cache"
+    shutil.copytree(calibration.folder, copy / calibration.folder.name)
+    spread = next(copy.glob("*/*down_proj*-spread.npy"))
+    spread.write_bytes(spread.read_bytes()[:-100])
+    export_ = ("phi-export", "--int4", checkpoint, "--format", "onnx", "--out", tmp_path / "out")
+    options = ("--calibrate", wanted.text, "--windows", 12, "--cache", copy)
+    done = run(*export_, *options)
+    assert done.returncode == 2, done.stderr
+    assert spread.name in done.stderr and "delete" in done.stderr
+    (copy / calibration.folder.name / "sensitivity.json").write_text('{"a": "b"}')
+    done = run(*export_, *options)
+    assert done.returncode == 2
+    assert "delete" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "no such"), (b"\xff\xfe\x00", "UTF-8"), (b"too short", "too little"), (b"", "too little")],
+)
+def test_texts_that_will_not_do(content, says, checkpoint, tmp_path):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    done = run("phi-export", "--int4", checkpoint, "--dry-run", "--calibrate", path)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr.lower().replace("utf-8", "UTF-8")
+    assert not (checkpoint / "calibration").exists()
+
+
+def test_options_that_belong_together(checkpoint, tmp_path):
+    for options in (("--windows", 3), ("--cache", tmp_path)):
+        done = run("phi-export", "--int4", checkpoint, "--dry-run", *options)
+        assert done.returncode == 2
+        assert "--calibrate" in done.stderr
+    done = run("phi-export", "--int4", checkpoint, "--dry-run", "--min-speed", 3)
+    assert done.returncode == 2
+    assert "--memory" in done.stderr
+
+
+def test_held_out_documents_are_not_calibrated_on(source, corpus, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    mark = "zqx "
+    for n in range(60):
+        name = f"{n}.txt"
+        (folder / name).write_text(mark * 2000 if Document(name, "").held_out else "plain words " * 1000)
+    held_out = [d for d in documents(str(folder)) if d.held_out]
+    assert held_out
+    tokenizer = Tokenizer(source.folder)
+    read = [tokenizer.decode(w) for w in calibration_windows(source, str(folder), 60, 128)]
+    assert len(read) == 60 - len(held_out)
+    assert not any("zqx" in text for text in read)
+
+
+def test_the_built_in_text_is_enough_and_half_of_it_a_chat(source):
+    found = calibration_windows(source, BUILT_IN, 32, 128)
+    assert len(found) == 32
+    user = Tokenizer(source.folder).id("<|user|>")
+    assert sum(user in w for w in found) == 16
+    assert found == calibration_windows(source, BUILT_IN, 32, 128)
+
+
+def test_the_ledger_shows_what_each_group_is_expected_to_cost(checkpoint, wanted, calibration):
+    options = ("--calibrate", wanted.text, "--windows", 12, "--cache", wanted.cache)
+    done = run("phi-export", "--memory", "1MB", checkpoint, "--dry-run", "--format", "onnx", *options)
+    assert done.returncode == 0, done.stderr
+    assert "expected loss" in done.stdout
+    assert f"{12 * 320:,} tokens" in done.stdout
+
+
+def test_the_manifest_says_what_was_calibrated_on(source, wanted, calibration, tmp_path):
+    (made,) = export(source.folder, tmp_path / "b", ("onnx",), text=wanted, tokens=64)
+    raw = json.loads((made.folder / "phi-bundle.json").read_text())
+    on = calibration.on
+    assert raw["calibration"] == {"text": on.text, "tokens": 12 * 320, "digest": on.digest}
+    assert read_manifest(made.folder).calibration == on
+
+
+def test_weights_that_overflow_on_the_text_are_refused(checkpoint, corpus, tmp_path):
+    copy = tmp_path / "broken"
+    shutil.copytree(checkpoint, copy)
+    tensor = open_checkpoint(copy).tensors["model.layers.0.mlp.down_proj.weight"]
+    with open(tensor.path, "r+b") as f:
+        f.seek(tensor.offset)
+        f.write(np.full(4096, 0x7F00, "<u2").tobytes())  # 1.7e38 in bfloat16
+    done = run("phi-export", "--int4", copy, "--dry-run", "--calibrate", corpus, "--windows", 4)
+    assert done.returncode == 2, done.stderr
+    assert "float32" in done.stderr
