@@ -26,6 +26,7 @@ def desk(checkpoint, tmp_path_factory):
     """A folder with a checkpoint by the name that the README uses."""
     folder = tmp_path_factory.mktemp("desk")
     shutil.copytree(checkpoint, folder / "my-phi", ignore=shutil.ignore_patterns("training"))
+    shutil.copy(checkpoint / "training" / "shards" / "heldout.txt", folder)
     return folder
 
 

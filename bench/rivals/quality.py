@@ -159,6 +159,7 @@ def genai(arms: Arms, command: str) -> int:
         raise SystemExit(f"{command}: {done.stderr[-800:]}")
     seconds = time.perf_counter() - began
     size = sum((folder / n).stat().st_size for n in ("model.onnx", "model.onnx.data"))
+    _head_after_last_norm(folder / "model.onnx")
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     decoder = arms.checkpoint.config.decoder()
     empty = np.zeros((1, decoder.kv_heads, 0, decoder.head_dim), np.float32)
@@ -178,6 +179,24 @@ def genai(arms: Arms, command: str) -> int:
 
     arms.add("onnx", "onnxruntime-genai builder int4", size, seconds, logits)
     return size
+
+
+def _head_after_last_norm(path: Path) -> None:
+    """The builder takes any layer of vocab_size outputs for the head, so where gate and up together are as wide as the
+    vocabulary it hangs the head behind the first layer; here it is put where it belongs.
+    """
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    (norm,) = [n.output[0] for n in model.graph.node if "final_norm" in n.name]
+    for node in model.graph.node:
+        if "lm_head" in node.name and node.op_type == "MatMulNBits":
+            node.input[0] = norm
+    heads = [n for n in model.graph.node if "lm_head" in n.name]
+    others = [n for n in model.graph.node if "lm_head" not in n.name]
+    del model.graph.node[:]
+    model.graph.node.extend(others + heads)
+    onnx.save(model, path)
 
 
 def coremltools_arm(arms: Arms, name: str, config: Any, embedding: bool, kind: str) -> int:

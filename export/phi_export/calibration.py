@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,8 @@ import numpy as np
 from phi_export.calibration_text import BUILT_IN, calibration_windows
 from phi_export.compare import Agreement
 from phi_export.feedback import DAMPING, Factor, factorise
-from phi_export.formats import Item, Options, Type, items
+from phi_export.formats import Format, Item, Options, Type, items
+from phi_export.quantize import finite
 from phi_export.verify import LARGE
 from phi_runtime.backends.reference import Lane, ReadTensor, Reference
 from phi_runtime.bundle import CalibratedOn, Source
@@ -67,9 +68,22 @@ class Calibration:
             return self.costs[item.name]
         return sum(c for name, c in self.costs.items() if name.startswith(f"{item.name}:"))
 
-    def loss(self, item: Item, kind: Type) -> float:
-        """The KL divergence, nats per token, to expect of storing an item as a type."""
-        return self.cost(item) * kind.error
+    def losses(self, module: Format, checkpoint: Checkpoint, options: Options) -> Callable[[Item, Type], float]:
+        """The KL divergence, nats per token, to expect of storing an item as a type: its cost, times the error of the
+        type on some of its rows, times what feedback makes of that.
+        """
+
+        @cache
+        def loss(item: Item, name: str, fed: float) -> float:
+            rows = np.concatenate([finite(checkpoint.tensors[item.tensor], a, b) for a, b in _some_rows(item)])
+            error = float(np.square(module.rounded(rows, name, options) - rows).sum())
+            return self.cost(item) * fed * error / max(float(np.square(rows).sum()), 1e-30)
+
+        def of(item: Item, kind: Type) -> float:
+            alone = item.role == "embedding" and not self.decoder.tied
+            return loss(item, kind.name, 1.0 if alone else kind.fed_back / kind.error)
+
+        return of
 
     def factor(self, tensor: str) -> Factor | None:
         """Of a matrix's inputs; None for the embedding, which has none."""
@@ -77,6 +91,13 @@ class Calibration:
             if tensor in linear.weight:
                 return _load_factor(self.folder, linear.weight[0])
         return None
+
+
+def _some_rows(item: Item) -> list[tuple[int, int]]:
+    """Two runs of 16 rows, or all of a small item."""
+    if item.rows <= 32:
+        return [(item.start, item.stop)]
+    return [(start, start + 16) for start in (item.start, item.start + (item.rows - 16) * 2 // 3)]
 
 
 def linears(decoder: Decoder) -> Iterator[Linear]:

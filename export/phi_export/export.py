@@ -52,11 +52,11 @@ def plan(
     width that a format cannot carry.
     """
     options = options or Options()
-    loss = calibration.loss if calibration else weight_error
     planned = []
     for name in formats:
         module = get_format(name)
         module.check(checkpoint.config, options)
+        loss = calibration.losses(module, checkpoint, options) if calibration else weight_error
         if ceiling is None:
             planned.append(plan_int4(name, module, checkpoint, options, loss))
         else:

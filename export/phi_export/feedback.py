@@ -94,6 +94,18 @@ def palette(tables: F32, group: int) -> Level:
     return level
 
 
+def met(x: F32, factor: Factor, level: Level) -> F32:
+    """What x [R, C] has become by the time that each column is rounded: the values that steps have to reach."""
+    seen = np.empty_like(x)
+
+    def watched(column: int, w: F32) -> tuple[np.ndarray, F32]:
+        seen[:, column] = w
+        return level(column, w)
+
+    round_columns(x, factor, watched)
+    return seen
+
+
 def round_columns(x: F32, factor: Factor, level: Level) -> npt.NDArray[np.uint8]:
     """Codes [R, C] of x [R, C]."""
     order, spread = factor.order.tolist(), factor.spread

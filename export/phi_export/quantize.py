@@ -8,7 +8,7 @@ table[code], one float16 table per group of rows (Core ML). GGUF's grids are ggm
 import numpy as np
 import numpy.typing as npt
 
-from phi_export.feedback import Factor, palette, round_columns, uniform
+from phi_export.feedback import Factor, Level, met, palette, round_columns, uniform
 from phi_runtime.checkpoint import Tensor
 from phi_runtime.decoder import F32
 from phi_runtime.errors import CheckpointError
@@ -43,15 +43,26 @@ def finite(tensor: Tensor, start: int = 0, stop: int | None = None) -> F32:
 
 def round_rows(x: F32, bits: int, block: int, factor: Factor | None = None) -> tuple[I8, F16]:
     """Codes [rows, columns] and scales [rows, columns / block] of finite rows, with error feedback given a factor."""
+    codes, scales = _round(x, bits, block)
+    if factor is None:
+        return codes, scales
+    half = 1 << bits - 1
+
+    def level(scales: F16) -> Level:
+        return uniform(scales.astype(np.float32), block, bits, half)
+
+    if bits == 2:  # so coarse a grid has to reach what errors have grown to; finer ones gain nothing by it
+        scales = _round(met(x, factor, level(scales)), bits, block)[1]
+    fed_back = round_columns(x, factor, level(scales)).view(np.int8)
+    return fed_back - np.int8(half - 256 if half == 128 else half), scales
+
+
+def _round(x: F32, bits: int, block: int) -> tuple[I8, F16]:
     rows, columns = x.shape
     codes, scales = np.empty(x.shape, np.int8), np.empty((rows, columns // block), np.float16)
     step = max(1, _CACHED // columns)
     for i in range(0, rows, step):
         codes[i : i + step], scales[i : i + step] = _round_cached(x[i : i + step], bits, block)
-    if factor is not None:
-        half = 1 << bits - 1
-        found = round_columns(x, factor, uniform(scales.astype(np.float32), block, bits, half))
-        codes = found.view(np.int8) - np.int8(half - 256 if half == 128 else half)
     return codes, scales
 
 
@@ -99,14 +110,22 @@ def fit_palettes(x: F32, bits: int, group: int, factor: Factor | None = None) ->
 
     One-dimensional k-means by Lloyd's algorithm on a histogram of each group.
     """
+    codes, tables = _fit_palettes(x, bits, group)
+    if factor is None:
+        return codes, tables
+    # The tables are fitted once more, to what errors have made of the weights by then.
+    reached = met(x, factor, palette(tables.astype(np.float32), group))
+    tables = _fit_palettes(reached, bits, group)[1]
+    return round_columns(x, factor, palette(tables.astype(np.float32), group)), tables
+
+
+def _fit_palettes(x: F32, bits: int, group: int) -> tuple[U8, F16]:
     groups = -(-len(x) // group)
     codes = np.empty(x.shape, np.uint8)
     tables = np.empty((groups, 1 << bits), np.float16)
     for g in range(groups):
         rows = slice(g * group, (g + 1) * group)
         tables[g], codes[rows] = _fit_palette(x[rows], 1 << bits)
-    if factor is not None:
-        codes = round_columns(x, factor, palette(tables.astype(np.float32), group))
     return codes, tables
 
 

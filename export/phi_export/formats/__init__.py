@@ -36,6 +36,10 @@ class Type(Protocol):
     def error(self) -> float:
         """Squared error of rounding normally distributed weights to it, relative to their squares; measured."""
 
+    @property
+    def fed_back(self) -> float:
+        """The same of trained weights as error feedback changes them while it goes on; measured on a small model."""
+
     def nbytes(self, rows: int, columns: int) -> int:
         """Stored bytes of a matrix, scales or tables included."""
 
@@ -140,6 +144,9 @@ class Format(Protocol):
         factor: FactorOf = uncalibrated,
     ) -> None:
         """Write the artifact, a tensor at a time; what `stream` says is there already is not written again."""
+
+    def rounded(self, x: F32, kind: str, options: Options) -> F32:
+        """What a runtime computes with after some rows were stored as a type, without feedback."""
 
     def examine(self, folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
         """Hold what running it does not show to the checkpoint. Raises BundleError."""

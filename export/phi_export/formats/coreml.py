@@ -18,7 +18,7 @@ from phi_export.feedback import Factor
 from phi_export.formats import FactorOf, Item, Options, Plan, Type, choose_profile, items, piece, uncalibrated
 from phi_export.formats.coreml_graph import Matrix, Part, build_model, kv_capacity, rope_rows
 from phi_export.mil import BlobLayout
-from phi_export.quantize import finite, fit_palettes, round_rows
+from phi_export.quantize import dequantize_rows, finite, fit_palettes, round_rows
 from phi_export.stream import PlacedFile, Stream
 from phi_runtime.backends import DEFAULT_CONTEXT
 from phi_runtime.backends.coreml import package_paths
@@ -51,6 +51,7 @@ class Grid:
     bits: int
     block: int
     error: float
+    fed_back: float
 
     @property
     def multiple(self) -> int:
@@ -69,6 +70,7 @@ class Palette:
     name: str
     bits: int
     error: float
+    fed_back: float
     block: int = 1
     multiple: int = 8  # of 3 and 6 bits, eight codes make whole bytes
 
@@ -78,16 +80,16 @@ class Palette:
 
 
 _GRIDS: tuple[Grid, ...] = (
-    Grid("int4-g32", 4, 32, 0.0068),
-    Grid("int4-g64", 4, 64, 0.0083),
-    Grid("int4-g128", 4, 128, 0.0095),
-    Grid("int8-g128", 8, 128, 0.00004),
+    Grid("int4-g32", 4, 32, 0.0068, 0.0080),
+    Grid("int4-g64", 4, 64, 0.0083, 0.0098),
+    Grid("int4-g128", 4, 128, 0.0095, 0.0119),
+    Grid("int8-g128", 8, 128, 0.00004, 0.00005),
 )
 _PALETTES: tuple[Palette, ...] = (
-    Palette("palette2", 2, 0.1177),
-    Palette("palette3", 3, 0.0346),
-    Palette("palette4", 4, 0.0095),
-    Palette("palette6", 6, 0.0007),
+    Palette("palette2", 2, 0.1177, 0.23),
+    Palette("palette3", 3, 0.0346, 0.042),
+    Palette("palette4", 4, 0.0095, 0.0110),
+    Palette("palette6", 6, 0.0007, 0.0009),
 )
 _BY_NAME: dict[str, Grid | Palette] = {t.name: t for t in _GRIDS} | {t.name: t for t in _PALETTES}
 _PROFILE_TYPES = {"gpu": (*(t.name for t in _GRIDS), "palette2", "palette3"), "ane": [t.name for t in _PALETTES]}
@@ -292,6 +294,17 @@ def _rope(decoder: Decoder, length: int) -> dict[str, np.ndarray]:
     if rope_rows(decoder, length) > len(tables[0][0]):
         tables.append(decoder.rope.tables(positions, decoder.rope.original + 1))
     return {name: np.concatenate([t[i] for t in tables]).astype(np.float16) for i, name in enumerate(("cos", "sin"))}
+
+
+def rounded(x: F32, kind: str, options: Options) -> F32:
+    """As Core ML materialises it."""
+    chosen = _BY_NAME[kind]
+    if isinstance(chosen, Grid):
+        return dequantize_rows(*round_rows(x, chosen.bits, chosen.block))
+    group = palette_rows(len(x))
+    codes, tables = fit_palettes(x, chosen.bits, group)
+    values = np.repeat(tables.astype(np.float32), group, axis=0)
+    return np.take_along_axis(values, codes.astype(np.int64), axis=1)
 
 
 def examine(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:

@@ -39,9 +39,10 @@ _ARCHITECTURES = {"phi3": "phi3", "phi": "phi2"}
 
 @dataclass(frozen=True)
 class _Type(GgmlType):
-    """A ggml type, its measured error, and the llama_ftype that a file mostly of it has."""
+    """A ggml type, its measured errors, and the llama_ftype that a file mostly of it has."""
 
     error: float
+    fed_back: float
     file_type: int
 
     @property
@@ -57,13 +58,13 @@ class _Type(GgmlType):
 _TYPES = {
     t.name: t
     for t in (
-        _Type("Q2_K", 10, 256, 84, "q2_K", 0.0880, 10),
-        _Type("Q3_K", 11, 256, 110, "q3_K", 0.0228, 12),
-        _Type("Q4_0", 2, 32, 18, "q4_0", 0.0068, 2),
-        _Type("Q4_K", 12, 256, 144, "q4_K", 0.0053, 15),
-        _Type("Q5_K", 13, 256, 176, "q5_K", 0.0013, 17),
-        _Type("Q6_K", 14, 256, 210, "q6_K", 0.0003, 18),
-        _Type("Q8_0", 8, 32, 34, "q8_0", 0.00003, 7),
+        _Type("Q2_K", 10, 256, 84, "q2_K", 0.0880, 0.107, 10),
+        _Type("Q3_K", 11, 256, 110, "q3_K", 0.0228, 0.0254, 12),
+        _Type("Q4_0", 2, 32, 18, "q4_0", 0.0068, 0.0080, 2),
+        _Type("Q4_K", 12, 256, 144, "q4_K", 0.0053, 0.0063, 15),
+        _Type("Q5_K", 13, 256, 176, "q5_K", 0.0013, 0.0015, 17),
+        _Type("Q6_K", 14, 256, 210, "q6_K", 0.0003, 0.0004, 18),
+        _Type("Q8_0", 8, 32, 34, "q8_0", 0.00003, 0.00003, 7),
     )
 }
 
@@ -192,6 +193,11 @@ def _quantize(rows: F32, kind: GgmlType, factor: Factor | None) -> np.ndarray:
         level = uniform(step, layout.sub, layout.bits, layout.zero, offset)
         put_codes(data, round_columns(rows, factor, level), kind)
     return data
+
+
+def rounded(x: F32, kind: str, options: Options) -> F32:
+    """As llama.cpp dequantises it."""
+    return ggml.dequantize(_quantize(x, _TYPES[kind], None), _TYPES[kind])
 
 
 def examine(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
