@@ -124,11 +124,10 @@ def open_model(path: Path, checkpoint: Checkpoint, window: int, kv: str) -> tupl
         manifest = read_manifest(bundle)
         if manifest.config() != config:
             raise UsageError(f"{bundle}: is not of the architecture of {checkpoint.folder}; give its own checkpoint")
+        if window > manifest.context:
+            raise UsageError(f"{bundle}: has a context of {manifest.context} tokens; give that as --window, or fewer")
         if manifest.format != "gguf":
-            model = phi_runtime.load(bundle)
-            if window > model.context:
-                raise UsageError(f"{bundle}: has a context of {model.context} tokens; give that as --window, or fewer")
-            return manifest.file_bytes(), model.logits
+            return manifest.file_bytes(), phi_runtime.load(bundle).logits
         artifact, size = bundle / manifest.artifact, manifest.file_bytes()
     backend = LlamaCppBackend(artifact, window, cores(), kv)
     if backend.vocab_size != config.vocab_size:

@@ -25,10 +25,11 @@ from phi_bench.quality import Logits, hold, open_model
 from phi_export.calibration import WINDOW, CalibrationText, calibrate
 from phi_export.calibration_text import calibration_windows
 from phi_export.compare import Agreement
-from phi_export.export import export
+from phi_export.export import export, plan
 from phi_export.formats import Options, get_format, items
 from phi_export.plan import Ceiling
 from phi_export.verify import COMPANIONS, describe_source, sample_tokens
+from phi_runtime.backends.llama_cpp import KV_TYPES
 from phi_runtime.backends.reference import Reference
 from phi_runtime.bundle import read_manifest
 from phi_runtime.checkpoint import Checkpoint, open_checkpoint
@@ -56,10 +57,14 @@ class Arms:
     def ours(
         self, group: str, name: str, format: str, ceiling: int | None, calibrated: bool = True, **options: Any
     ) -> None:
-        """A bundle of ours; a `ceiling` is of the artifact alone, as others count."""
+        """A bundle of ours; a `ceiling` is of the artifact, or for Core ML of its weights, as others are counted."""
         out = self.work / f"ours-{name}".replace(" ", "-")
         shutil.rmtree(out, ignore_errors=True)
-        room = None if ceiling is None else Ceiling(ceiling + self.companions)
+        beside = self.companions
+        if format == "coreml":
+            (probe,) = plan(self.checkpoint, (format,), None, Options(**options))
+            beside = probe.overhead
+        room = None if ceiling is None else Ceiling(ceiling + beside)
         began = time.perf_counter()
         text = self.text if calibrated else None
         (made,) = export(
@@ -67,6 +72,8 @@ class Arms:
         )
         seconds = time.perf_counter() - began - made.verify_s
         size = sum(f.bytes for f in made.manifest.files if f.path not in COMPANIONS)
+        if format == "coreml":
+            size = sum(q.bytes for q in made.manifest.quantization.values())
         assert ceiling is None or size <= ceiling, (size, ceiling)
         if format == "gguf":
             logits = open_model(made.folder, self.checkpoint, WINDOW, "f16")[1]
@@ -90,6 +97,9 @@ def llama_cpp(arms: Arms, tools: Path, windows: list[list[int]]) -> Iterator[tup
     export(checkpoint.folder, plain, ("gguf",), tokens=64)
     _unquantised(plain / "gguf" / "model.gguf", base, checkpoint)
     arms.add("gguf", "float32, unquantised", base.stat().st_size, 0, _gguf(base, checkpoint))
+    for kv in KV_TYPES:  # what the cache costs by itself
+        logits = open_model(base, checkpoint, WINDOW, kv)[1]
+        arms.add("kv", f"float32, cache in {kv}", base.stat().st_size, 0, logits)
     tokenizer = Tokenizer(checkpoint.folder)
     said = work / "calibration.txt"
     said.write_text("".join(tokenizer.decode(w) for w in windows), encoding="utf-8")
@@ -264,6 +274,8 @@ def main() -> None:
         windows = calibration_windows(checkpoint, args.calibrate, args.windows, WINDOW)
         for preset, size in llama_cpp(arms, args.llama, windows):
             arms.ours("gguf", f"ours at {preset}'s bytes", "gguf", size)
+        weights = sum(i.weights for i in items(checkpoint.config, Options()))
+        arms.ours("gguf", "ours at 3.77 bits per weight", "gguf", int(3.77 * weights / 8))
         arms.ours("gguf", "ours, plain int4, round to nearest", "gguf", None, calibrated=False)
         arms.ours("gguf", "ours, plain int4, calibrated", "gguf", None)
     if args.builder:
@@ -279,10 +291,10 @@ def main() -> None:
         )
         coremltools_arm(arms, "coremltools int4 block 32, embedding 16 bit", grid, False, "linear")
         size = coremltools_arm(arms, "coremltools int4 block 32", grid, True, "linear")
-        arms.ours("coreml", "ours coreml at its bytes", "coreml", size + 400_000)
+        arms.ours("coreml", "ours coreml at its bytes", "coreml", size)
         table = cto.OpPalettizerConfig(mode="kmeans", nbits=4, granularity="per_grouped_channel", group_size=16)
         size = coremltools_arm(arms, "coremltools palette 4 bits, 16 rows", table, True, "palette")
-        arms.ours("coreml", "ours coreml palettes at its bytes", "coreml", size + 400_000, profile="ane")
+        arms.ours("coreml", "ours coreml palettes at its bytes", "coreml", size, profile="ane")
         arms.ours("coreml", "ours coreml palette4", "coreml", None, profile="ane")
     tokens = sample_tokens(checkpoint, args.text, args.tokens)
     for row, a in zip(arms.rows, hold(arms.models, checkpoint, tokens, WINDOW), strict=True):

@@ -14,7 +14,7 @@ from phi_runtime.errors import BundleError, ContextError, MissingExtraError
 
 _CHUNK = 256  # tokens per llama_decode; bounds the compute buffer
 # Types that the KV cache may have, and ggml's numbers of them.
-KV_TYPES = {"f16": 1, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
+KV_TYPES = {"f16": 1, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "iq4_nl": 20, "q4_0": 2}
 
 
 class LlamaCppBackend:
