@@ -154,8 +154,8 @@ class _Gatherer(Reference):
         """Count activations that enter a matrix."""
         width = xs[0].shape[1]
         moment = self.moments.setdefault(linear.weight[0], np.zeros((width, width), np.float32))
-        for x in xs:
-            moment += x.T @ x
+        together = np.concatenate(xs)  # one product: each costs a pass over the whole moment
+        moment += together.T @ together
 
 
 def _gather(checkpoint: Checkpoint, texts: list[list[int]], folder: Path, progress: Progress) -> None:
@@ -182,7 +182,8 @@ def _gather(checkpoint: Checkpoint, texts: list[list[int]], folder: Path, progre
         (folder / f"after-{n:04d}.npy").unlink(missing_ok=True)
     progress("the head's factor")
     gatherer.lanes = lanes
-    gatherer.see(gatherer.norm([lane.x_TE for lane in lanes], decoder.final_norm), decoder.head)
+    for batch in _batches(lanes):
+        gatherer.see(gatherer.norm([lane.x_TE for lane in batch], decoder.final_norm), decoder.head)
     _save_factor(
         folder,
         decoder.head.weight[0],
