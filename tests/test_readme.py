@@ -80,6 +80,16 @@ def test_its_figures_are_the_kept_reports():
     assert (ROOT / "docs" / "demo.svg").is_file()
 
 
+def test_the_tables_of_quality_are_the_kept_figures():
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        import quality
+    finally:
+        sys.path.pop(0)
+    page = (ROOT / "docs" / "quality.md").read_text()
+    assert page.split(quality.BEGIN)[1].split(quality.END)[0].strip() == quality.figures().strip()
+
+
 def test_its_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

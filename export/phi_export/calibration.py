@@ -1,41 +1,36 @@
 """What a model does on real text, gathered once for all formats and plans.
 
 Two passes, each a layer at a time. The first gathers the second moment of every matrix's inputs and keeps
-what error feedback needs of it; it goes on where it was interrupted. The second measures what an error of each matrix
-costs at the end: a copy of the text's activations goes on from each, and its predictions are compared.
-
-The cache: per input NAME-order.npy and NAME-spread.npy (the factor's triangle, row after row, in float16),
-`sensitivity.json`, `calibration.json`.
+what error feedback needs of it (`kept`); it goes on where it was interrupted. The second measures what an error of each
+matrix costs at the end (`costs`) and writes `costs.json`, with which a calibration is complete.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from phi_export.calibration_text import BUILT_IN, calibration_windows
-from phi_export.compare import Agreement
+from phi_export.costs import NOISE, batches, measure_costs, new_lanes
 from phi_export.feedback import DAMPING, Factor, factorise
-from phi_export.formats import Format, Item, Options, Type, items
+from phi_export.formats import Format, Item, Options, Type
+from phi_export.kept import load_array, load_factor, save_array, save_factor
 from phi_export.quantize import finite
-from phi_export.verify import LARGE
-from phi_runtime.backends.reference import Lane, ReadTensor, Reference
+from phi_runtime.backends.reference import Reference
 from phi_runtime.bundle import CalibratedOn, Source
 from phi_runtime.checkpoint import Checkpoint
-from phi_runtime.config import num_parameters, read_json
+from phi_runtime.config import read_json
 from phi_runtime.decoder import F32, Decoder, Linear
-from phi_runtime.errors import CheckpointError, PhiError
+from phi_runtime.errors import CheckpointError
 from phi_runtime.files import disk_full_named, write_file
 
 WINDOW = 512
-_BATCH = 4096  # tokens taken through a layer at a time; bounds the memory
-_NOISE = 0.02  # relative error under which costs are measured; they grow in proportion to it
-_ROWS = 1 << 23  # weights whose error is drawn at a time
 _VERSION = 1
+_COSTS = "costs.json"
 
 Progress = Callable[[str], None]
 
@@ -89,7 +84,7 @@ class Calibration:
         """Of a matrix's inputs; None for the embedding, which has none."""
         for linear in linears(self.decoder):
             if tensor in linear.weight:
-                return _load_factor(self.folder, linear.weight[0])
+                return load_factor(self.folder, linear.weight[0])
         return None
 
 
@@ -120,7 +115,7 @@ def calibrate(
     said = {
         "version": _VERSION,
         "damping": DAMPING,
-        "noise": _NOISE,
+        "noise": NOISE,
         "source": described.sha256,
         "windows": texts,
     }
@@ -128,11 +123,13 @@ def calibrate(
     folder = (wanted.cache or checkpoint.folder / "calibration") / digest[:16]
     with disk_full_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "sensitivity.json").is_file():
+        if not (folder / _COSTS).is_file():
             _gather(checkpoint, texts, folder, progress)
-            costs = _measure(checkpoint, texts, folder, progress)
-            write_file(folder / "sensitivity.json", json.dumps(costs, indent=1) + "\n")
-    costs = read_json(folder / "sensitivity.json")
+            costs = measure_costs(checkpoint, texts, folder, progress)
+            write_file(folder / _COSTS, json.dumps(costs, indent=1) + "\n")
+            for state in folder.glob("after-*.npy"):
+                state.unlink()
+    costs = read_json(folder / _COSTS)
     if not all(isinstance(v, float) for v in costs.values()):
         raise CheckpointError(f"{folder}: is damaged; delete it and calibrate again")
     name = wanted.text if wanted.text == BUILT_IN else Path(wanted.text).name
@@ -142,9 +139,10 @@ def calibrate(
 class _Gatherer(Reference):
     """Adds up the second moments of what enters each matrix."""
 
-    def __init__(self, decoder: Decoder, read: ReadTensor) -> None:
-        super().__init__(decoder, read, 0)
-        self.moments: dict[str, F32] = {}
+    def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
+        super().__init__(checkpoint.config.decoder(), checkpoint.read, 0)
+        self._name, self._folder = checkpoint.folder, folder
+        self._moments: dict[str, F32] = {}
 
     def linear(self, xs: list[F32], linear: Linear) -> list[F32]:
         self.see(xs, linear)
@@ -153,16 +151,24 @@ class _Gatherer(Reference):
     def see(self, xs: list[F32], linear: Linear) -> None:
         """Count activations that enter a matrix."""
         width = xs[0].shape[1]
-        moment = self.moments.setdefault(linear.weight[0], np.zeros((width, width), np.float32))
+        moment = self._moments.setdefault(linear.weight[0], np.zeros((width, width), np.float32))
         together = np.concatenate(xs)  # one product: each costs a pass over the whole moment
         moment += together.T @ together
 
+    def keep(self, count: int) -> None:
+        """Keep the factors of what `count` tokens were seen of, and forget their moments. Raises CheckpointError."""
+        while self._moments:
+            name, moment = self._moments.popitem()
+            if not np.isfinite(moment).all():
+                raise CheckpointError(f"{self._name}: its activations grow beyond float32 on the calibration text")
+            save_factor(self._folder, name, factorise(moment / np.float32(count)))
+
 
 def _gather(checkpoint: Checkpoint, texts: list[list[int]], folder: Path, progress: Progress) -> None:
+    """Keep the factors of all matrices, and what has become of the texts after the last layer done."""
     decoder = checkpoint.config.decoder()
-    gatherer = _Gatherer(decoder, checkpoint.read)
-    count = np.float32(sum(map(len, texts)))
-    lanes = [Lane(decoder, 0, lambda x: x) for _ in texts]
+    gatherer, lanes = _Gatherer(checkpoint, folder), new_lanes(decoder, len(texts))
+    count = sum(map(len, texts))
     begun, state = _resume(folder, len(texts))
     if state is None:
         gatherer.lanes = lanes
@@ -172,179 +178,22 @@ def _gather(checkpoint: Checkpoint, texts: list[list[int]], folder: Path, progre
             lane.x_TE = x_TE
     for n in range(begun, len(decoder.layers)):
         progress(f"layer {n + 1} of {len(decoder.layers)}: activations")
-        for batch in _batches(lanes):
-            gatherer.lanes = batch
+        for gatherer.lanes in batches(lanes):
             gatherer.layer(n)
         progress(f"layer {n + 1} of {len(decoder.layers)}: factors")
-        for name in list(gatherer.moments):
-            _save_factor(folder, name, factorise(_finite(gatherer.moments.pop(name), checkpoint) / count))
-        _save(folder / f"after-{n + 1:04d}.npy", np.stack([lane.x_TE for lane in lanes]))
+        gatherer.keep(count)
+        save_array(folder / f"after-{n + 1:04d}.npy", np.stack([lane.x_TE for lane in lanes]))
         (folder / f"after-{n:04d}.npy").unlink(missing_ok=True)
     progress("the head's factor")
-    gatherer.lanes = lanes
-    for batch in _batches(lanes):
+    for batch in batches(lanes):
         gatherer.see(gatherer.norm([lane.x_TE for lane in batch], decoder.final_norm), decoder.head)
-    _save_factor(
-        folder,
-        decoder.head.weight[0],
-        factorise(_finite(gatherer.moments.pop(decoder.head.weight[0]), checkpoint) / count),
-    )
-    (folder / f"after-{len(decoder.layers):04d}.npy").unlink(missing_ok=True)
-
-
-def _finite(moment: F32, checkpoint: Checkpoint) -> F32:
-    if not np.isfinite(moment).all():
-        raise CheckpointError(f"{checkpoint.folder}: its activations grow beyond float32 on the calibration text")
-    return moment
+    gatherer.keep(count)
 
 
 def _resume(folder: Path, windows: int) -> tuple[int, np.ndarray | None]:
     """The layers that an interrupted run had done, and the activations after them."""
     for path in sorted(folder.glob("after-*.npy"), reverse=True):
-        state = _load(path)
+        state = load_array(path)
         if state.ndim == 3 and len(state) == windows:
             return int(path.stem.removeprefix("after-")), state
     return 0, None
-
-
-def _batches(lanes: list[Lane]) -> Iterator[list[Lane]]:
-    size = max(1, _BATCH // len(lanes[0].x_TE))
-    for start in range(0, len(lanes), size):
-        yield lanes[start : start + size]
-
-
-class _Spoiler(Reference):
-    """Adds to the outputs of matrices what an error of their weights would."""
-
-    def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
-        super().__init__(checkpoint.config.decoder(), checkpoint.read, 0)
-        self.spoilt: dict[
-            str, list[tuple[Item, list[int]]]
-        ] = {}  # by tensor: items, and the lanes that see their error
-        self._folder, self._tensors = folder, checkpoint.tensors
-
-    def linear(self, xs: list[F32], linear: Linear) -> list[F32]:
-        ys = super().linear(xs, linear)
-        factor = None
-        at = 0
-        for tensor in linear.weight:
-            for item, seen_by in self.spoilt.get(tensor, []):
-                factor = factor or _load_factor(self._folder, linear.weight[0])
-                for start, error in self._errors(item, factor):
-                    rows = slice(at + start, at + start + len(error))
-                    for lane in seen_by:
-                        ys[lane][:, rows] += xs[lane] @ error.T
-            at += self._tensors[tensor].shape[0]
-        return ys
-
-    def _errors(self, item: Item, factor: Factor) -> Iterator[tuple[int, F32]]:
-        random = np.random.default_rng(list(item.name.encode()))
-        step = max(1, _ROWS // item.columns)
-        for start in range(item.start, item.stop, step):
-            weights = self._read(item.tensor, start, min(item.stop, start + step))
-            yield start, factor.noise(len(weights), _NOISE, weights, random)
-
-
-def _measure(checkpoint: Checkpoint, texts: list[list[int]], folder: Path, progress: Progress) -> dict[str, float]:
-    """Cost of each item: the KL divergence that its error brings, per unit of relative error."""
-    decoder = checkpoint.config.decoder()
-    large = num_parameters(checkpoint.config) >= LARGE
-    shown = [text[: 128 if large else WINDOW] for text in texts[:: max(1, len(texts) // 4)][: 1 if large else 4]]
-    W = len(shown)
-    found = [i for i in items(checkpoint.config, Options(split_qkv=True)) if i.role != "vector"]
-    spoiler = _Spoiler(checkpoint, folder)
-
-    def lanes_from(base: list[Lane]) -> list[Lane]:
-        copies = [Lane(decoder, 0, lambda x: x) for _ in base]
-        for copy, lane in zip(copies, base, strict=True):
-            copy.x_TE = lane.x_TE
-        return copies
-
-    base = spoiler.lanes = [Lane(decoder, 0, lambda x: x) for _ in shown]
-    spoiler.embed(shown)
-    spoilt: dict[str, list[Lane]] = {}
-    for item in found:
-        if item.role == "embedding":
-            spoilt[item.name] = lanes_from(base)
-            random = np.random.default_rng(0)
-            for lane, text in zip(spoilt[item.name], shown, strict=True):
-                rows, which = np.unique(text, return_inverse=True)
-                error = random.standard_normal((len(rows), item.columns), dtype=np.float32)
-                size = np.sqrt(_NOISE * np.square(lane.x_TE).mean(axis=1, keepdims=True))
-                lane.x_TE = lane.x_TE + error[which] * size
-    for n, layer in enumerate(decoder.layers):
-        progress(f"layer {n + 1} of {len(decoder.layers)}: what an error costs")
-        mine = [i for i in found if any(i.tensor in linear.weight for linear in layer.linears())]
-        spoiler.lanes = [*base]
-        spoiler.spoilt = {}
-        for item in mine:
-            seen_by = list(range(len(spoiler.lanes), len(spoiler.lanes) + W))
-            spoiler.spoilt.setdefault(item.tensor, []).append((item, seen_by))
-            new = lanes_from(base)
-            spoiler.lanes += new
-        fresh = spoiler.lanes
-        for batch in _batches([lane for lanes in spoilt.values() for lane in lanes]) if spoilt else ():
-            spoiler.spoilt, kept = {}, spoiler.spoilt
-            spoiler.lanes = batch
-            spoiler.layer(n)
-            spoiler.spoilt = kept
-        spoiler.lanes = fresh
-        spoiler.layer(n)
-        for k, item in enumerate(mine):
-            spoilt[item.name] = fresh[W * (k + 1) : W * (k + 2)]
-    progress("what the errors cost at the end")
-    spoiler.spoilt = {}
-    spoiler.lanes = base
-    exact = spoiler.logits([lane.x_TE for lane in base])
-    costs = {}
-    for item in found:
-        if item.tensor in decoder.head.weight:
-            spoiler.spoilt = {item.tensor: [(item, list(range(W)))]}
-            spoilt.setdefault(item.name, base)
-        spoiler.lanes = spoilt[item.name]
-        outcome = Agreement()
-        logits = spoiler.logits([lane.x_TE for lane in spoiler.lanes])
-        for text, p, q in zip(shown, exact, logits, strict=True):
-            outcome.add(p, q, text[1:])
-        costs[item.name] = outcome.kld_mean / _NOISE
-        spoiler.spoilt = {}
-    return costs
-
-
-def _save_factor(folder: Path, name: str, factor: Factor) -> None:
-    n = len(factor.order)
-    triangle = np.empty(n * (n + 1) // 2, np.float16)
-    at = 0
-    for j in range(n):
-        triangle[at : at + n - j] = factor.spread[j, j:]
-        at += n - j
-    _save(folder / f"{name}-spread.npy", triangle)
-    _save(folder / f"{name}-order.npy", factor.order)
-
-
-@lru_cache(maxsize=1)  # parts of a matrix share it, and two of the widest are much memory
-def _load_factor(folder: Path, name: str) -> Factor:
-    order, triangle = _load(folder / f"{name}-order.npy"), _load(folder / f"{name}-spread.npy")
-    n = len(order)
-    if triangle.shape != (n * (n + 1) // 2,) or not np.array_equal(np.sort(order), np.arange(n)):
-        raise CheckpointError(f"{folder}: {name} is damaged; delete the folder and calibrate again")
-    spread = np.zeros((n, n), np.float32)
-    at = 0
-    for j in range(n):
-        spread[j, j:] = triangle[at : at + n - j]
-        at += n - j
-    return Factor(order, spread)
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as f:
-        np.save(f, array, allow_pickle=False)
-    partial.replace(path)
-
-
-def _load(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)  # type: ignore[no-any-return]
-    except (OSError, ValueError, EOFError):
-        raise PhiError(f"{path}: is damaged; delete its folder and calibrate again") from None

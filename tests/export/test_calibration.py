@@ -96,7 +96,7 @@ def test_an_interrupted_calibration_goes_on(checkpoint, wanted, calibration, tmp
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert state, "it ended before it could be killed"
-    assert not list(tmp_path.glob("*/sensitivity.json"))
+    assert not list(tmp_path.glob("*/costs.json"))
     first = next(tmp_path.glob("*/*layers.0*-spread.npy"))
     written = first.stat().st_mtime_ns
     done = run(*command[:1], *command[1:])
@@ -117,7 +117,7 @@ def test_damage_to_the_cache_is_named(checkpoint, wanted, calibration, tmp_path)
     done = run(*export_, *options)
     assert done.returncode == 2, done.stderr
     assert spread.name in done.stderr and "delete" in done.stderr
-    (copy / calibration.folder.name / "sensitivity.json").write_text('{"a": "b"}')
+    (copy / calibration.folder.name / "costs.json").write_text('{"a": "b"}')
     done = run(*export_, *options)
     assert done.returncode == 2
     assert "delete" in done.stderr
