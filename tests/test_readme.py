@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 from support import ROOT, SCRIPTS, TINY
@@ -28,6 +29,15 @@ def desk(checkpoint, tmp_path_factory):
     shutil.copytree(checkpoint, folder / "my-phi", ignore=shutil.ignore_patterns("training"))
     shutil.copy(checkpoint / "training" / "shards" / "heldout.txt", folder)
     return folder
+
+
+def tool(name):
+    """A module of tools/, which is no package."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        return import_module(name)
+    finally:
+        sys.path.pop(0)
 
 
 def test_its_commands_run_as_written(desk, corpus):
@@ -70,22 +80,14 @@ def test_its_tree_is_the_real_one():
 
 
 def test_its_figures_are_the_kept_reports():
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        import readme
-    finally:
-        sys.path.pop(0)
+    readme = tool("readme")
     body = README.split(readme.BEGIN)[1].split(readme.END)[0]
     assert body.strip() == readme.figures(readme.load(readme.KEPT)).strip()
     assert (ROOT / "docs" / "demo.svg").is_file()
 
 
 def test_the_tables_of_quality_are_the_kept_figures():
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        import quality
-    finally:
-        sys.path.pop(0)
+    quality = tool("quality")
     page = (ROOT / "docs" / "quality.md").read_text()
     assert page.split(quality.BEGIN)[1].split(quality.END)[0].strip() == quality.figures().strip()
 

@@ -52,7 +52,7 @@ def _export(argv: list[str]) -> None:
         metavar="TEXT",
         help="steer the rounding by what the model does on a text: a file, a folder, or `built-in`",
     )
-    p.add_argument("--windows", type=positive, metavar="N", help="windows of 512 tokens to calibrate on (default: 32)")
+    p.add_argument("--windows", type=positive, metavar="N", help="how many windows of 512 tokens to calibrate on")
     p.add_argument("--cache", type=Path, metavar="DIR", help="where calibrations are kept (default: CKPT/calibration)")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for the bundles: DIR/gguf, DIR/onnx, DIR/coreml")
     p.add_argument("--format", default=",".join(FORMATS), help="formats, comma-separated (default %(default)s)")

@@ -9,8 +9,13 @@ import transformers
 from support import run
 
 import phi_runtime
-from phi_export.formats import get_format
-from phi_export.verify import verify
+from phi_export.calibration import WINDOW, CalibrationText, calibrate, linears
+from phi_export.calibration_text import calibration_windows
+from phi_export.compare import Agreement
+from phi_export.costs import NOISE, _Spoiler
+from phi_export.formats import Options, get_format, items
+from phi_export.kept import load_factor
+from phi_export.verify import describe_source, verify
 from phi_runtime.backends.reference import Reference
 from phi_runtime.bundle import read_manifest
 from phi_runtime.checkpoint import open_checkpoint
@@ -194,6 +199,39 @@ def test_phi_3_small(tokenizer, tmp_path):
     done = run("phi-export", "--int4", folder, "--out", tmp_path / "no")
     assert done.returncode == 2
     assert "llama.cpp has no architecture for model_type 'phi3small'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["medium: grouped queries", "4-mini: partial rotary, tied, grouped", "phi-2: heads of 80", "TinyStories"]
+)
+def test_calibration_finds_every_matrix(name, tokenizer, tmp_path):
+    """What an error of a matrix is said to cost is what it costs when the weights themselves have it."""
+    raw = SYSTEMS[name]
+    make(tmp_path / "ckpt", raw, tokenizer)
+    checkpoint = open_checkpoint(tmp_path / "ckpt")
+    wanted = CalibrationText(windows=4)
+    calibration = calibrate(checkpoint, describe_source(checkpoint), wanted)
+    decoder, spoiler = checkpoint.config.decoder(), _Spoiler(checkpoint, calibration.folder)
+    texts = calibration_windows(checkpoint, wanted.text, 4, min(WINDOW, raw["max_position_embeddings"]))
+    matrices = {name: linear.weight[0] for linear in linears(decoder) for name in linear.weight}
+    for item in items(checkpoint.config, Options(split_qkv=True)):
+        if item.role in ("vector", "embedding"):
+            continue
+        erring = checkpoint.read(item.tensor).copy()
+        for start, error in spoiler._errors(item, load_factor(calibration.folder, matrices[item.tensor])):
+            erring[start : start + len(error)] += error
+
+        def read(name, start=0, stop=None, item=item, erring=erring):
+            return erring[start:stop] if name == item.tensor else checkpoint.read(name, start, stop)
+
+        found = Agreement()
+        for text in texts:
+            exact, spoilt = (Reference(decoder, r, 0).forward(text, True)[0] for r in (checkpoint.read, read))
+            found.add(exact, spoilt, text[1:])
+        assert calibration.costs[item.name] * NOISE == pytest.approx(found.kld_mean, rel=0.01), item.name
+    done = run("phi-export", "--int4", tmp_path / "ckpt", "--out", tmp_path / "out", "--format", "onnx,coreml",
+               "--calibrate", "built-in", "--windows", 4)  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_format_that_cannot_carry_a_model_says_so_first(tokenizer, tmp_path):
