@@ -88,7 +88,7 @@ class Arms:
         return lambda tokens: Reference(decoder, lambda n, a=0, b=None: tensors[n][a:b], 0).forward(tokens, True)[0]
 
 
-def llama_cpp(arms: Arms, tools: Path, windows: list[list[int]]) -> Iterator[tuple[str, int]]:
+def llama_cpp(arms: Arms, tools: Path, windows: list[list[int]], presets: list[str]) -> Iterator[tuple[str, int]]:
     """llama.cpp's presets with its own importance matrix from the same text; (name, bytes) of each."""
     checkpoint, work = arms.checkpoint, arms.work
     base = work / "base.gguf"
@@ -107,7 +107,7 @@ def llama_cpp(arms: Arms, tools: Path, windows: list[list[int]]) -> Iterator[tup
     began = time.perf_counter()
     _tool(tools / "llama-imatrix", "-m", base, "-f", said, "-o", matrix, "-c", WINDOW, "-t", 2)
     gathered = time.perf_counter() - began
-    for preset in PRESETS:
+    for preset in presets:
         out = work / f"{preset}.gguf"
         began = time.perf_counter()
         _tool(tools / "llama-quantize", "--imatrix", matrix, base, out, preset, 2)
@@ -260,6 +260,7 @@ def main() -> None:
     p.add_argument("--work", type=Path, required=True)
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--llama", type=Path)
+    p.add_argument("--presets", default=",".join(PRESETS), help="of llama.cpp (default: %(default)s)")
     p.add_argument("--builder")
     p.add_argument("--coreml", action="store_true")
     args = p.parse_args()
@@ -272,7 +273,7 @@ def main() -> None:
     arms = Arms(checkpoint, args.work, text)
     if args.llama:
         windows = calibration_windows(checkpoint, args.calibrate, args.windows, WINDOW)
-        for preset, size in llama_cpp(arms, args.llama, windows):
+        for preset, size in llama_cpp(arms, args.llama, windows, args.presets.split(",")):
             arms.ours("gguf", f"ours at {preset}'s bytes", "gguf", size)
         weights = sum(i.weights for i in items(checkpoint.config, Options()))
         arms.ours("gguf", "ours at 3.77 bits per weight", "gguf", int(3.77 * weights / 8))
