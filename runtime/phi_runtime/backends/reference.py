@@ -135,15 +135,14 @@ class Reference:
 
     def linear(self, xs: list[F32], linear: Linear) -> list[F32]:
         """Each lane's activations times a matrix; to be extended by who wants to see what enters a matrix."""
-        rounded = [lane.round(x) for lane, x in zip(self.lanes, xs, strict=True)]
-        parts: list[list[F32]] = [[] for _ in xs]
+        rounded = np.concatenate([lane.round(x) for lane, x in zip(self.lanes, xs, strict=True)])
+        parts: list[F32] = []
         for name in linear.weight:
-            start, step = 0, max(1, _CHUNK // xs[0].shape[-1])
+            start, step = 0, max(1, _CHUNK // rounded.shape[-1])
             while len(weight := self._read(name, start, start + step)):
-                for part, x in zip(parts, rounded, strict=True):
-                    part.append(x @ weight.T)
+                parts.append(rounded @ weight.T)
                 start += step
-        out = [np.concatenate(part, axis=-1) for part in parts]
+        out = np.split(np.concatenate(parts, axis=-1), np.cumsum([len(x) for x in xs])[:-1])
         if linear.bias:
             bias = np.concatenate([self._read(name) for name in linear.bias])
             out = [y + bias for y in out]
