@@ -37,7 +37,7 @@ def _main(argv: list[str]) -> None:
     q.add_argument("--text", type=Path, metavar="FILE", required=True, help="the text, which calibration has not seen")
     q.add_argument("--tokens", type=positive, default=16384, metavar="N", help="tokens of it (default %(default)s)")
     q.add_argument(
-        "--window", type=positive, default=512, metavar="N", help="tokens read from an empty context (default 512)"
+        "--window", type=positive, metavar="N", help="tokens read from an empty context (default: 512 or fewer)"
     )
     q.add_argument("--skip", type=int, default=0, metavar="N", help="positions of each window not counted (default 0)")
     q.add_argument("--kv", default="f16", metavar="TYPE", help="type of llama.cpp's cache: f16, q8_0, q4_0 and others")

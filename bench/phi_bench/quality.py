@@ -56,19 +56,22 @@ def quality(
     against: Path,
     text: Path,
     tokens: int,
-    window: int = WINDOW,
+    window: int | None = None,
     skip: int = 0,
     kv: str = "f16",
     progress: Progress = lambda _: None,
 ) -> list[Quality]:
-    """Measure bundles and GGUF files over the first `tokens` of a text, in windows that are read from an empty context;
-    the first `skip` positions of each are read and not counted. `kv` is the type of llama.cpp's cache.
+    """Measure bundles and GGUF files over the first `tokens` of a text, in windows that are read from an empty context
+    (of 512 tokens, or what all bundles carry); the first `skip` positions of each are read and not counted. `kv` is the
+    type of llama.cpp's cache.
 
     Raises NotFoundError, CheckpointError, BundleError, and UsageError for what is not of the checkpoint's architecture.
     """
     checkpoint = open_checkpoint(against)
     if kv not in KV_TYPES:
         raise UsageError(f"--kv {kv!r} is none of {', '.join(KV_TYPES)}")
+    if window is None:
+        window = min([WINDOW, *(read_manifest(find_bundle(p)).context for p in subjects if p.suffix != ".gguf")])
     if not 0 <= skip < window - 1:
         raise UsageError(f"--skip {skip} leaves nothing of a window of {window} tokens")
     opened = [open_model(path, checkpoint, window, kv) for path in subjects]
