@@ -12,30 +12,43 @@ from phi_runtime.errors import PhiError
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
-    """Run a command: a PhiError becomes one line and its exit code, Ctrl-C and SIGTERM clean up."""
-    signal.signal(signal.SIGTERM, _terminate)
+    """Run a command: a PhiError becomes one line and its exit code, Ctrl-C and SIGTERM clean up.
+
+    After a signal the exit code is the signal's, whatever error a library made of the exception that it raised.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> NoReturn:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, receive)
     try:
         main(sys.argv[1:])
-    except PhiError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(e.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written was left behind", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)
-    except MemoryError:
-        print("error: not enough memory for this; close other programs or use a smaller model", file=sys.stderr)
-        sys.exit(2)
-    except OSError as e:
-        print(f"error: {e.filename or 'the system'}: {e.strerror or e}", file=sys.stderr)
-        sys.exit(2)
+    except (Exception, KeyboardInterrupt) as e:
+        _leave(e, received[0] if received else 0)
     sys.exit(0)
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
+def _leave(e: BaseException, signalled: int) -> NoReturn:
+    """Say in one line why the command ends, and end it; an error of our own making stays a traceback."""
+    if signalled:
+        print("interrupted; nothing half-written was left behind", file=sys.stderr)
+        sys.exit(128 + signalled)
+    if isinstance(e, BrokenPipeError):
+        sys.stderr.close()
+        sys.exit(141)
+    if isinstance(e, PhiError):
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
+    if isinstance(e, MemoryError):
+        print("error: not enough memory for this; close other programs or use a smaller model", file=sys.stderr)
+        sys.exit(2)
+    if isinstance(e, OSError):
+        print(f"error: {e.filename or 'the system'}: {e.strerror or e}", file=sys.stderr)
+        sys.exit(2)
+    raise e
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:

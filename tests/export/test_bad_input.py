@@ -329,7 +329,7 @@ def test_interrupted_at_any_moment(number, delay, copy, tmp_path):
     if out.exists():  # it was done before the signal came
         assert sorted(os.listdir(out)) == ["coreml", "gguf", "onnx"]
     else:
-        assert process.returncode == (130 if number == signal.SIGINT else 143)
+        assert process.returncode == (130 if number == signal.SIGINT else 143), errors
         # What was written stays hidden, for the next run to go on from.
         assert all(p.name.startswith(".bundles.unfinished-") for p in left)
         assert export(copy, out).returncode == 0
