@@ -7,14 +7,13 @@ and norms of each layer by gradient against the layer of the checkpoint, is not 
 is held to what it costs.
 """
 
-import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from quality import parser
 from torch import nn
 
 from phi_bench.quality import hold
@@ -107,14 +106,7 @@ def tuned(checkpoint: Checkpoint, start: Weights, texts: list[list[int]]) -> Wei
 
 def main() -> None:
     """Make all arms, then hold them to the checkpoint."""
-    p = argparse.ArgumentParser()
-    p.add_argument("checkpoint", type=Path)
-    p.add_argument("--calibrate", required=True)
-    p.add_argument("--windows", type=int, default=64)
-    p.add_argument("--text", type=Path, required=True)
-    p.add_argument("--tokens", type=int, default=16384)
-    p.add_argument("--out", type=Path, required=True)
-    args = p.parse_args()
+    args = parser().parse_args()
     checkpoint = open_checkpoint(args.checkpoint)
     began = time.perf_counter()
     calibration = calibrate(checkpoint, describe_source(checkpoint), CalibrationText(args.calibrate, args.windows))

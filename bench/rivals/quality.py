@@ -249,16 +249,22 @@ def coremltools_arm(arms: Arms, name: str, config: Any, embedding: bool, kind: s
     return size
 
 
-def main() -> None:
-    """Make all models, then hold them to the checkpoint."""
+def parser() -> argparse.ArgumentParser:
+    """What every comparison of this kind takes."""
     p = argparse.ArgumentParser()
     p.add_argument("checkpoint", type=Path)
     p.add_argument("--calibrate", required=True)
     p.add_argument("--windows", type=int, default=64)
     p.add_argument("--text", type=Path, required=True)
     p.add_argument("--tokens", type=int, default=16384)
-    p.add_argument("--work", type=Path, required=True)
     p.add_argument("--out", type=Path, required=True)
+    return p
+
+
+def main() -> None:
+    """Make all models, then hold them to the checkpoint."""
+    p = parser()
+    p.add_argument("--work", type=Path, required=True)
     p.add_argument("--llama", type=Path)
     p.add_argument("--presets", default=",".join(PRESETS), help="of llama.cpp (default: %(default)s)")
     p.add_argument("--builder")

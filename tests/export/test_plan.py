@@ -12,7 +12,7 @@ from support import run
 from phi_export.cli import parse_size
 from phi_export.export import plan
 from phi_export.formats import Options, get_format
-from phi_export.plan import Ceiling, _allocate, _undominated, plan_memory
+from phi_export.plan import Ceiling, _allocate, _allocate_in_time, _undominated, plan_memory
 from phi_export.speed import Speeds, load_speeds
 from phi_runtime.checkpoint import Checkpoint, Tensor
 from phi_runtime.errors import UsageError
@@ -51,6 +51,52 @@ def test_the_solver_finds_what_trying_all_finds():
             if sum(o[1] for o in combination) <= room
         )
         assert sum(by_name[n][2] for n in chosen) <= best + 0.02, trial
+
+
+def test_within_a_time_the_solver_comes_near_what_trying_all_finds():
+    rng = np.random.default_rng(1)
+    for trial in range(20):
+        choices = [
+            [(f"{i}{n}", int(s), float(x)) for n, (s, x) in enumerate(zip(sizes, losses, strict=True))]
+            for i in range(5)
+            for sizes, losses in [(np.sort(rng.integers(1000, 90_000, 4))[::-1], np.sort(rng.random(4)))]
+        ]
+        times = [{name: float(rng.random()) for name, _, _ in c} for c in choices]
+        facts = {name: (size, loss, t[name]) for c, t in zip(choices, times, strict=True) for name, size, loss in c}
+        room = sum(c[1][1] for c in choices)
+        ways = [
+            np.sum([facts[name] for name, _, _ in combination], axis=0) for combination in itertools.product(*choices)
+        ]
+        quickest = min(time for size, _, time in ways if size <= room)
+        with pytest.raises(UsageError, match="fastest mix in that memory"):
+            _allocate_in_time(choices, times, room, 0.9 * quickest)
+        limit = 1.5 * quickest
+        size, loss, time = np.sum([facts[n] for n in _allocate_in_time(choices, times, room, limit)], axis=0)
+        assert size <= room and time <= limit
+        # A price for time finds the lower hull only, so it may miss what lies between two of its corners.
+        best = min(loss for size, loss, time in ways if size <= room and time <= limit)
+        assert loss <= best + 0.5, trial
+
+
+def test_a_least_speed_costs_quality_and_is_kept(tmp_path):
+    checkpoint, options = headers("phi3-mini-4k", tmp_path), Options()
+    module, speeds = get_format("gguf"), load_speeds("llama.cpp")
+
+    def planned(least):
+        found = plan_memory("gguf", module, checkpoint, options, Ceiling(2_000_000_000, min_speed=least), speeds)
+        seconds = sum(
+            speeds.nanoseconds[found.plan[i.name].type] * i.weights * i.uses / 1e9
+            for i in found.items
+            if i.role != "vector"
+        )
+        return 1 / seconds, sum(found.losses.values())
+
+    free, loss = planned(1e-3)
+    rate, slower_loss = planned(1.15 * free)
+    assert rate >= 1.15 * free
+    assert slower_loss > loss
+    with pytest.raises(UsageError, match="fastest mix in that memory"):
+        planned(100 * free)
 
 
 @pytest.mark.parametrize("ceiling", [1_800_000_000, int(1.8 * 2**30)])
