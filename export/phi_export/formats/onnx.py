@@ -34,7 +34,6 @@ DATA = "model.onnx.data"
 PROFILES = ("fp32", "fp16")
 ENGINE = "onnxruntime"
 ROUNDING_MARGIN = 2
-rounding = round_int8
 
 _ALIGN = 64
 
@@ -93,6 +92,11 @@ def types(options: Options) -> dict[str, Type]:
 def _grids(options: Options) -> dict[str, Grid]:
     width = vector_bytes(options)
     return {f"int{b}-g{g}": Grid(f"int{b}-g{g}", b, g, width, *errors) for (b, g), errors in _ERRORS.items()}
+
+
+def rounding(x: F32) -> F32:
+    """onnxruntime rounds activations in blocks as wide as the weights' own; the widest that rows of these columns have."""
+    return round_int8(x, next(g for g in (256, 128, 64, 32, 16) if x.shape[-1] % g == 0 or g == 16))
 
 
 def default(item: Item, options: Options) -> str:
