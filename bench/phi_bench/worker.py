@@ -44,8 +44,9 @@ def measure(bundle: str, backend_name: str, prompt_tokens: int, decode_tokens: i
     decode_tokens = min(decode_tokens, backend.context // 2)
     prompt_tokens = min(prompt_tokens, backend.context - decode_tokens)
     prompt = np.random.default_rng(0).integers(3, backend.vocab_size, prompt_tokens).tolist()
-    list(engine.stream(prompt[:8], 4, Sampling()))
-    steps = list(engine.stream(prompt, decode_tokens, Sampling()))
+    list(engine.stream(prompt[:8], 4, Sampling(), speculate=False))
+    engine.forget()
+    steps = list(engine.stream(prompt, decode_tokens, Sampling(), speculate=False))
     return Speed(
         backend=backend.name,
         prompt_tokens=prompt_tokens,

@@ -1,13 +1,13 @@
 """`phi-export`."""
 
 import argparse
-import re
 from pathlib import Path
 from typing import NoReturn
 
 from phi_runtime.bundle import FORMATS
 from phi_runtime.cli import parser, positive, run
 from phi_runtime.errors import UsageError, VerificationError, missing_extra
+from phi_runtime.memory import parse_size
 
 PREFERENCES = ("quality", "speed")
 
@@ -126,17 +126,6 @@ def _speed(text: str) -> float:
     if not 0 < value < 1e6:
         raise ValueError
     return value
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size with its unit: MB and GB are powers of ten, MiB and GiB powers of two. Raises UsageError."""
-    units = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    if found is None or found[2] not in units or not 0 < float(found[1]) < 1e9:
-        raise UsageError(
-            f"--memory {text!r}: give a number and its unit, {', '.join(units)}; for example 1.8GB or 1.8GiB"
-        )
-    return int(float(found[1]) * units[found[2]])
 
 
 def _verify(argv: list[str]) -> None:

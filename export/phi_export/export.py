@@ -19,6 +19,7 @@ from phi_export.verify import COMPANIONS, describe_source, sample_tokens, verify
 from phi_runtime import __version__
 from phi_runtime.backends import cores
 from phi_runtime.bundle import MANIFEST, Manifest, Parity, Source, list_files, read_manifest, write_manifest
+from phi_runtime.chat import chat_name
 from phi_runtime.checkpoint import Checkpoint, open_checkpoint, stop_tokens
 from phi_runtime.errors import CheckpointError, MissingExtraError, OutputExistsError, PhiError
 from phi_runtime.files import replace_folder, resumable_folder
@@ -168,7 +169,7 @@ class _Job:
             context=planned.context,
             window=self.source.config.sliding_window,
             stop_tokens=self.stops,
-            chat=None,
+            chat=chat_name(self.source.folder),
             quantization=planned.plan,
             files=list_files(folder),
             options=asdict(planned.options),

@@ -15,10 +15,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from phi_runtime.backends import open_backend
+from phi_runtime.backends import open_backend, own_tokenizer
 from phi_runtime.bundle import read_manifest
 from phi_runtime.decoder import F32
 from phi_runtime.errors import BundleError, PhiError
+from phi_runtime.package import open_bundle
 
 _HEAD = struct.Struct("<QQ")  # rows and columns of what follows; no rows: a message of so many bytes
 
@@ -83,15 +84,15 @@ def _serve(bundle: Path) -> None:
             if backend is None or (tokens and wanted != context):
                 if backend is not None:
                     backend.close()
-                backend, context = open_backend(bundle, manifest, None, wanted, None), wanted
+                backend, context = open_backend(open_bundle(bundle, manifest), None, wanted, None), wanted
             if tokens:
                 backend.rewind(0)
                 cut = len(tokens) - request["singly"]
                 rows = [backend.forward(tokens[:cut], every=True)]
                 rows += [backend.forward([token], every=True) for token in tokens[cut:]]
                 answer = np.concatenate(rows).astype(np.float32)
-            elif hasattr(backend, "tokenize"):
-                answer = np.array([[0, *backend.tokenize(request["text"])]], np.float32)
+            elif (own := own_tokenizer(backend)) is not None:
+                answer = np.array([[0, *own.encode(request["text"])]], np.float32)
             else:
                 answer = np.zeros((0, 0), np.float32)
         except PhiError as e:

@@ -23,6 +23,7 @@ from phi_runtime.engine import Backend
 from phi_runtime.errors import PhiError
 from phi_runtime.files import write_file
 from phi_runtime.machine import machine
+from phi_runtime.package import open_bundle
 from phi_train.init import init
 from phi_train.published import phi3_mini_4k
 
@@ -91,7 +92,7 @@ def _measure(
             files=(),
             options=asdict(options),
         )
-        backends[kind] = open_backend(bundle, manifest, None, _CONTEXT, threads)
+        backends[kind] = open_backend(open_bundle(bundle, manifest), None, _CONTEXT, threads)
     taken: dict[str, list[float]] = {kind: [] for kind in backends}
     for r in range(_ROUNDS):
         progress(f"{module.ENGINE}: round {r + 1} of {_ROUNDS}")

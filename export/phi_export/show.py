@@ -158,6 +158,8 @@ def exported(bundles: list[Exported]) -> None:
     tokens = bundles[0].parity.tokens
     if bundles[0].manifest.source.random:
         _out.print("the checkpoint's weights are random: sizes and speeds are real, quality means nothing")
+    if bundles[0].manifest.chat is None:
+        _out.print("its chat template is none that phi_runtime knows: chat() wants to be told the format there")
     _out.print(f"verified over {tokens} tokens of the built-in sample; `phi-export verify --text FILE` takes more")
 
 

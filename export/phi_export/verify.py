@@ -28,6 +28,7 @@ from phi_export.isolated import Artifact
 from phi_runtime.backends import cores
 from phi_runtime.backends.reference import Lane, ReadTensor, Reference
 from phi_runtime.bundle import Manifest, Parity, Source, check_files, find_bundle, read_manifest
+from phi_runtime.chat import chat_name
 from phi_runtime.checkpoint import Checkpoint, stop_tokens
 from phi_runtime.config import num_parameters, read_json
 from phi_runtime.decoder import F32, Decoder
@@ -193,7 +194,7 @@ def _wrong_claim(bundle: Path, manifest: Manifest, checkpoint: Checkpoint, writt
         "context": (manifest.context, context),
         "window": (manifest.window, checkpoint.config.sliding_window),
         "types of tensors": (manifest.quantization, plan),
-        "chat format": (manifest.chat, None),
+        "chat format": (manifest.chat, chat_name(checkpoint.folder)),
     }
     if not written_now:
         source = describe_source(checkpoint)

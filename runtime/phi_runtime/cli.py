@@ -1,14 +1,19 @@
 """The commands' common frame, and `phi-run`."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from phi_runtime import __version__
-from phi_runtime.errors import PhiError
+from phi_runtime.backends.llama_cpp import KV_TYPES
+from phi_runtime.engine import POLICIES, Step
+from phi_runtime.errors import PhiError, missing_extra
+from phi_runtime.memory import DEVICES
+from phi_runtime.model import Options, Phi, load
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
@@ -72,40 +77,114 @@ def main() -> NoReturn:
 
 
 def _main(argv: list[str]) -> None:
-    p = parser("phi-run", "Run a Phi bundle.")
+    p = parser("phi-run", "Run a Phi: a bundle, a GGUF file, an onnxruntime-genai folder.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
     g = commands.add_parser("generate", help="continue a prompt")
-    g.add_argument("bundle", metavar="BUNDLE", help="folder of a bundle that phi-export wrote")
+    _model(g)
     g.add_argument("--prompt", required=True, help="the text to continue")
-    g.add_argument(
-        "--max-tokens", type=positive, default=256, metavar="N", help="at most N tokens (default %(default)s)"
-    )
-    g.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    g.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens (default 0: all)")
-    g.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this share (default 1)")
-    g.add_argument("--seed", type=int, default=0, help="seed of the draw (default 0)")
-    g.add_argument("--backend", help="engine to use (default: the first of the format)")
-    g.add_argument("--threads", type=positive, help="threads (default: one per core)")
+    _sampling(g, max_tokens=256, temperature=0.0)
+    g.add_argument("--policy", default="reject", choices=POLICIES, help="where the context is too small (%(default)s)")
     g.add_argument("--quiet", action="store_true", help="no timings after the text")
+
+    c = commands.add_parser("chat", help="talk to a model in the terminal")
+    _model(c)
+    c.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    _sampling(c, max_tokens=1024, temperature=0.0)
+
+    q = commands.add_parser("plan", help="how much memory a model will take")
+    q.add_argument("path", metavar="MODEL", help="a bundle, a GGUF file or an onnxruntime-genai folder")
+    q.add_argument("--device", help="a named device instead of this machine: " + ", ".join(DEVICES))
+    _memory(q)
+
+    s = commands.add_parser("serve", help="answer the OpenAI API over HTTP, with a chat page at /")
+    _model(s)
+    s.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s); others need --token")
+    s.add_argument("--port", type=int, default=8080, help="port (%(default)s; 0 takes a free one)")
+    s.add_argument("--token", help="what clients must send as their API key (default: PHI_RUN_TOKEN, if set)")
+    s.add_argument("--queue", type=positive, default=16, help="requests that may wait, others get 503 (%(default)s)")
+    s.add_argument("--timeout", type=positive, default=600, metavar="S", help="seconds per answer (%(default)s)")
+
     args = p.parse_args(argv)
-    _generate(args)
+    {"generate": _generate, "chat": _chat, "plan": _plan, "serve": _serve}[args.command](args)
+
+
+def _model(p: argparse.ArgumentParser) -> None:
+    p.add_argument("path", metavar="MODEL", help="a bundle, a GGUF file or an onnxruntime-genai folder")
+    p.add_argument("--backend", help="engine to use (default: the first of the format)")
+    p.add_argument("--threads", type=positive, help="threads (default: one per core)")
+    p.add_argument("--chat-format", dest="chat", help="for a model whose chat template is not known")
+    _memory(p)
+
+
+def _memory(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--context", type=positive, metavar="N", help="tokens to reserve (default: the model's, up to 4096)")
+    p.add_argument("--memory", metavar="SIZE", help="choose context and cache within this, such as 2.5GB")
+    p.add_argument("--kv", help="type of llama.cpp's cache: " + ", ".join(KV_TYPES))
+
+
+def _sampling(p: argparse.ArgumentParser, max_tokens: int, temperature: float) -> None:
+    p.add_argument("--max-tokens", type=positive, default=max_tokens, metavar="N", help="at most N (%(default)s)")
+    p.add_argument("--temperature", type=float, default=temperature, help="0 takes the likeliest token (%(default)s)")
+    p.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens (default 0: all)")
+    p.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this share (default 1)")
+    p.add_argument("--min-p", type=float, default=0.0, help="and that have this share of the likeliest's probability")
+    p.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: against repetition (default 1)")
+    p.add_argument("--seed", type=int, default=0, help="seed of the draw (default 0)")
+
+
+def _options(args: argparse.Namespace) -> Options:
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return cast(Options, {name: getattr(args, name) for name in names})
+
+
+def _load(args: argparse.Namespace) -> Phi:
+    return load(args.path, args.backend, args.context, args.memory, args.threads, args.kv, args.chat)
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from phi_runtime.model import load
-
-    with load(args.bundle, backend=args.backend, threads=args.threads) as phi:
+    with _load(args) as phi:
         steps = []
         print(args.prompt, end="", flush=True)
-        for piece in phi.stream(args.prompt, args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed):
+        for piece in phi.stream(args.prompt, **(_options(args) | {"policy": args.policy})):
             print(piece.text, end="", flush=True)
             steps.append(piece.step)
         print()
-        if steps and not args.quiet:
-            later = sum(s.seconds for s in steps[1:])
-            rate = f", then {(len(steps) - 1) / later:.1f} tokens/s" if later else ""
-            print(
-                f"[{phi.backend}: {len(steps)} tokens, first after {steps[0].seconds * 1000:.0f} ms{rate}; "
-                f"stopped by {steps[-1].stop}]",
-                file=sys.stderr,
-            )
+        if not args.quiet:
+            print(_timings(phi, steps), file=sys.stderr)
+
+
+def _timings(phi: Phi, steps: list[Step]) -> str:
+    later = sum(s.seconds for s in steps[1:])
+    rate = f", then {(len(steps) - 1) / later:.1f} tokens/s" if later else ""
+    dropped = sum(s.dropped for s in steps)
+    lost = f"; {dropped} tokens dropped to fit the context" if dropped else ""
+    return (
+        f"[{phi.backend}: {len(steps)} tokens, first after {steps[0].seconds * 1000:.0f} ms{rate}; "
+        f"stopped by {steps[-1].stop}{lost}]"
+    )
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from phi_runtime.terminal import converse
+
+    with _load(args) as phi:
+        converse(phi, args.system, _options(args))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from phi_runtime.memory import plan
+
+    found = plan(args.path, args.device, args.context, args.memory, args.kv)
+    print(f"{found.device}: context {found.context}, cache {found.kv}")
+    print(found.arithmetic())
+
+
+def _serve(args: argparse.Namespace) -> None:
+    try:
+        from phi_runtime.server.app import serve
+    except ImportError as e:
+        raise missing_extra(e, "server") from None
+    token = args.token or os.environ.get("PHI_RUN_TOKEN")
+    with _load(args) as phi:
+        serve(phi, args.host, args.port, token, args.queue, args.timeout)

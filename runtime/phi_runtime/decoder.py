@@ -92,6 +92,22 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class CacheShape:
+    """What an engine has to know of a model beside its file.
+
+    window: tokens that the cache needs to hold, None for all. crossover: LongRoPE's original context, beyond which
+    all that was read has to be read again with the long factors.
+    """
+
+    vocab_size: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    window: int | None = None
+    crossover: int | None = None
+
+
+@dataclass(frozen=True)
 class Decoder:
     """A whole model. `context` is in tokens; `head` names the embedding where the two are tied."""
 
@@ -144,6 +160,12 @@ class Decoder:
     def kv_positions(self) -> int | None:
         """Tokens that a cache needs to hold: the window where every layer has one, otherwise all."""
         return self.window() if all(layer.window is not None for layer in self.layers) else None
+
+    def cache_shape(self) -> CacheShape:
+        """For an engine."""
+        crossover = self.rope.original if self.rope is not None and self.rope.long else None
+        layers = len(self.layers)
+        return CacheShape(self.vocab_size, layers, self.kv_heads, self.head_dim, self.kv_positions(), crossover)
 
 
 def visible(layer: Layer, head: int, queries: np.ndarray, keys: np.ndarray) -> npt.NDArray[np.bool_]:

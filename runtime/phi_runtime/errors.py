@@ -51,12 +51,20 @@ class BundleError(PhiError):
     """A bundle, or a file of one, that is damaged, inconsistent or from a newer version."""
 
 
+class ChatError(PhiError):
+    """A conversation that cannot be written in the model's chat format, or a model without a known one."""
+
+
 class TokenError(PhiError):
     """Tokens outside the vocabulary, or an empty prompt."""
 
 
 class ContextError(PhiError):
     """More tokens than the context holds."""
+
+
+class MemoryPlanError(PhiError):
+    """A model that does not fit into the memory that it may take."""
 
 
 class VerificationError(PhiError):

@@ -1,17 +1,50 @@
 """`load` and what it gives: a model that takes text and gives text."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypedDict, Unpack
 
-from phi_runtime.backends import open_backend
-from phi_runtime.bundle import Manifest, find_bundle, read_manifest
+from phi_runtime import session
+from phi_runtime.backends import open_backend, own_tokenizer
+from phi_runtime.bundle import Manifest
+from phi_runtime.chat import ChatFormat, Messages, get_format
 from phi_runtime.decoder import F32
-from phi_runtime.engine import Engine, Step, StopReason
+from phi_runtime.engine import Constraint, Engine, Policy, Step, StopReason
+from phi_runtime.errors import ChatError, UsageError
+from phi_runtime.memory import plan_package
+from phi_runtime.package import Package, open_package
 from phi_runtime.sampler import Sampling
-from phi_runtime.tokenizer import StreamDecoder, Tokenizer
+from phi_runtime.tokenizer import Codec, StreamDecoder, TextStop, Tokenizer
+
+
+class Options(TypedDict, total=False):
+    """How to generate; what is left out takes the value behind each.
+
+    max_tokens (256): of the answer. temperature (0: the likeliest token), top_k (0: all), top_p (1), min_p (0),
+    repetition_penalty (1), seed (0): see `Sampling`. stop: texts that end the answer and are not part of it. policy
+    ("reject"): what happens where the context is too small; "truncate-left" cuts the prompt's beginning,
+    "sliding-window" also goes on in the newer half of the text once the context is full; what was dropped is reported.
+    speculate (True): guess tokens by lookup where it saves time. constraint: see `Constraint`.
+    top_logprobs (0): how many of the likeliest tokens each step names.
+    """
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int
+    stop: str | Sequence[str]
+    policy: Policy
+    speculate: bool
+    constraint: Constraint | None
+    top_logprobs: int
 
 
 @dataclass(frozen=True)
@@ -24,7 +57,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished generation."""
+    """A finished generation.
+
+    ttft_s: seconds to the first token. decode_tps: tokens per second after it. reused: tokens of the prompt that were
+    still in the cache. dropped: tokens that the context policy took out.
+    """
 
     text: str
     tokens: tuple[int, ...]
@@ -32,18 +69,33 @@ class Answer:
     stop: StopReason | None
     ttft_s: float
     decode_tps: float
+    prompt_tokens: int
+    reused: int
+    dropped: int
 
     def __str__(self) -> str:
         return self.text
 
 
 class Phi:
-    """A loaded model. One call at a time: share it between threads only behind a lock."""
+    """A loaded model.
 
-    def __init__(self, manifest: Manifest, engine: Engine, tokenizer: Tokenizer) -> None:
-        self.manifest = manifest
+    It answers one call at a time. Calls from other threads or tasks wait for their turn; a stream has the turn until it
+    is exhausted or closed, and its own thread gets a UsageError for another call meanwhile.
+    """
+
+    def __init__(self, package: Package, engine: Engine, tokenizer: Codec, chat: ChatFormat | None) -> None:
+        self.package = package
         self.tokenizer = tokenizer
         self.engine = engine
+        self.chat_format = chat
+        self._turn, self._owner = threading.Lock(), 0
+        self._task_turn = asyncio.Lock()
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What the bundle says of itself; None for a model of another make."""
+        return self.package.manifest
 
     @property
     def backend(self) -> str:
@@ -63,47 +115,93 @@ class Phi:
         """Text of token ids, special tokens left out."""
         return self.tokenizer.decode(tokens)
 
+    def chat_prompt(self, messages: str | Messages) -> list[int]:
+        """The tokens of a conversation up to the next reply; a plain text is one message of the user.
+
+        Raises ChatError where the model has no chat format that we know, or cannot say a message in it.
+        """
+        if self.chat_format is None:
+            raise ChatError(
+                f"{self.package.path}: its chat template is none that we know; give load(…, chat=…), "
+                "see phi_runtime.chat, or write the prompt yourself for generate()"
+            )
+        said: Messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        return self.tokenize(self.chat_format.render(said, self.package.bos_token))
+
     def logits(self, tokens: list[int]) -> F32:
         """Logits [len(tokens), vocab_size] after each token, from an empty context."""
-        return self.engine.logits(tokens)
+        with self._my_turn():
+            return self.engine.logits(tokens)
 
-    def stream(
-        self,
-        prompt: str | list[int],
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-    ) -> Iterator[Piece]:
+    def stream(self, prompt: str | list[int], **options: Unpack[Options]) -> Generator[Piece, None, None]:
         """Generate step by step. Raises TokenError for an empty prompt, ContextError for a long one."""
         tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
-        decoder = StreamDecoder(self.tokenizer, tokens)
-        for step in self.engine.stream(tokens, max_tokens, Sampling(temperature, top_k, top_p, seed)):
-            text = "" if step.stop == "stop_token" else decoder.push(step.token)
-            yield Piece(text + (decoder.flush() if step.stop else ""), step)
+        with self._my_turn():
+            yield from self._stream(tokens, **options)
 
-    def generate(
-        self,
-        prompt: str | list[int],
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-    ) -> Answer:
-        """Generate to the end; the arguments are those of `stream`."""
-        pieces = list(self.stream(prompt, max_tokens, temperature, top_k, top_p, seed))
-        steps = [p.step for p in pieces]
-        after_first = sum(s.seconds for s in steps[1:])
-        return Answer(
-            text="".join(p.text for p in pieces),
-            tokens=tuple(s.token for s in steps),
-            logprobs=tuple(s.logprob for s in steps),
-            stop=steps[-1].stop if steps else None,
-            ttft_s=steps[0].seconds if steps else 0.0,
-            decode_tps=(len(steps) - 1) / after_first if after_first else 0.0,
-        )
+    def generate(self, prompt: str | list[int], **options: Unpack[Options]) -> Answer:
+        """Generate to the end."""
+        tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        return _answer(len(tokens), list(self.stream(tokens, **options)))
+
+    def chat(self, messages: str | Messages, **options: Unpack[Options]) -> Answer:
+        """The reply to a conversation: [{"role": "user", "content": "…"}, …], or a text of the user."""
+        return self.generate(self.chat_prompt(messages), **options)
+
+    def chat_stream(self, messages: str | Messages, **options: Unpack[Options]) -> Generator[Piece, None, None]:
+        """As `chat`, step by step."""
+        return self.stream(self.chat_prompt(messages), **options)
+
+    async def astream(self, prompt: str | list[int], **options: Unpack[Options]) -> AsyncGenerator[Piece, None]:
+        """As `stream`, in worker threads; a task that is cancelled ends it within one token."""
+        tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        async with self._task_turn:
+            await self._acquire()
+            pieces = self._stream(tokens, **options)
+            step: asyncio.Future[Piece | None] | None = None
+
+            def finish(_: object) -> None:
+                pieces.close()
+                self._turn.release()
+
+            try:
+                while True:
+                    step = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
+                    piece = await asyncio.shield(step)
+                    if piece is None:
+                        return
+                    yield piece
+            finally:  # without another await: whoever cancels once may do so again
+                if step is None or step.done():
+                    finish(step)
+                else:
+                    step.add_done_callback(finish)
+
+    async def agenerate(self, prompt: str | list[int], **options: Unpack[Options]) -> Answer:
+        """As `generate`, in worker threads."""
+        tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        return _answer(len(tokens), [piece async for piece in self.astream(tokens, **options)])
+
+    async def achat(self, messages: str | Messages, **options: Unpack[Options]) -> Answer:
+        """As `chat`, in worker threads."""
+        return await self.agenerate(self.chat_prompt(messages), **options)
+
+    def save_session(self, path: str | Path) -> None:
+        """Keep what the model has read in a file, so that a later process need not read it again.
+
+        Raises UsageError for a backend that cannot, DiskFullError.
+        """
+        with self._my_turn():
+            session.save(Path(path), self.engine, self.package.digest)
+
+    def load_session(self, path: str | Path) -> int:
+        """Take up what `save_session` kept; how many tokens that are. Calls that begin with them read on from there.
+
+        Load only files that you trust as you trust the model. Raises NotFoundError, BundleError for a file that is
+        damaged or of another model, engine or version, ContextError for one that is too long for this context.
+        """
+        with self._my_turn():
+            return session.load(Path(path), self.engine, self.package.digest)
 
     def close(self) -> None:
         """Give back the memory."""
@@ -115,17 +213,100 @@ class Phi:
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, t: TracebackType | None) -> None:
         self.close()
 
+    async def _acquire(self) -> None:
+        """Wait for the turn in a thread; who is cancelled meanwhile gives it back when it comes."""
+        waiting = asyncio.ensure_future(asyncio.to_thread(self._turn.acquire))
+        try:
+            await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            waiting.add_done_callback(lambda _: self._turn.release())
+            raise
 
-def load(path: str | Path, backend: str | None = None, context: int | None = None, threads: int | None = None) -> Phi:
-    """Open a bundle that phi-export wrote, on the backend of its format.
+    @contextmanager
+    def _my_turn(self) -> Iterator[None]:
+        me = threading.get_ident()
+        if self._owner == me:
+            raise UsageError("a stream of this model is open in this very thread; read it to its end, or close() it")
+        with self._turn:
+            self._owner = me
+            try:
+                yield
+            finally:
+                self._owner = 0
 
-    path: the bundle's folder, or a file in it. backend: see `phi_runtime.backends`, by default
-    the first of its format. context: tokens to reserve, by default all the bundle has up to 4,096.
-    threads: by default one per core. Raises NotFoundError, BundleError, UnsupportedError, MissingExtraError,
-    UsageError for a backend that does not run the format, ContextError for a context beyond the bundle's.
+    def _stream(
+        self,
+        tokens: list[int],
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        policy: Policy = "reject",
+        speculate: bool = True,
+        constraint: Constraint | None = None,
+        top_logprobs: int = 0,
+    ) -> Generator[Piece, None, None]:
+        sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
+        decoder = StreamDecoder(self.tokenizer, tokens)
+        ends = TextStop([stop] if isinstance(stop, str) else stop)
+        with closing(
+            self.engine.stream(tokens, max_tokens, sampling, policy, speculate, constraint, top_logprobs)
+        ) as steps:
+            for step in steps:
+                text = "" if step.stop == "stop_token" else decoder.push(step.token)
+                text = ends.push(text + (decoder.flush() if step.stop else ""))
+                if ends.found:
+                    yield Piece(text, replace(step, stop="stop_text"))
+                    return
+                yield Piece(text + (ends.flush() if step.stop else ""), step)
+
+
+def _answer(prompt_tokens: int, pieces: list[Piece]) -> Answer:
+    steps = [p.step for p in pieces]
+    after_first = sum(s.seconds for s in steps[1:])
+    return Answer(
+        text="".join(p.text for p in pieces),
+        tokens=tuple(s.token for s in steps),
+        logprobs=tuple(s.logprob for s in steps),
+        stop=steps[-1].stop if steps else None,
+        ttft_s=steps[0].seconds if steps else 0.0,
+        decode_tps=(len(steps) - 1) / after_first if after_first else 0.0,
+        prompt_tokens=prompt_tokens,
+        reused=steps[0].reused if steps else 0,
+        dropped=sum(s.dropped for s in steps),
+    )
+
+
+def load(
+    path: str | Path,
+    backend: str | None = None,
+    context: int | None = None,
+    memory: int | str | None = None,
+    threads: int | None = None,
+    kv: str | None = None,
+    chat: str | None = None,
+) -> Phi:
+    """Open a bundle that phi-export wrote, a Phi in a GGUF file, or an onnxruntime-genai folder.
+
+    backend: see `phi_runtime.backends`, by default the first of the format. context: tokens to reserve, by default
+    what the model has, up to 4,096. memory: bytes, or a size such as "2.5GB", that context and cache are chosen within
+    (see `plan`). threads: by default one per core. kv: the type of llama.cpp's cache. chat: a format of
+    `phi_runtime.chat`, for a model whose template is not known.
+
+    Raises NotFoundError, BundleError, UnsupportedError, MissingExtraError, UsageError for a backend that does not run
+    the format, ContextError for a context beyond the model's, MemoryPlanError where `memory` is too little.
     """
-    folder = find_bundle(path)
-    manifest = read_manifest(folder)
-    tokenizer = Tokenizer(folder)
-    engine = Engine(open_backend(folder, manifest, backend, context, threads), manifest.stop_tokens)
-    return Phi(manifest, engine, tokenizer)
+    package = open_package(path)
+    said = package.chat if chat is None else get_format(chat)
+    if memory is not None:
+        found = plan_package(package, context=context, memory=memory, kv=kv)
+        context, kv = found.context, found.kv
+    tokenizer: Codec | None = None if package.folder is None else Tokenizer(package.folder)
+    opened = open_backend(package, backend, context, threads, kv)
+    tokenizer = tokenizer or own_tokenizer(opened)
+    assert tokenizer is not None, "every package has a tokenizer.json or a GGUF file"
+    return Phi(package, Engine(opened, package.stop_tokens), tokenizer, said)

@@ -1,5 +1,6 @@
 """From logits to a token: one sampler for every backend."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,21 +9,36 @@ import numpy.typing as npt
 from phi_runtime.decoder import F32
 from phi_runtime.errors import UsageError
 
+_NEVER = 30.0  # tokens this many nats below the likeliest are not drawn: all of them together have less than 1e-8
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. Temperature 0 takes the most likely one."""
+    """How the next token is drawn. Temperature 0 takes the most likely one.
+
+    The order: repetition penalty, temperature, top_k, top_p, min_p. `repetition_penalty` divides the positive logits of
+    tokens seen, and multiplies the negative ones (arXiv:1909.05858); `min_p` keeps tokens of at least this share of the
+    likeliest's probability.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 100:
             raise UsageError(f"temperature {self.temperature} is not between 0 and 100")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p {self.top_p} is not above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise UsageError(f"min_p {self.min_p} is not between 0 and 1")
+        if not 0.1 <= self.repetition_penalty <= 10:
+            raise UsageError(
+                f"repetition_penalty {self.repetition_penalty} is not between 0.1 and 10; 1 switches it off"
+            )
         if self.seed < 0:
             raise UsageError(f"seed {self.seed} is negative")
         if self.top_k < 0:
@@ -36,22 +52,44 @@ class Sampler:
         self._s = sampling
         self._random = np.random.Generator(np.random.PCG64(sampling.seed))
 
-    def draw(self, logits_V: F32) -> int:
-        """One token from the logits [vocab_size] of one position."""
+    def draw(self, logits_V: F32, seen: Collection[int] = ()) -> int:
+        """One token from the logits [vocab_size] of one position; `seen` are the distinct tokens before it."""
         s = self._s
+        if s.repetition_penalty != 1 and seen:
+            logits_V = logits_V.copy()
+            ids = np.fromiter(seen, np.int64, len(seen))
+            x = logits_V[ids]
+            logits_V[ids] = np.where(x > 0, x / s.repetition_penalty, x * s.repetition_penalty)
         if s.temperature == 0:
             return int(np.argmax(logits_V))
         scaled = logits_V.astype(np.float64) / s.temperature
-        order = np.argsort(-scaled, kind="stable")
+        top = scaled.max()
+        order = np.flatnonzero(scaled >= top - _NEVER)
+        order = order[np.argsort(-scaled[order], kind="stable")]
         if s.top_k:
             order = order[: s.top_k]
-        p = np.exp(scaled[order] - scaled[order[0]])
+        p = np.exp(scaled[order] - top)
         p /= p.sum()
         if s.top_p < 1:
             keep = int(np.searchsorted(np.cumsum(p), s.top_p)) + 1
             order, p = order[:keep], p[:keep]
+        if s.min_p:
+            keep = int(np.count_nonzero(p >= s.min_p * p[0]))
+            order, p = order[:keep], p[:keep]
         point = self._random.random() * p.sum()
         return int(order[min(int(np.searchsorted(np.cumsum(p), point, side="right")), len(p) - 1)])
+
+
+def log_probability(logits_V: F32, token: int) -> float:
+    """Natural-log probability of one token, at the cost of one pass over the vocabulary."""
+    top = logits_V.max()
+    return float(logits_V[token] - top) - float(np.log(np.exp(logits_V - top).sum()))
+
+
+def most_likely(logits_V: F32, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` likeliest tokens and their log-probabilities, the likeliest first."""
+    found = np.argsort(-logits_V, kind="stable")[:count]
+    return tuple((int(t), log_probability(logits_V, int(t))) for t in found)
 
 
 def log_softmax(logits: F32) -> npt.NDArray[np.float64]:

@@ -1,13 +1,28 @@
 """Text to tokens and back, from the `tokenizer.json` that every checkpoint and bundle carries."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import tokenizers
 
-from phi_runtime.errors import BundleError, NotFoundError, TokenError
+from phi_runtime.errors import BundleError, NotFoundError, TokenError, UsageError
 
 FILE = "tokenizer.json"
 _REPLACEMENT = "\ufffd"
+
+
+class Codec(Protocol):
+    """Text to tokens and back."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; special tokens written in it are recognised, none are added."""
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of tokens; special tokens are left out."""
+
+    def byte(self, token: int) -> int | None:
+        """The byte that a token spells, None if it spells something else."""
 
 
 class Tokenizer:
@@ -44,10 +59,7 @@ class Tokenizer:
         Raises TokenError for text that is not Unicode (lone surrogates, as from a broken argument),
         BundleError for a tokenizer that is broken.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise TokenError("the text is not valid Unicode; give it in UTF-8") from None
+        check_unicode(text)
         try:
             return self._t.encode(text, add_special_tokens=False).ids
         except (KeyboardInterrupt, SystemExit):
@@ -61,12 +73,24 @@ class Tokenizer:
 
     def byte(self, token: int) -> int | None:
         """The byte that a token spells, None if it spells something else."""
-        text = self._t.id_to_token(token) or ""
-        return int(text[3:5], 16) if len(text) == 6 and text.startswith("<0x") and text.endswith(">") else None
+        return spelt_byte(self._t.id_to_token(token) or "")
 
     def id(self, token: str) -> int | None:
         """Id of one token by its spelling, None if there is no such token."""
         return self._t.token_to_id(token)
+
+
+def spelt_byte(piece: str) -> int | None:
+    """The byte of a piece such as <0x0A>."""
+    return int(piece[3:5], 16) if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">") else None
+
+
+def check_unicode(text: str) -> None:
+    """Raise TokenError for text with lone surrogates, as from a broken argument."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise TokenError("the text is not valid Unicode; give it in UTF-8") from None
 
 
 class StreamDecoder:
@@ -76,7 +100,7 @@ class StreamDecoder:
     pieces are always valid UTF-8 and their concatenation is the decoding of the whole.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
+    def __init__(self, tokenizer: Codec, prompt: list[int]) -> None:
         self._decode = tokenizer.decode
         self._byte = tokenizer.byte
         # A few tokens of the prompt give the first pieces their context (a leading space, say).
@@ -106,3 +130,33 @@ class StreamDecoder:
     def flush(self) -> str:
         """What was still held back, at the end of the text."""
         return self._decode(self._tokens)[self._start :]
+
+
+class TextStop:
+    """Ends a text before the first of some strings, holding back what may be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if not all(isinstance(s, str) and s for s in stops):
+            raise UsageError("a stop text is empty; leave it out")
+        self._stops, self._held = tuple(stops), ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """What is certain to stand before any stop; all of it once `found`."""
+        text = self._held + text
+        places = [at for s in self._stops if (at := text.find(s)) >= 0]
+        if places:
+            self.found, self._held = True, ""
+            return text[: min(places)]
+        most = max((len(s) - 1 for s in self._stops), default=0)
+        for start in range(max(0, len(text) - most), len(text)):
+            if any(s.startswith(text[start:]) for s in self._stops):
+                self._held = text[start:]
+                return text[:start]
+        self._held = ""
+        return text
+
+    def flush(self) -> str:
+        """What was held back, at the end of the text."""
+        text, self._held = self._held, ""
+        return text

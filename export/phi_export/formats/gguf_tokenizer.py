@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from phi_export.formats.gguf_values import Kind, Metadata
+from phi_runtime.chat import read_template
 from phi_runtime.checkpoint import Checkpoint
 from phi_runtime.config import read_json
 from phi_runtime.errors import CheckpointError, UnsupportedError
@@ -37,15 +38,10 @@ def tokenizer_metadata(checkpoint: Checkpoint) -> Metadata:
             metadata[f"tokenizer.ggml.{key}_token_id"] = (Kind.U32, token_id)
     metadata["tokenizer.ggml.add_bos_token"] = (Kind.BOOL, False)
     settings = checkpoint.folder / "tokenizer_config.json"
-    template = None
     if settings.is_file():
-        config = read_json(settings)
-        metadata["tokenizer.ggml.add_bos_token"] = (Kind.BOOL, bool(config.get("add_bos_token", False)))
-        template = config.get("chat_template")
-    alone = checkpoint.folder / "chat_template.jinja"  # where transformers 5 puts it
-    if template is None and alone.is_file():
-        template = alone.read_text(encoding="utf-8", errors="replace")
-    if isinstance(template, str):
+        add_bos = bool(read_json(settings).get("add_bos_token", False))
+        metadata["tokenizer.ggml.add_bos_token"] = (Kind.BOOL, add_bos)
+    if (template := read_template(checkpoint.folder)) is not None:
         metadata["tokenizer.chat_template"] = (Kind.STRING, template.encode(errors="replace").decode())
     return metadata
 

@@ -95,7 +95,7 @@ def _grids(options: Options) -> dict[str, Grid]:
 
 
 def rounding(x: F32) -> F32:
-    """onnxruntime rounds activations in blocks as wide as the weights' own; the widest that rows of these columns have."""
+    """onnxruntime rounds activations in blocks as wide as the weights' own: the widest that such rows divide into."""
     return round_int8(x, next(g for g in (256, 128, 64, 32, 16) if x.shape[-1] % g == 0 or g == 16))
 
 

@@ -1,4 +1,4 @@
-"""The engines that can run a bundle, each behind the small `Backend` protocol of `engine`.
+"""The engines that can run a model, each behind the small `Backend` protocol of `engine`.
 
 | name          | runs       | needs                |
 |---------------|------------|----------------------|
@@ -11,46 +11,45 @@
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
-from phi_runtime.bundle import Manifest
+from phi_runtime.backends.llama_cpp import KV_TYPES
 from phi_runtime.engine import Backend
 from phi_runtime.errors import ContextError, UsageError
+from phi_runtime.package import Package
+from phi_runtime.tokenizer import Codec
 
 _MAX_THREADS = 512  # engines die of absurd numbers
 # Tokens reserved where nobody said: the cache of a 128k model would take 48 GiB and more.
 DEFAULT_CONTEXT = 4096
 
-Opener = Callable[[Path, Manifest, int, int], Backend]
+Opener = Callable[[Package, int, int, str], Backend]
 
 
-def _llama_cpp(path: Path, manifest: Manifest, context: int, threads: int) -> Backend:
+def _llama_cpp(package: Package, context: int, threads: int, kv: str) -> Backend:
     from phi_runtime.backends.llama_cpp import LlamaCppBackend
 
-    return LlamaCppBackend(path, context, threads)
+    return LlamaCppBackend(package.path, context, threads, kv)
 
 
-def _onnxruntime(path: Path, manifest: Manifest, context: int, threads: int) -> Backend:
+def _onnxruntime(package: Package, context: int, threads: int, kv: str) -> Backend:
     from phi_runtime.backends.onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(path, manifest.config().decoder(), context, threads)
+    return OnnxRuntimeBackend(package.path, package.shape, context, threads)
 
 
-def _coreml(path: Path, manifest: Manifest, context: int, threads: int) -> Backend:
+def _coreml(package: Package, context: int, threads: int, kv: str) -> Backend:
     from phi_runtime.backends.coreml import CoreMLBackend, coremltools_functions, package_paths
 
-    return CoreMLBackend(
-        "coreml", [coremltools_functions(p) for p in package_paths(path)], manifest.config().decoder(), context
-    )
+    functions = [coremltools_functions(p) for p in package_paths(package.path)]
+    return CoreMLBackend("coreml", functions, package.shape, context)
 
 
-def _mil_reference(path: Path, manifest: Manifest, context: int, threads: int) -> Backend:
+def _mil_reference(package: Package, context: int, threads: int, kv: str) -> Backend:
     from phi_runtime.backends.coreml import CoreMLBackend, package_paths
     from phi_runtime.mil.interpreter import open_functions
 
-    return CoreMLBackend(
-        "mil-reference", [open_functions(p) for p in package_paths(path)], manifest.config().decoder(), context
-    )
+    functions = [open_functions(p) for p in package_paths(package.path)]
+    return CoreMLBackend("mil-reference", functions, package.shape, context)
 
 
 # Preferred first; the Core ML framework itself is found on macOS alone.
@@ -66,21 +65,42 @@ BACKENDS: dict[str, dict[str, Opener]] = {
 
 
 def open_backend(
-    folder: Path, manifest: Manifest, name: str | None, context: int | None, threads: int | None
+    package: Package, name: str | None, context: int | None, threads: int | None, kv: str | None = None
 ) -> Backend:
-    """Open a bundle's artifact. Raises UsageError for a backend that does not run its format,
-    ContextError for a context beyond the bundle's, BundleError for a damaged artifact.
+    """Open a model's artifact. Raises UsageError for a backend that does not run its format or a cache of a type that
+    it does not have, ContextError for a context beyond the model's, BundleError for a damaged artifact.
     """
-    openers = BACKENDS[manifest.format]
+    openers = BACKENDS[package.format]
     if name is not None and name not in openers:
-        raise UsageError(f"backend {name!r} does not run {manifest.format} here; choose from {', '.join(openers)}")
-    if context is not None and not 0 < context <= manifest.context:
-        raise ContextError(f"context {context} is not between 1 and the bundle's {manifest.context}")
+        raise UsageError(f"backend {name!r} does not run {package.format} here; choose from {', '.join(openers)}")
+    if context is not None and not 0 < context <= package.context:
+        raise ContextError(f"context {context} is not between 1 and the model's {package.context}")
     if threads is not None and not 1 <= threads <= _MAX_THREADS:
         raise UsageError(f"threads {threads} is not between 1 and {_MAX_THREADS}")
+    kinds = kv_types(package)
+    if kv is not None and kv not in kinds:
+        raise UsageError(f"kv {kv!r} is no type of cache for {package.format}; choose from {', '.join(kinds)}")
     opener = openers[name or next(iter(openers))]
-    tokens = context or min(manifest.context, DEFAULT_CONTEXT)
-    return opener(folder / manifest.artifact, manifest, tokens, threads or cores())
+    tokens = context or min(package.context, DEFAULT_CONTEXT)
+    return opener(package, tokens, threads or cores(), kv or kinds[0])
+
+
+def own_tokenizer(backend: Backend) -> Codec | None:
+    """The tokenizer that the artifact holds, None for a format that holds none."""
+    if backend.name != "llama.cpp":
+        return None
+    from phi_runtime.backends.llama_cpp import LlamaCppBackend, LlamaCppTokenizer
+
+    assert isinstance(backend, LlamaCppBackend)
+    return LlamaCppTokenizer(backend)
+
+
+def kv_types(package: Package) -> tuple[str, ...]:
+    """Types that the cache may have, the default first."""
+    if package.format == "gguf":
+        return tuple(KV_TYPES)
+    profile = package.manifest.options.get("profile") if package.manifest is not None else None
+    return ("f16",) if package.format == "coreml" or profile == "fp16" else ("f32",)
 
 
 def cores() -> int:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from phi_runtime.decoder import F32, Decoder
+from phi_runtime.decoder import F32, CacheShape
 from phi_runtime.errors import BundleError, MissingExtraError
 
 PREFILL, DECODE = "prefill", "decode"
@@ -52,9 +52,9 @@ class CoreMLBackend:
     sight, and the tokens to come overwrite it.
     """
 
-    def __init__(self, name: str, packages: list[Functions], decoder: Decoder, context: int) -> None:
+    def __init__(self, name: str, packages: list[Functions], model: CacheShape, context: int) -> None:
         self.name = name
-        self.vocab_size = decoder.vocab_size
+        self.vocab_size = model.vocab_size
         self.context = context
         for package in packages:
             missing = {PREFILL, DECODE} - set(package.call)
@@ -63,8 +63,8 @@ class CoreMLBackend:
         self._packages = packages
         self._states = [p.make_state() for p in packages]
         self._slots = min(p.slots for p in packages)
-        self._window = decoder.kv_positions() or context
-        self._crossover = decoder.rope.original if decoder.rope and packages[0].long_rope else None
+        self._window = model.window or context
+        self._crossover = model.crossover if packages[0].long_rope else None
         self._tokens: list[int] = []
         self._written = 0  # positions that slots were written for, the padding's included
         self._long = False

@@ -11,10 +11,19 @@ import numpy as np
 
 from phi_runtime.decoder import F32
 from phi_runtime.errors import BundleError, ContextError, MissingExtraError
+from phi_runtime.tokenizer import check_unicode, spelt_byte
 
 _CHUNK = 256  # tokens per llama_decode; bounds the compute buffer
-# Types that the KV cache may have, and ggml's numbers of them.
-KV_TYPES = {"f16": 1, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "iq4_nl": 20, "q4_0": 2}
+# Types that the KV cache may have, the default first: ggml's number of each, and bits per number stored.
+KV_TYPES = {
+    "f16": (1, 16.0),
+    "q8_0": (8, 8.5),
+    "q5_1": (7, 6.0),
+    "q5_0": (6, 5.5),
+    "q4_1": (3, 5.0),
+    "iq4_nl": (20, 4.5),
+    "q4_0": (2, 4.5),
+}
 
 
 class LlamaCppBackend:
@@ -27,7 +36,7 @@ class LlamaCppBackend:
             import llama_cpp
         except ImportError:
             raise MissingExtraError("llama.cpp", "gguf") from None
-        self._c: Any = llama_cpp
+        self.library: Any = llama_cpp
         self.context = context
         self._position = 0
         log = _log_lines()
@@ -42,20 +51,20 @@ class LlamaCppBackend:
             model_params.use_extra_bufts = False
         else:
             _read_not_map(model_params)
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params)
-        if not self._model:
+        self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params)
+        if not self.model:
             why = next((line for line in log if "error" in line), "unknown reason")
             raise BundleError(f"{path}: llama.cpp cannot load it ({why.strip()}); export it again")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = context
         params.n_batch = params.n_ubatch = min(context, _CHUNK)
         params.n_threads = params.n_threads_batch = threads
-        params.type_k = params.type_v = KV_TYPES[kv]
-        self._ctx = llama_cpp.llama_init_from_model(self._model, params)
+        params.type_k = params.type_v = KV_TYPES[kv][0]
+        self._ctx = llama_cpp.llama_init_from_model(self.model, params)
         if not self._ctx:
-            llama_cpp.llama_model_free(self._model)
+            llama_cpp.llama_model_free(self.model)
             raise ContextError(f"{path}: llama.cpp cannot reserve a context of {context} tokens; ask for fewer")
-        vocab = llama_cpp.llama_model_get_vocab(self._model)
+        vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(vocab))
         self._batch = llama_cpp.llama_batch_init(_CHUNK, 0, 1)
 
@@ -77,24 +86,31 @@ class LlamaCppBackend:
 
     def rewind(self, position: int) -> None:
         """Forget all tokens from `position` on."""
-        memory = self._c.llama_get_memory(self._ctx)
-        self._c.llama_memory_seq_rm(memory, 0, position, -1)
+        memory = self.library.llama_get_memory(self._ctx)
+        self.library.llama_memory_seq_rm(memory, 0, position, -1)
         self._position = position
 
-    def tokenize(self, text: str) -> list[int]:
-        """What llama.cpp's own tokenizer, from the file's metadata, makes of a text."""
-        raw = text.encode()
-        vocab = self._c.llama_model_get_vocab(self._model)
-        out = (self._c.llama_token * (len(raw) + 16))()
-        count = self._c.llama_tokenize(vocab, raw, len(raw), out, len(out), False, True)
-        return list(out[: max(count, 0)])
+    def state(self) -> bytes:
+        """The cache as llama.cpp lays it out."""
+        size = self.library.llama_state_seq_get_size(self._ctx, 0)
+        out = (ctypes.c_uint8 * size)()
+        return bytes(out[: self.library.llama_state_seq_get_data(self._ctx, out, size, 0)])
+
+    def restore(self, state: bytes, tokens: list[int]) -> None:
+        """Put the cache back. Raises BundleError where llama.cpp finds it of another make."""
+        self.rewind(0)
+        data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if self.library.llama_state_seq_set_data(self._ctx, data, len(state), 0) != len(state):
+            self.rewind(0)
+            raise BundleError("the session was saved with another context or cache; load the model with those")
+        self._position = len(tokens)
 
     def close(self) -> None:
         """Free the context and the model."""
         if self._ctx:
-            self._c.llama_batch_free(self._batch)
-            self._c.llama_free(self._ctx)
-            self._c.llama_model_free(self._model)
+            self.library.llama_batch_free(self._batch)
+            self.library.llama_free(self._ctx)
+            self.library.llama_model_free(self.model)
             self._ctx = None
 
     def __del__(self) -> None:
@@ -110,14 +126,46 @@ class LlamaCppBackend:
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = 0
             batch.logits[i] = every or (last and i == len(chunk) - 1)
-        status = self._c.llama_decode(self._ctx, batch)
+        status = self.library.llama_decode(self._ctx, batch)
         if status != 0:
             raise ContextError(f"llama.cpp could not decode at position {self._position} (status {status})")
         self._position += len(chunk)
 
     def _row(self, i: int) -> F32:
-        pointer = self._c.llama_get_logits_ith(self._ctx, i)
+        pointer = self.library.llama_get_logits_ith(self._ctx, i)
         return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)).copy()
+
+
+class LlamaCppTokenizer:
+    """The tokenizer that a GGUF file carries, by llama.cpp's own code; for files without a tokenizer.json."""
+
+    def __init__(self, backend: LlamaCppBackend) -> None:
+        self._backend = backend  # keeps the model alive, of which the vocabulary is a part
+        self._c = backend.library
+        self._vocab = self._c.llama_model_get_vocab(backend.model)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; special tokens written in it are recognised, none are added."""
+        check_unicode(text)
+        raw = text.encode()
+        out = (self._c.llama_token * (len(raw) + 16))()
+        count = self._c.llama_tokenize(self._vocab, raw, len(raw), out, len(out), False, True)
+        return list(out[: max(count, 0)])
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of tokens; special tokens are left out."""
+        given = (self._c.llama_token * len(tokens))(*tokens)
+        size = 16 * len(tokens) + 64
+        while True:
+            out = ctypes.create_string_buffer(size)
+            length = self._c.llama_detokenize(self._vocab, given, len(tokens), out, size, True, False)
+            if length >= 0:
+                return out.raw[:length].decode("utf-8", "replace")
+            size = -length
+
+    def byte(self, token: int) -> int | None:
+        """The byte that a token spells, None if it spells something else."""
+        return spelt_byte((self._c.llama_vocab_get_text(self._vocab, token) or b"").decode("utf-8", "replace"))
 
 
 def _read_not_map(params: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from phi_runtime.decoder import F32, Decoder
+from phi_runtime.decoder import F32, CacheShape
 from phi_runtime.errors import BundleError, MissingExtraError
 
 WINDOWED = "model.onnx.windowed"  # beside the graph: the same for a cache of the window's size
@@ -21,37 +21,37 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
 
-    def __init__(self, path: Path, decoder: Decoder, context: int, threads: int) -> None:
+    def __init__(self, path: Path, model: CacheShape, context: int, threads: int) -> None:
         try:
             import onnxruntime
         except ImportError:
             raise MissingExtraError("onnxruntime", "onnx") from None
         self.context = context
-        self.vocab_size = decoder.vocab_size
+        self.vocab_size = model.vocab_size
         self._ort: Any = onnxruntime
         self._tokens: list[int] = []
         self._reread = False
         # With LongRoPE the graph switches tables by the length so far: a prompt that crosses over is read at once,
         # and what was read with the short factors is read again.
-        self._crossover = decoder.rope.original if decoder.rope is not None and decoder.rope.long else None
+        self._crossover = model.crossover
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         self._chunk, self._slots = CHUNK, context
-        self._window = decoder.kv_positions()
+        self._window = model.window
         self._session: Any = self._open_windowed(path, options)
         try:
             if self._session is None:
                 self._session = onnxruntime.InferenceSession(str(path), options, providers=_PROVIDERS)
         except Exception as e:  # the library's errors share no base of their own
             raise BundleError(f"{path}: onnxruntime cannot load it ({_first_line(e)}); export it again") from None
-        shape = (1, decoder.kv_heads, self._slots, decoder.head_dim)
+        shape = (1, model.kv_heads, self._slots, model.head_dim)
         past = next((i for i in self._session.get_inputs() if i.name == "past_key_values.0.key"), None)
         real = np.float16 if past is not None and past.type == "tensor(float16)" else np.float32
         # Zeroed once; `attention_mask` says how much of each buffer counts.
         self._caches = {
             f"{layer}.{part}": onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, real))
-            for layer in range(len(decoder.layers))
+            for layer in range(model.layers)
             for part in ("key", "value")
         }
 
@@ -109,6 +109,23 @@ class OnnxRuntimeBackend:
         shorter = self._crossover is not None and position <= self._crossover < before
         gone = self._first_held(position) != self._first_held(before)
         self._reread = position > 0 and (self._reread or shorter or gone)
+
+    def state(self) -> bytes:
+        """The filled rows of all caches, one cache after the other, in their own type."""
+        rows = min(len(self._tokens), self._slots)
+        return b"".join(cache.numpy()[:, :, :rows].tobytes() for cache in self._caches.values())
+
+    def restore(self, state: bytes, tokens: list[int]) -> None:
+        """Put the rows back. Raises BundleError where they are of another size."""
+        rows = min(len(tokens), self._slots)
+        for i, (name, cache) in enumerate(self._caches.items()):
+            array = np.zeros_like(cache.numpy())
+            part = array[:, :, :rows]
+            if len(state) != part.nbytes * len(self._caches):
+                raise BundleError("the session was saved with another context; load the model with that one")
+            part[:] = np.frombuffer(state, array.dtype, part.size, i * part.nbytes).reshape(part.shape)
+            self._caches[name] = self._ort.OrtValue.ortvalue_from_numpy(array)
+        self._tokens, self._reread = list(tokens), False
 
     def close(self) -> None:
         """Free the session and the cache."""

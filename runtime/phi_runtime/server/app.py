@@ -1,0 +1,355 @@
+"""The application: routes, the queue before the model, and how answers go out."""
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from importlib.resources import files
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from phi_runtime import __version__
+from phi_runtime.engine import StopReason
+from phi_runtime.errors import PhiError, UsageError
+from phi_runtime.memory import resident
+from phi_runtime.model import Phi, Piece
+from phi_runtime.server.grammar import Grammars
+from phi_runtime.server.requests import Asked, parse, parse_messages, parse_prompt
+
+_MOST_BODY = 4_000_000  # bytes
+_FINISH: dict[StopReason | None, str] = {
+    "stop_token": "stop",
+    "stop_text": "stop",
+    "max_tokens": "length",
+    "context": "length",
+}
+
+
+class _RefusedError(Exception):
+    """An answer of one line with a status of HTTP's."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Server:
+    """One model, its queue and its counts."""
+
+    def __init__(self, phi: Phi, token: str | None, queue: int, timeout: float) -> None:
+        self.phi, self.token, self.queue, self.timeout = phi, token, queue, timeout
+        self.name = phi.package.path.parent.name if phi.package.folder is not None else phi.package.path.stem
+        self.grammars = Grammars(phi.package)
+        self.began = time.time()
+        self.inside = 0  # requests that were let in and are not answered
+        self.counts = {"requests": 0, "refused": 0, "cancelled": 0, "prompt_tokens": 0, "generated_tokens": 0}
+
+    async def chat(self, request: Request) -> Response:
+        body = await self._body(request)
+        asked = parse(body)
+        return await self._answer(request, asked, self.phi.chat_prompt(parse_messages(body)), _Chat(self.name, asked))
+
+    async def complete(self, request: Request) -> Response:
+        body = await self._body(request)
+        asked = parse(body)
+        prompt = parse_prompt(body)
+        tokens = self.phi.tokenize(prompt) if isinstance(prompt, str) else prompt
+        return await self._answer(request, asked, tokens, _Completion(self.name, asked))
+
+    async def models(self, request: Request) -> Response:
+        self._check(request)
+        one = {"id": self.name, "object": "model", "created": int(self.began), "owned_by": "phi-edge"}
+        return JSONResponse({"object": "list", "data": [one]})
+
+    async def health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok", "model": self.name, "version": __version__, "waiting": self.inside})
+
+    async def metrics(self, request: Request) -> Response:
+        self._check(request)
+        values = {f"phi_{name}_total": value for name, value in self.counts.items()}
+        values |= {"phi_requests_inside": self.inside, "phi_resident_bytes": resident()}
+        lines = [
+            f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}\n{name} {value}\n"
+            for name, value in values.items()
+        ]
+        return PlainTextResponse("".join(lines), media_type="text/plain; version=0.0.4")
+
+    async def page(self, request: Request) -> Response:
+        text = files("phi_runtime.server").joinpath("page.html").read_text(encoding="utf-8")
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        headers = {"Content-Security-Policy": f"{policy}; img-src data:; frame-ancestors 'none'; base-uri 'none'"}
+        return HTMLResponse(text, headers=headers)
+
+    def _check(self, request: Request) -> None:
+        if self.token is None:
+            return
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(), self.token.encode()):
+            raise _RefusedError(401, "the API key is missing or wrong; send the server's --token as the key")
+
+    async def _body(self, request: Request) -> Any:
+        self._check(request)
+        if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
+            raise _RefusedError(415, "send the body as application/json")
+        raw = b""
+        async for part in request.stream():
+            raw += part
+            if len(raw) > _MOST_BODY:
+                raise _RefusedError(413, f"the body is larger than {_MOST_BODY} bytes")
+        try:
+            return json.loads(raw)
+        except (ValueError, RecursionError):
+            raise _RefusedError(400, "the body is not valid JSON") from None
+
+    async def _answer(self, request: Request, asked: Asked, tokens: list[int], form: "_Form") -> Response:
+        self.phi.engine.fits(tokens, asked.options["policy"])
+        if asked.constrained:
+            asked.options["constraint"] = self.grammars.json(asked.schema)
+        if self.inside > self.queue:
+            self.counts["refused"] += 1
+            raise _RefusedError(503, f"{self.inside} requests are waiting already; try again later")
+        self.counts["requests"] += 1
+        self.counts["prompt_tokens"] += len(tokens)
+        self.inside += 1
+        if asked.stream:
+            return _Stream(self._events(asked, tokens, form), self._leave)
+        generating = asyncio.ensure_future(self._collect(asked, tokens))
+        leaving = asyncio.ensure_future(_gone(request))
+        try:
+            await asyncio.wait({generating, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not generating.done():
+                raise ClientDisconnect
+            return JSONResponse(form.whole(generating.result(), len(tokens), self.phi))
+        finally:
+            self._leave()
+            generating.cancel()
+            leaving.cancel()
+
+    def _leave(self) -> None:
+        self.inside -= 1
+
+    async def _collect(self, asked: Asked, tokens: list[int]) -> list[Piece]:
+        return [piece async for piece in self._pieces(asked, tokens)]
+
+    async def _pieces(self, asked: Asked, tokens: list[int]) -> AsyncGenerator[Piece, None]:
+        """The model's steps, counted, within the time that an answer may take."""
+        ended = False
+        try:
+            async with asyncio.timeout(self.timeout), aclosing(self.phi.astream(tokens, **asked.options)) as pieces:
+                async for piece in pieces:
+                    self.counts["generated_tokens"] += 1
+                    ended = piece.step.stop is not None
+                    yield piece
+        except TimeoutError:
+            raise _RefusedError(504, f"the answer took more than {self.timeout:g} s; ask for fewer tokens") from None
+        finally:
+            self.counts["cancelled"] += not ended
+
+    async def _events(self, asked: Asked, tokens: list[int], form: "_Form") -> AsyncIterator[str]:
+        def event(data: dict[str, Any]) -> str:
+            return f"data: {json.dumps(data)}\n\n"
+
+        if (first := form.first()) is not None:
+            yield event(first)
+        count = 0
+        try:
+            async with aclosing(self._pieces(asked, tokens)) as pieces:
+                async for piece in pieces:
+                    count += 1
+                    yield event(form.part(piece, self.phi))
+        except (PhiError, _RefusedError) as e:
+            yield event(_error(str(e), "server_error"))
+            return
+        if asked.usage:
+            yield event(form.head() | {"choices": [], "usage": _usage(len(tokens), count)})
+        yield "data: [DONE]\n\n"
+
+
+class _Stream(StreamingResponse):
+    """Events, and a word when they are over, however that came."""
+
+    def __init__(self, events: AsyncIterator[str], over: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._over = over
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._over()
+
+
+class _Form:
+    """How an endpoint writes its answers."""
+
+    kind, prefix = "", ""
+
+    def __init__(self, model: str, asked: Asked) -> None:
+        self._model, self._asked = model, asked
+        self._id, self._created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+
+    def head(self) -> dict[str, Any]:
+        kind = self.kind + (".chunk" if self._asked.stream and self.prefix == "chatcmpl" else "")
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+
+    def first(self) -> dict[str, Any] | None:
+        return None
+
+    def part(self, piece: Piece, phi: Phi) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def whole(self, pieces: list[Piece], prompt_tokens: int, phi: Phi) -> dict[str, Any]:
+        choice = {"index": 0, "finish_reason": _FINISH[pieces[-1].step.stop], "logprobs": self.logprobs(pieces, phi)}
+        choice |= self.content("".join(p.text for p in pieces))
+        return self.head() | {"choices": [choice], "usage": _usage(prompt_tokens, len(pieces))}
+
+    def content(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def logprobs(self, pieces: list[Piece], phi: Phi) -> dict[str, Any] | None:
+        raise NotImplementedError
+
+
+class _Chat(_Form):
+    kind, prefix = "chat.completion", "chatcmpl"
+
+    def first(self) -> dict[str, Any]:
+        choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        return self.head() | {"choices": [choice]}
+
+    def part(self, piece: Piece, phi: Phi) -> dict[str, Any]:
+        finish = _FINISH[piece.step.stop] if piece.step.stop else None
+        choice = {"index": 0, "delta": {"content": piece.text}, "finish_reason": finish}
+        return self.head() | {"choices": [choice | {"logprobs": self.logprobs([piece], phi)}]}
+
+    def content(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def logprobs(self, pieces: list[Piece], phi: Phi) -> dict[str, Any] | None:
+        if not self._asked.logprobs:
+            return None
+
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text = phi.detokenize([token])
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+        rows = [entry(s.token, s.logprob) | {"top_logprobs": [entry(*t) for t in s.top]} for s in _steps(pieces)]
+        return {"content": rows, "refusal": None}
+
+
+class _Completion(_Form):
+    kind, prefix = "text_completion", "cmpl"
+
+    def part(self, piece: Piece, phi: Phi) -> dict[str, Any]:
+        finish = _FINISH[piece.step.stop] if piece.step.stop else None
+        choice = {"index": 0, "text": piece.text, "finish_reason": finish, "logprobs": self.logprobs([piece], phi)}
+        return self.head() | {"choices": [choice]}
+
+    def content(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def logprobs(self, pieces: list[Piece], phi: Phi) -> dict[str, Any] | None:
+        if not self._asked.logprobs:
+            return None
+        steps = _steps(pieces)
+        return {
+            "tokens": [phi.detokenize([s.token]) for s in steps],
+            "token_logprobs": [s.logprob for s in steps],
+            "top_logprobs": [{phi.detokenize([t]): p for t, p in s.top} for s in steps],
+            "text_offset": [],
+        }
+
+
+def _steps(pieces: list[Piece]) -> list[Any]:
+    return [p.step for p in pieces]
+
+
+def _usage(prompt: int, completion: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _error(message: str, kind: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def app(phi: Phi, token: str | None = None, queue: int = 16, timeout: float = 600, anywhere: bool = False) -> Starlette:
+    """The ASGI application over a loaded model.
+
+    queue: requests that may wait while one is answered. anywhere: whether requests may name any host; otherwise only
+    this machine's own names, so that a foreign page cannot reach the server through a name of its own.
+    """
+    server = _Server(phi, token, queue, timeout)
+
+    def refused(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
+        async def handler(request: Request, e: Exception) -> Response:
+            code = e.status if isinstance(e, _RefusedError) else status
+            kind = "invalid_request_error" if code < 500 else "server_error"
+            headers = {"Retry-After": "1"} if code == 503 else {}
+            return JSONResponse(_error(str(e), kind), code, headers=headers)
+
+        return handler
+
+    async def left(request: Request, e: Exception) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    hosts = ["*"] if anywhere else ["localhost", "127.0.0.1", "[::1]"]
+    return Starlette(
+        routes=[
+            Route("/", server.page),
+            Route("/health", server.health),
+            Route("/metrics", server.metrics),
+            Route("/v1/models", server.models),
+            Route("/v1/chat/completions", server.chat, methods=["POST"]),
+            Route("/v1/completions", server.complete, methods=["POST"]),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+        exception_handlers={PhiError: refused(400), _RefusedError: refused(400), ClientDisconnect: left},
+    )
+
+
+def serve(phi: Phi, host: str, port: int, token: str | None, queue: int, timeout: float) -> None:
+    """Answer until Ctrl-C or SIGTERM. Raises UsageError for a host beyond this machine without a token."""
+    import uvicorn
+
+    if not _loopback(host) and not token:
+        raise UsageError(f"--host {host}: is reachable from outside; give --token (or PHI_RUN_TOKEN) as well")
+    config = uvicorn.Config(
+        app(phi, token, queue, timeout, anywhere=not _loopback(host)),
+        host=host,
+        port=port,
+        log_level="warning",
+        timeout_keep_alive=30,
+        limit_concurrency=4 * queue + 64,
+        h11_max_incomplete_event_size=1 << 16,
+        server_header=False,
+    )
+    listener = config.bind_socket()
+    listener.listen(128)  # so that who reads the address below can connect
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving {phi.package.path.name} at http://{shown}:{listener.getsockname()[1]}", flush=True)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

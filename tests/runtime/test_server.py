@@ -1,0 +1,228 @@
+"""`phi-run serve` as its users meet it: the real process, the openai client, the page's own calls."""
+
+import http.client
+import json
+import re
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from support import SCRIPTS, run
+
+
+class Served:
+    """A running server; its address and its process."""
+
+    def __init__(self, bundle, *options):
+        self.process = subprocess.Popen(
+            [SCRIPTS / "phi-run", "serve", bundle, "--port", "0", *map(str, options)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        line = self.process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
+        assert found, line + self.process.stderr.read()
+        self.port = int(found[1])
+
+    def client(self, key="none"):
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def ask(self, method, path, body=None, headers=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(method, path, body, {"Content-Type": "application/json"} | (headers or {}))
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+    def metric(self, name):
+        return int(re.search(rf"^{name} (\d+)", self.ask("GET", "/metrics")[1], re.MULTILINE)[1])
+
+    def close(self):
+        self.process.terminate()
+        assert self.process.wait(20) in (0, 143, -15)
+
+
+@pytest.fixture(scope="module")
+def served(bundles):
+    server = Served(bundles / "gguf", "--queue", 16)
+    yield server
+    server.close()
+
+
+SAY = [{"role": "user", "content": "def f(x):"}]
+
+
+def test_chat_whole_and_streamed_are_one(served):
+    client = served.client()
+    assert [m.id for m in client.models.list()] == ["gguf"]
+    whole = client.chat.completions.create(model="gguf", messages=SAY, max_tokens=12, temperature=0)
+    assert whole.usage.completion_tokens == 12 and whole.choices[0].finish_reason == "length"
+    parts = list(
+        client.chat.completions.create(
+            model="gguf",
+            messages=SAY,
+            max_tokens=12,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert "".join(p.choices[0].delta.content or "" for p in parts if p.choices) == whole.choices[0].message.content
+    assert [p.choices[0].finish_reason for p in parts if p.choices][-1] == "length"
+    assert parts[-1].usage == whole.usage
+
+
+def test_completions_seed_stop_and_logprobs(served):
+    client = served.client()
+
+    def complete(**options):
+        return client.completions.create(model="gguf", prompt="def f(x):", max_tokens=20, **options)
+
+    one, other = (complete(seed=7, temperature=1.0).choices[0].text for _ in range(2))
+    assert one == other != complete(seed=8, temperature=1.0).choices[0].text
+    whole = complete(temperature=0).choices[0].text
+    stop = whole[4:6]
+    stopped = complete(temperature=0, stop=stop).choices[0]
+    assert stopped.text == whole[: whole.index(stop)] and stopped.finish_reason == "stop"
+    chat = client.chat.completions.create(
+        model="gguf", messages=SAY, max_tokens=3, temperature=0, logprobs=True, top_logprobs=4
+    )
+    for entry in chat.choices[0].logprobs.content:
+        assert len(entry.top_logprobs) == 4
+        assert entry.top_logprobs[0].logprob == entry.logprob < 0
+
+
+def test_answers_keep_to_a_schema(served):
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 8}, "n": {"enum": [1, 2, 3]}},
+        "required": ["name", "n"],
+        "additionalProperties": False,
+    }
+    for seed in range(5):
+        answer = served.client().chat.completions.create(
+            model="gguf",
+            messages=SAY,
+            max_tokens=120,
+            seed=seed,
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+        )
+        said = json.loads(answer.choices[0].message.content)
+        assert set(said) == {"name", "n"} and said["n"] in (1, 2, 3) and len(said["name"]) <= 8
+        assert answer.choices[0].finish_reason == "stop"
+    with pytest.raises(openai.BadRequestError, match="schema cannot be used"):
+        served.client().chat.completions.create(
+            model="gguf",
+            messages=SAY,
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}},
+        )
+
+
+def test_eight_clients_at_once_get_what_each_would_alone(served):
+    prompts = [f"def f{i}(x):\n" for i in range(8)]
+
+    def complete(prompt):
+        made = served.client().completions.create(model="gguf", prompt=prompt, max_tokens=16, temperature=0)
+        return made.choices[0].text
+
+    alone = [complete(p) for p in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(complete, prompts)) == alone
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_its_answer(served, stream):
+    before, generated = served.metric("phi_cancelled_total"), served.metric("phi_generated_tokens_total")
+    body = {"prompt": "x", "max_tokens": 480, "stream": stream, "stop": "\x00never", "temperature": 5}
+    connection = http.client.HTTPConnection("127.0.0.1", served.port)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    while served.metric("phi_generated_tokens_total") < generated + 3:
+        time.sleep(0.01)
+    connection.sock.close()
+    connection.close()
+    for _ in range(200):
+        if served.metric("phi_cancelled_total") == before + 1 and served.metric("phi_requests_inside") == 0:
+            break
+        time.sleep(0.02)
+    else:
+        raise AssertionError("the answer went on")
+    assert served.metric("phi_generated_tokens_total") < generated + 400
+
+
+def test_what_cannot_be_asked_is_refused_by_name(served):
+    client = served.client()
+    for options, says in (
+        ({"n": 2}, "n: this server does not support it"),
+        ({"temperature": -1}, "temperature"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"extra_body": {"tmperature": 1}}, "tmperature: unknown field"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"stop": [""]}, "stop"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=says):
+            client.chat.completions.create(model="gguf", messages=SAY, **options)
+    for messages, says in (
+        ([], "empty"),
+        ([{"role": "tool", "content": "x", "tool_call_id": "1"}], "no place for the role"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}], "only text"),
+        ([{"role": "user", "content": "word " * 2000}], "the context holds"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=says):
+            client.chat.completions.create(model="gguf", messages=messages)
+    for tokens in ([], [10**6], [-1], ["x"]):
+        assert served.ask("POST", "/v1/completions", json.dumps({"prompt": tokens}))[0] == 400
+
+
+def test_hostile_requests_are_answered_and_forgotten(served):
+    post = "/v1/completions"
+    assert served.ask("POST", post, "{")[0] == 400
+    assert served.ask("POST", post, "[" * 100_000)[0] == 400
+    assert served.ask("POST", post, "[1]")[0] == 400
+    assert served.ask("POST", post, '{"prompt": "\\ud800"}')[0] == 400
+    assert served.ask("POST", post, b"\xff\xfe")[0] == 400
+    assert served.ask("POST", post, "x" * 5_000_000)[0] == 413
+    assert served.ask("POST", post, "{}", {"Content-Type": "text/plain"})[0] == 415
+    assert served.ask("GET", "/health", headers={"Host": "evil.example"})[0] == 400
+    assert served.ask("GET", post)[0] == 405
+    assert served.ask("GET", "/../../etc/passwd")[0] == 404
+    assert served.ask("GET", "/health")[0] == 200
+
+
+def test_a_full_queue_says_so(bundles):
+    server = Served(bundles / "gguf", "--queue", 1, "--timeout", 5)
+    try:
+        body = json.dumps({"prompt": "x", "max_tokens": 400, "temperature": 5, "stop": "\x00never"})
+        with ThreadPoolExecutor(6) as pool:
+            found = [s for s, _ in pool.map(lambda _: server.ask("POST", "/v1/completions", body), range(6))]
+        assert found.count(503) >= 2 and set(found) <= {200, 503}
+        assert server.ask("GET", "/health")[0] == 200
+    finally:
+        server.close()
+
+
+def test_beyond_this_machine_a_token_is_wanted(bundles):
+    done = run("phi-run", "serve", bundles / "gguf", "--host", "0.0.0.0", "--port", 0)
+    assert done.returncode == 2 and "--token" in done.stderr
+    server = Served(bundles / "gguf", "--token", "secret")
+    try:
+        with pytest.raises(openai.AuthenticationError):
+            server.client("wrong").models.list()
+        assert server.client("secret").models.list().data
+        assert server.ask("POST", "/v1/completions", "{}")[0] == 401
+        assert server.ask("GET", "/metrics")[0] == 401
+        assert server.ask("GET", "/health")[0] == 200
+    finally:
+        server.close()
+
+
+def test_memory_does_not_grow_with_requests(served):
+    def rounds(n):
+        for i in range(n):
+            served.ask("POST", "/v1/completions", json.dumps({"prompt": f"def f{i}", "max_tokens": 4}))
+        return served.metric("phi_resident_bytes")
+
+    warm = rounds(60)
+    assert rounds(200) <= 1.03 * warm
