@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := out/demo
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: help env demo test test-clients lint clean
+.PHONY: help env demo test test-clients test-page lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "                   in three formats, verify and measure them: $(DEMO)/report.html"
 	@echo "make test          style, types, imports and tests (what CI runs)"
 	@echo "make test-clients  the bundles in optimum, in an environment of its own"
+	@echo "make test-page     the chat page in headless Chromium"
 	@echo "make clean         remove out/; the environments stay"
 
 env:
@@ -56,7 +57,7 @@ $(DEMO)/report.html: | $(DEMO)/verified-gguf.txt $(DEMO)/verified-onnx.txt $(DEM
 # ---- make test ----
 
 test: env lint
-	$(BIN)/python -m pytest -m "not clients"
+	$(BIN)/python -m pytest -m "not clients and not browser"
 
 lint: env
 	$(BIN)/ruff check .
@@ -68,6 +69,9 @@ lint: env
 test-clients: env
 	@$(PYTHON) tools/environment.py clients
 	PHI_EDGE_CLIENTS=.venv-clients/bin/python $(BIN)/python -m pytest -m clients
+
+test-page: env
+	$(BIN)/python -m pytest -m browser
 
 clean:
 	rm -rf out

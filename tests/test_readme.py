@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import urllib.request
 from importlib import import_module
 
 import pytest
@@ -40,14 +41,33 @@ def tool(name):
         sys.path.pop(0)
 
 
+def serves(command, desk):
+    """It says where it is to be found, answers there, and ends when it is told to."""
+    command[command.index("--port") + 1] = "0"  # whichever is free
+    with subprocess.Popen([SCRIPTS / command[0], *command[1:]], cwd=desk, stdout=subprocess.PIPE, text=True) as process:
+        address = process.stdout.readline().split()[-1]
+        with urllib.request.urlopen(f"{address}/health") as answer:
+            assert b'"ok"' in answer.read()
+        process.terminate()
+        assert process.wait(20) in (0, 143, -15)
+
+
 def test_its_commands_run_as_written(desk, corpus):
     ours = [c for c in commands() if c[0].startswith("phi-")]
     assert {c[0] for c in ours} == {"phi-export", "phi-run", "phi-bench", "phi-train"}
     for command in ours:
         if command[:2] == ["phi-train", "phi3-demo"]:  # the same command, at a size that tests can wait for
             command += [part for s in (*TINY, f"corpus={corpus}", "steps=2") for part in ("--set", s)]
+        if command[:2] == ["phi-run", "serve"]:
+            serves(command, desk)
+            continue
         done = subprocess.run(
-            [SCRIPTS / command[0], *command[1:]], cwd=desk, capture_output=True, text=True, check=False
+            [SCRIPTS / command[0], *command[1:]],
+            cwd=desk,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, (command, done.stderr)
     for program in blocks("python"):

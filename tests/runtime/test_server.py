@@ -2,46 +2,12 @@
 
 import http.client
 import json
-import re
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from support import SCRIPTS, run
-
-
-class Served:
-    """A running server; its address and its process."""
-
-    def __init__(self, bundle, *options):
-        self.process = subprocess.Popen(
-            [SCRIPTS / "phi-run", "serve", bundle, "--port", "0", *map(str, options)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        line = self.process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
-        assert found, line + self.process.stderr.read()
-        self.port = int(found[1])
-
-    def client(self, key="none"):
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, timeout=60)
-
-    def ask(self, method, path, body=None, headers=None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request(method, path, body, {"Content-Type": "application/json"} | (headers or {}))
-        response = connection.getresponse()
-        return response.status, response.read().decode()
-
-    def metric(self, name):
-        return int(re.search(rf"^{name} (\d+)", self.ask("GET", "/metrics")[1], re.MULTILINE)[1])
-
-    def close(self):
-        self.process.terminate()
-        assert self.process.wait(20) in (0, 143, -15)
+from support import Served, run
 
 
 @pytest.fixture(scope="module")
