@@ -97,39 +97,49 @@ class StreamDecoder:
     """Turns a growing list of tokens into text, holding back what is not yet whole.
 
     A character spelt by several byte tokens comes out when its last byte is there, so the
-    pieces are always valid UTF-8 and their concatenation is the decoding of the whole.
+    pieces are always valid UTF-8 and their concatenation is the decoding of the whole. After a special token, such as
+    a role's, a text begins: it has the leading space taken off that the tokenizer puts before a text.
     """
 
-    def __init__(self, tokenizer: Codec, prompt: list[int]) -> None:
-        self._decode = tokenizer.decode
-        self._byte = tokenizer.byte
+    def __init__(self, codec: Codec, prompt: list[int]) -> None:
+        self._codec = codec
         # A few tokens of the prompt give the first pieces their context (a leading space, say).
-        self._tokens = self._tail(prompt)
-        self._start = len(self._decode(self._tokens))
+        self._tokens = [] if prompt and self._special(prompt[-1]) else self._tail(prompt)
+        self._start = len(codec.decode(self._tokens))
 
     def push(self, token: int) -> str:
         """The text that became certain with this token, possibly empty."""
         self._tokens.append(token)
-        text = self._decode(self._tokens)
+        text = self._codec.decode(self._tokens)
         if text.endswith(_REPLACEMENT):
             return ""
         piece = text[self._start :]
         self._start = len(text)
         if len(self._tokens) > 64:
             self._tokens = self._tail(self._tokens)
-            self._start = len(self._decode(self._tokens))
+            self._start = len(self._codec.decode(self._tokens))
         return piece
-
-    def _tail(self, tokens: list[int]) -> list[int]:
-        """The last few tokens, from the beginning of a character on."""
-        start = max(0, len(tokens) - 4)
-        while start > 0 and 0x80 <= (self._byte(tokens[start]) or 0) < 0xC0:  # inside a character
-            start -= 1
-        return tokens[start:]
 
     def flush(self) -> str:
         """What was still held back, at the end of the text."""
-        return self._decode(self._tokens)[self._start :]
+        return self._codec.decode(self._tokens)[self._start :]
+
+    def _tail(self, tokens: list[int]) -> list[int]:
+        """The last few tokens, from the beginning of a character on, and with something to see among them."""
+        start = max(0, len(tokens) - 4)
+        while (
+            start > 0
+            and (
+                0x80 <= (self._codec.byte(tokens[start]) or 0) < 0xC0  # inside a character
+                or all(map(self._special, tokens[start:]))
+            )
+        ):
+            start -= 1
+        return tokens[start:]
+
+    def _special(self, token: int) -> bool:
+        """Whether it shows nothing; twice, because a space before a text shows nothing either."""
+        return self._codec.decode([token, token]) == ""
 
 
 class TextStop:
