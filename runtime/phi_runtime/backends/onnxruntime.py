@@ -54,6 +54,16 @@ class OnnxRuntimeBackend:
             for layer in range(model.layers)
             for part in ("key", "value")
         }
+        self._binding: Any = self._bind()
+
+    def _bind(self) -> Any:
+        """Logits, then all caches as input and output both; they stay bound from call to call."""
+        binding = self._session.io_binding()
+        binding.bind_output("logits", "cpu")
+        for name, cache in self._caches.items():
+            binding.bind_ortvalue_input(f"past_key_values.{name}", cache)
+            binding.bind_ortvalue_output(f"present.{name}", cache)
+        return binding
 
     def _open_windowed(self, path: Path, options: Any) -> Any:
         """The graph whose cache holds the window and one chunk; None where it would save nothing, or where this build
@@ -125,28 +135,26 @@ class OnnxRuntimeBackend:
                 raise BundleError("the session was saved with another context; load the model with that one")
             part[:] = np.frombuffer(state, array.dtype, part.size, i * part.nbytes).reshape(part.shape)
             self._caches[name] = self._ort.OrtValue.ortvalue_from_numpy(array)
+        self._binding = self._bind()
         self._tokens, self._reread = list(tokens), False
 
     def close(self) -> None:
         """Free the session and the cache."""
-        self._session = None
+        self._session = self._binding = None
         self._caches = {}
 
     def _run(self, tokens: list[int]) -> F32:
         total = len(self._tokens) + len(tokens)
-        binding = self._session.io_binding()
+        binding = self._binding
         binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
         binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
-        for name, cache in self._caches.items():
-            binding.bind_ortvalue_input(f"past_key_values.{name}", cache)
-            binding.bind_ortvalue_output(f"present.{name}", cache)
         binding.bind_output("logits", "cpu")
         try:
             self._session.run_with_iobinding(binding)
         except Exception as e:
             raise BundleError(f"onnxruntime cannot run the model ({_first_line(e)}); export the bundle again") from None
         self._tokens = [*self._tokens, *tokens]
-        return np.asarray(binding.get_outputs()[-1].numpy()[0], np.float32)
+        return np.asarray(binding.get_outputs()[0].numpy()[0], np.float32)
 
 
 def _first_line(e: Exception) -> str:

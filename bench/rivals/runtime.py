@@ -1,0 +1,191 @@
+"""The runtime beside the engines' own tools on the same file, in interleaved rounds; each run is a process of its own.
+
+    python bench/rivals/runtime.py gguf FILE.gguf --llama-bench PROGRAM
+    python bench/rivals/runtime.py onnx FOLDER
+    python bench/rivals/runtime.py lookup MODEL --text FILE
+    python bench/rivals/runtime.py prefix MODEL --text FILE
+
+`gguf`: decode, tokens per second, beside llama-bench. `onnx`: beside onnxruntime-genai on the folder. `lookup`: greedy
+decoding with and without guesses, of a prompt whose answer repeats it and of one that has nothing to copy. `prefix`:
+seconds to the first token with a shared prefix of 1,000 tokens and without, in process and from a session on disk.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import phi_runtime
+from phi_runtime.engine import Engine
+from phi_runtime.model import Phi
+from phi_runtime.sampler import Sampling
+
+_PROMPT = 16
+
+
+def ours(path: str, tokens: int, threads: int) -> float:
+    """Decode rate through `phi_runtime`, the loop, the sampler and the text included."""
+    with phi_runtime.load(path, context=512, threads=threads) as phi:
+        engine = Engine(phi.engine.backend, stop_tokens=())
+        prompt = _prompt(phi)
+        list(engine.stream(prompt, 3, Sampling(), speculate=False))
+        engine.forget()
+        steps = list(engine.stream(prompt, tokens + 1, Sampling(), speculate=False))
+    return tokens / sum(s.seconds for s in steps[1:])
+
+
+def genai(folder: str, tokens: int, threads: int) -> float:
+    """Decode rate of onnxruntime-genai's generator, greedy."""
+    import onnxruntime_genai as og
+
+    config = og.Config(folder)
+    session = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+    model = og.Model(config)
+    vocab_size = json.loads((Path(folder) / "genai_config.json").read_text())["model"]["vocab_size"]
+    prompt = np.random.default_rng(0).integers(3, min(vocab_size, 32000), _PROMPT).astype(np.int32)
+
+    def run(count: int) -> float:
+        params = og.GeneratorParams(model)
+        # min_length keeps the stop tokens away.
+        params.set_search_options(do_sample=False, max_length=512, min_length=_PROMPT + count + 4)
+        generator = og.Generator(model, params)
+        generator.append_tokens(prompt)
+        generator.generate_next_token()
+        began = time.perf_counter()
+        for _ in range(count):
+            generator.generate_next_token()
+            generator.get_next_tokens()
+        return count / (time.perf_counter() - began)
+
+    run(2)
+    return run(tokens)
+
+
+def _prompt(phi: Phi) -> list[int]:
+    return list(map(int, np.random.default_rng(0).integers(3, min(phi.package.shape.vocab_size, 32000), _PROMPT)))
+
+
+def _apart(what: str, path: str, tokens: int, threads: int) -> float:
+    command = [
+        sys.executable,
+        __file__,
+        "one",
+        path,
+        "--what",
+        what,
+        "--tokens",
+        str(tokens),
+        "--threads",
+        str(threads),
+    ]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def _llama_bench(program: str, path: str, tokens: int, threads: int) -> float:
+    command = [program, "-m", path, "-p", "0", "-n", str(tokens), "-t", str(threads), "-r", "1", "-o", "json"]
+    return float(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)[0]["avg_ts"])
+
+
+def compare(one: Callable[[], float], other: Callable[[], float], names: tuple[str, str], rounds: int) -> None:
+    """Alternate, and print each round's ratio and their median."""
+    ratios = []
+    for i in range(rounds):
+        pair = (one(), other()) if i % 2 == 0 else (other(), one())[::-1]
+        ratios.append(pair[0] / pair[1])
+        print(f"{names[0]} {pair[0]:.2f}  {names[1]} {pair[1]:.2f}  ratio {ratios[-1]:.3f}", flush=True)
+    print(f"median ratio {statistics.median(ratios):.3f} over {rounds} rounds")
+
+
+def lookup(phi: Phi, text: str, tokens: int, rounds: int) -> None:
+    """Guesses on and off, on text to copy and on text with nothing to copy."""
+    words = phi.tokenize(text)[: min(400, phi.context // 3)]
+    for name, prompt, sampling in (
+        ("text to copy", (words * 3)[: phi.context - tokens - 1], Sampling()),
+        ("nothing to copy", words[: min(64, len(words))], Sampling(temperature=1.5, seed=1)),
+    ):
+        engine = Engine(phi.engine.backend, stop_tokens=())
+        same = []
+
+        def run(speculate: bool) -> float:
+            steps = list(engine.stream(prompt, tokens, sampling, speculate=speculate))  # noqa: B023
+            same.append([s.token for s in steps])  # noqa: B023
+            return len(steps[1:]) / sum(s.seconds for s in steps[1:])
+
+        run(False)
+        same.clear()
+        print(f"{name}: {len(prompt)} tokens of prompt, {tokens} of answer")
+        compare(lambda: run(True), lambda: run(False), ("guessed", "plain"), rounds)
+        differ = sum(any(a != b for a, b in zip(same[0], other, strict=True)) for other in same[1:])
+        print(f"answers that differ from the first: {differ} of {len(same) - 1}")
+
+
+def prefix(path: str, text: str, rounds: int) -> None:
+    """Seconds to the first token after 1,000 shared tokens and 16 new ones."""
+    with phi_runtime.load(path) as phi, tempfile.TemporaryDirectory() as folder:
+        shared = (phi.tokenize(text) * 9)[: min(1000, phi.context - 64)]
+        kept = Path(folder) / "prefix.session"
+        rng = np.random.default_rng(0)
+        phi.generate(shared, max_tokens=1)
+        phi.save_session(kept)
+        rows = []
+        for _ in range(rounds):
+            new = [int(t) for t in rng.integers(3, phi.package.shape.vocab_size - 64, 16)]
+            reused = phi.generate(shared + new, max_tokens=1)
+            phi.engine.forget()
+            whole = phi.generate(shared + new, max_tokens=1)
+            phi.engine.forget()
+            began = time.perf_counter()
+            phi.load_session(kept)
+            loaded = time.perf_counter() - began
+            again = phi.generate(shared + new, max_tokens=1)
+            rows.append((reused.ttft_s / whole.ttft_s, (loaded + again.ttft_s) / whole.ttft_s))
+            print(f"whole {whole.ttft_s:.3f} s, reused {reused.ttft_s:.3f} s, from disk {loaded + again.ttft_s:.3f} s")
+        medians = [statistics.median(column) for column in zip(*rows, strict=True)]
+        print(f"{len(shared)} shared tokens: {medians[0]:.4f} of the whole in process, {medians[1]:.4f} from disk")
+
+
+def main() -> None:
+    """Run one comparison."""
+    p = argparse.ArgumentParser()
+    p.add_argument("comparison", choices=("gguf", "onnx", "lookup", "prefix", "one"))
+    p.add_argument("model")
+    p.add_argument("--what", choices=("ours", "genai"))
+    p.add_argument("--llama-bench")
+    p.add_argument("--text", type=Path)
+    p.add_argument("--tokens", type=int, default=48)
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--rounds", type=int, default=7)
+    a = p.parse_args()
+    if a.comparison == "one":
+        print({"ours": ours, "genai": genai}[a.what](a.model, a.tokens, a.threads))
+    elif a.comparison == "gguf":
+        compare(
+            lambda: _apart("ours", a.model, a.tokens, a.threads),
+            lambda: _llama_bench(a.llama_bench, a.model, a.tokens, a.threads),
+            ("phi_runtime", "llama-bench"),
+            a.rounds,
+        )
+    elif a.comparison == "onnx":
+        compare(
+            lambda: _apart("ours", a.model, a.tokens, a.threads),
+            lambda: _apart("genai", a.model, a.tokens, a.threads),
+            ("phi_runtime", "onnxruntime-genai"),
+            a.rounds,
+        )
+    elif a.comparison == "lookup":
+        with phi_runtime.load(a.model, threads=a.threads) as phi:
+            lookup(phi, a.text.read_text(encoding="utf-8"), a.tokens, a.rounds)
+    else:
+        prefix(a.model, a.text.read_text(encoding="utf-8"), a.rounds)
+
+
+if __name__ == "__main__":
+    main()
