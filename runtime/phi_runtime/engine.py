@@ -9,11 +9,12 @@ import numpy as np
 
 from phi_runtime.decoder import F32
 from phi_runtime.errors import ContextError, TokenError, UsageError
-from phi_runtime.lookup import Lookup
+from phi_runtime.guesses import Guesses
 from phi_runtime.sampler import Sampler, Sampling, log_probability, most_likely
 
 StopReason = Literal["stop_token", "stop_text", "max_tokens", "context"]
 Policy = Literal["reject", "truncate-left", "sliding-window"]
+CHUNK = 256  # tokens of a prompt after which a stream may be abandoned
 POLICIES: tuple[Policy, ...] = ("reject", "truncate-left", "sliding-window")
 
 
@@ -67,12 +68,19 @@ class Step:
 
 
 class Engine:
-    """Generation over a backend, whose cache keeps the last text: a call that begins as the last one did reads on."""
+    """Generation over a backend, whose cache keeps the last text: a call that begins as the last one did reads on.
 
-    def __init__(self, backend: Backend, stop_tokens: tuple[int, ...]) -> None:
+    chunk: tokens of a prompt that are read between two looks at `abandoned`, which another thread or a signal may set
+    to end the stream; None for a model that must read its prompt at once.
+    """
+
+    def __init__(self, backend: Backend, stop_tokens: tuple[int, ...], chunk: int | None = CHUNK) -> None:
         self.backend = backend
         self.stop_tokens = frozenset(stop_tokens)
         self.held: list[int] = []  # what the cache holds; nothing, where a call was broken off in the backend
+        self.abandoned = False
+        self.draft: Engine | None = None  # a quicker model of the same vocabulary, to guess with
+        self._chunk = chunk
 
     def forget(self) -> None:
         """Empty the cache."""
@@ -95,17 +103,23 @@ class Engine:
         constraint: Constraint | None = None,
         top_logprobs: int = 0,
     ) -> Generator[Step, None, None]:
-        """Generate after the prompt. The cache keeps what was read, for the next call."""
+        """Generate after the prompt. The cache keeps what was read, for the next call.
+
+        A stream that is `abandoned` while it reads the prompt ends without a step.
+        """
         if max_tokens < 1:
             raise UsageError(f"max_tokens {max_tokens} is less than 1")
         tokens, dropped = self._fit(tokens, max_tokens, policy)
         self.fits(tokens, policy)
         sampler = Sampler(sampling)
         seen = set(tokens) if sampling.repetition_penalty != 1 else set()
-        lookup = Lookup(tokens) if speculate and constraint is None else None
+        guesses = Guesses(tokens, self._drafted if self.draft else None) if speculate and constraint is None else None
         began, passed = time.perf_counter(), 0.0
+        self.abandoned = False
         reused = self._rewind_to_shared(tokens)
-        rows, guess, at = self._forward(tokens[reused:], every=False), list[int](), 0
+        rows, guess, at = self._read(tokens[reused:]), list[int](), 0
+        if self.abandoned:
+            return
         for n in range(1, max_tokens + 1):
             logits_V = rows[at] if constraint is None else constraint.mask(rows[at])
             token = sampler.draw(logits_V, seen)
@@ -125,20 +139,26 @@ class Engine:
                 seen.add(token)
             if constraint is not None:
                 constraint.accept(token)
-            if lookup is not None:
-                lookup.push(token)
+            if guesses is not None:
+                guesses.push(token)
             if right:
                 at += 1
                 continue
-            if lookup is not None and n > 1:
-                lookup.took(len(guess), at, passed)
+            if guesses is not None and n > 1:
+                guesses.took(len(guess), at, passed)
             if len(self.held) >= self.backend.context:
                 dropped = self._slide()
             most = min(max_tokens - n, self.backend.context - len(self.held)) - 1
-            guess, at = lookup.guess(most) if lookup is not None else [], 0
             started = time.perf_counter()
+            guess, at = guesses.guess(most) if guesses is not None else [], 0
             rows = self._forward([token, *guess], every=True)
             passed = time.perf_counter() - started
+
+    def _drafted(self, tokens: list[int], count: int) -> list[int]:
+        """What the draft model would say; nothing beyond its context."""
+        if self.draft is None or len(tokens) + count > self.draft.backend.context:
+            return []
+        return [s.token for s in self.draft.stream(tokens, count, Sampling(), speculate=False)]
 
     def _fit(self, tokens: list[int], max_tokens: int, policy: Policy) -> tuple[list[int], int]:
         """The prompt, and how many tokens were cut from its beginning so that it and its answer fit."""
@@ -171,6 +191,16 @@ class Engine:
         if position != self.backend.position or position != len(self.held):
             self.held = self.held[:position]
             self.backend.rewind(position)
+
+    def _read(self, tokens: list[int]) -> F32:
+        """Append tokens a chunk at a time, until it is done or abandoned; the last one's logits [1, vocab_size]."""
+        rows = np.empty((0, 0), np.float32)
+        step = self._chunk or len(tokens)
+        for start in range(0, len(tokens), step):
+            rows = self._forward(tokens[start : start + step], every=False)
+            if self.abandoned:
+                break
+        return rows
 
     def _forward(self, tokens: list[int], every: bool) -> F32:
         held, self.held = self.held, []  # until it is done

@@ -14,11 +14,12 @@ from phi_runtime.backends import open_backend, own_tokenizer
 from phi_runtime.bundle import Manifest
 from phi_runtime.chat import ChatFormat, Messages, get_format
 from phi_runtime.decoder import F32
-from phi_runtime.engine import Constraint, Engine, Policy, Step, StopReason
+from phi_runtime.engine import CHUNK, Constraint, Engine, Policy, Step, StopReason
 from phi_runtime.errors import ChatError, UsageError
 from phi_runtime.memory import plan_package
 from phi_runtime.package import Package, open_package
 from phi_runtime.sampler import Sampling
+from phi_runtime.tokenizer import FILE as TOKENIZER
 from phi_runtime.tokenizer import Codec, StreamDecoder, TextStop, Tokenizer
 
 
@@ -175,6 +176,7 @@ class Phi:
                 if step is None or step.done():
                     finish(step)
                 else:
+                    self.engine.abandoned = True
                     step.add_done_callback(finish)
 
     async def agenerate(self, prompt: str | list[int], **options: Unpack[Options]) -> Answer:
@@ -205,7 +207,9 @@ class Phi:
 
     def close(self) -> None:
         """Give back the memory."""
-        self.engine.backend.close()
+        for engine in (self.engine, self.engine.draft):
+            if engine is not None:
+                engine.backend.close()
 
     def __enter__(self) -> Self:
         return self
@@ -289,13 +293,15 @@ def load(
     threads: int | None = None,
     kv: str | None = None,
     chat: str | None = None,
+    draft: str | Path | None = None,
 ) -> Phi:
     """Open a bundle that phi-export wrote, a Phi in a GGUF file, or an onnxruntime-genai folder.
 
     backend: see `phi_runtime.backends`, by default the first of the format. context: tokens to reserve, by default
     what the model has, up to 4,096. memory: bytes, or a size such as "2.5GB", that context and cache are chosen within
     (see `plan`). threads: by default one per core. kv: the type of llama.cpp's cache. chat: a format of
-    `phi_runtime.chat`, for a model whose template is not known.
+    `phi_runtime.chat`, for a model whose template is not known. draft: a small model of the same tokenizer, which
+    guesses tokens for this one to check.
 
     Raises NotFoundError, BundleError, UnsupportedError, MissingExtraError, UsageError for a backend that does not run
     the format, ContextError for a context beyond the model's, MemoryPlanError where `memory` is too little.
@@ -309,4 +315,19 @@ def load(
     opened = open_backend(package, backend, context, threads, kv)
     tokenizer = tokenizer or own_tokenizer(opened)
     assert tokenizer is not None, "every package has a tokenizer.json or a GGUF file"
-    return Phi(package, Engine(opened, package.stop_tokens), tokenizer, said)
+    # What was read before LongRoPE's crossover would have to be read again: such prompts are read at once.
+    chunk = CHUNK if package.shape.crossover is None else None
+    engine = Engine(opened, package.stop_tokens, chunk)
+    if draft is not None:
+        engine.draft = _open_draft(draft, package, threads)
+    return Phi(package, engine, tokenizer, said)
+
+
+def _open_draft(path: str | Path, package: Package, threads: int | None) -> Engine:
+    other = open_package(path)
+    folders = other.folder, package.folder
+    if None in folders or len({(f / TOKENIZER).read_bytes() for f in folders if f is not None}) != 1:
+        raise UsageError(f"{path}: is no draft for {package.path}: both need the same tokenizer.json")
+    if other.shape.vocab_size != package.shape.vocab_size:
+        raise UsageError(f"{path}: is no draft for {package.path}: its vocabulary has another size")
+    return Engine(open_backend(other, None, None, threads), ())

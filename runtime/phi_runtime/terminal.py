@@ -5,6 +5,7 @@ import sys
 from contextlib import closing
 from types import FrameType
 
+from phi_runtime.engine import Engine
 from phi_runtime.errors import ContextError
 from phi_runtime.model import Options, Phi
 
@@ -58,13 +59,14 @@ def _answer(phi: Phi, history: list[dict[str, str]], kept: int, options: Options
     if forgotten:
         print(f"[the oldest {forgotten} messages no longer fit and are forgotten]", file=sys.stderr)
     said: list[str] = []
-    with _Stop() as stop, closing(phi.stream(tokens, **options)) as pieces:
+    with _Stop(phi.engine) as stop, closing(phi.stream(tokens, **options)) as pieces:
         for piece in pieces:
             said.append(piece.text)
             print(piece.text, end="", flush=True)
             if stop.asked:
-                print(" [stopped]", end="")
                 break
+    if stop.asked:
+        print(" [stopped]", end="")
     print(flush=True)
     return "".join(said)
 
@@ -72,8 +74,8 @@ def _answer(phi: Phi, history: list[dict[str, str]], kept: int, options: Options
 class _Stop:
     """Ctrl-C asks for an end instead of raising, as long as this is open."""
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, engine: Engine) -> None:
+        self.asked, self._engine = False, engine
 
     def __enter__(self) -> "_Stop":
         self._before = signal.signal(signal.SIGINT, self._ask)
@@ -83,4 +85,4 @@ class _Stop:
         signal.signal(signal.SIGINT, self._before)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.asked = self._engine.abandoned = True

@@ -7,7 +7,7 @@ import pytest
 
 from phi_runtime.engine import Engine
 from phi_runtime.errors import ContextError, TokenError, UsageError
-from phi_runtime.lookup import Lookup
+from phi_runtime.guesses import Guesses
 from phi_runtime.sampler import Sampling
 
 VOCABULARY = 50
@@ -106,6 +106,22 @@ def test_guesses_save_passes_where_the_text_repeats_itself():
     assert backend.position <= 300
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_draft_changes_no_token_and_saves_passes(seed):
+    backend, draft = Counting(256), Counting(256)
+    engine = Engine(backend, ())
+    engine.draft = Engine(draft, ())
+    prompt = [seed, 5, 9]
+    assert tokens(engine, prompt, 200) == tokens(Engine(Counting(256), ()), prompt, 200, speculate=False)
+    assert len(backend.read) < 60, "its own twin is always right"
+    wrong = Engine(Counting(256), ())
+    wrong.draft = Engine(Counting(256, 11), ())
+    assert tokens(wrong, prompt, 200) == tokens(Engine(Counting(256), ()), prompt, 200, speculate=False)
+    short = Engine(Counting(256), ())
+    short.draft = Engine(Counting(40), ())  # its context ends first
+    assert tokens(short, prompt, 200) == tokens(Engine(Counting(256), ()), prompt, 200, speculate=False)
+
+
 def test_stopping_inside_a_guess_leaves_a_cache_that_is_true():
     for stop in range(5):
         backend = Counting(128, 9)
@@ -119,15 +135,15 @@ def test_stopping_inside_a_guess_leaves_a_cache_that_is_true():
 
 
 def test_guessing_rests_where_it_does_not_pay():
-    lookup = Lookup([1, 2, 3, 4, 1, 2, 3])
-    lookup.took(0, 0, 1.0)
+    guesses = Guesses([1, 2, 3, 4, 1, 2, 3])
+    guesses.took(0, 0, 1.0)
     offered = 0
     for _ in range(40):
-        if guess := lookup.guess(8):
+        if guess := guesses.guess(8):
             offered += 1
-            lookup.took(len(guess), 0, 3.0)  # wide passes that bring one token each
+            guesses.took(len(guess), 0, 3.0)  # wide passes that bring one token each
     assert 1 < offered <= 8
-    assert Lookup([1, 2, 3, 4, 1, 2, 3]).guess(8) == []  # nothing is known of the cost yet
+    assert Guesses([1, 2, 3, 4, 1, 2, 3]).guess(8) == []  # nothing is known of the cost yet
 
 
 def test_policies():
@@ -155,6 +171,23 @@ def test_after_a_slide_the_text_goes_on_as_if_the_newer_half_had_been_the_prompt
     slid = next(i for i, s in enumerate(steps) if s.dropped)
     kept = said[3 + slid - 9 : 3 + slid]
     assert tokens(Engine(Counting(16), ()), kept, 3) == [s.token for s in steps[slid : slid + 3]]
+
+
+def test_a_prompt_is_abandoned_between_chunks_and_taken_up_there():
+    backend = Counting(512)
+    engine = Engine(backend, (), chunk=16)
+    prompt = [i % 7 for i in range(200)]
+    forward = backend.forward
+
+    def impatient(tokens, every):
+        engine.abandoned = len(backend.read) == 2
+        return forward(tokens, every)
+
+    backend.forward = impatient
+    assert tokens(engine, prompt) == []
+    assert engine.held == prompt[:48] == backend.tokens
+    backend.forward = forward
+    assert tokens(engine, prompt) == tokens(Engine(Counting(512), ()), prompt)
 
 
 def test_a_constraint_is_kept_and_told():

@@ -256,6 +256,16 @@ def test_tasks_that_are_cancelled_leave_the_model_free(bundles):
         assert phi.generate(PROMPT, max_tokens=12).tokens == expected
 
 
+def test_a_draft_model_guesses_for_another(bundles, stranger):
+    with phi_runtime.load(bundles / "gguf") as alone:
+        expected = alone.generate(PROMPT, max_tokens=40)
+    with phi_runtime.load(bundles / "gguf", draft=bundles / "onnx") as phi:
+        assert phi.generate(PROMPT, max_tokens=40).tokens == expected.tokens
+        assert phi.engine.draft.held
+    with pytest.raises(UsageError, match="same tokenizer"):
+        phi_runtime.load(bundles / "gguf", draft=stranger)
+
+
 def test_the_file_may_go_while_it_runs(stranger):
     with phi_runtime.load(stranger) as phi:
         before = phi.generate(PROMPT, max_tokens=10).tokens

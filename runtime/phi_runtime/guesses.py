@@ -1,20 +1,25 @@
-"""Guesses for speculative decoding, by looking them up in the text so far: what followed these tokens last time.
+"""Guesses for speculative decoding: what followed these tokens last time in the text, or what a draft model says.
 
 A guess costs a wider forward pass and is checked against the sampler, so it changes speed and never the answer
 (arXiv:2211.17192; by lookup instead of a model: arXiv:2304.04487).
 """
+
+from collections.abc import Callable
 
 _GRAM = 3  # tokens that must have been seen before, in this order
 _SHORTEST, _LONGEST = 3, 24  # tokens of a guess
 _PATIENCE = 6  # rounds that are judged together
 _REST = 32  # tokens without guesses after rounds that lost time; doubles each time
 
+Draft = Callable[[list[int], int], list[int]]  # the text so far and how many tokens to guess at most
 
-class Lookup:
+
+class Guesses:
     """The text so far as an index of its n-grams, and a judgement of whether guessing pays here."""
 
-    def __init__(self, tokens: list[int]) -> None:
+    def __init__(self, tokens: list[int], draft: Draft | None = None) -> None:
         self._tokens: list[int] = []
+        self._draft = draft
         self._after: dict[tuple[int, ...], int] = {}
         self._length = _SHORTEST
         self._single: float | None = None  # seconds of a pass over one token
@@ -35,13 +40,16 @@ class Lookup:
         if self._pause:
             self._pause -= 1
             return []
-        start = self._after.get(tuple(self._tokens[-_GRAM:]))
-        if start is None or self._single is None or most < 1:
+        if self._single is None or most < 1:
             return []
-        return self._tokens[start : start + min(self._length, most)]
+        length = min(self._length, most)
+        start = self._after.get(tuple(self._tokens[-_GRAM:]))
+        if start is not None:
+            return self._tokens[start : start + length]
+        return [] if self._draft is None else self._draft(self._tokens, length)
 
     def took(self, guessed: int, right: int, seconds: float) -> None:
-        """A pass over one token and `guessed` more took so long, and `right` of them were."""
+        """Guessing so many tokens and a pass over them and one more took so long, and `right` of them were."""
         if not guessed:
             self._single = seconds if self._single is None else 0.8 * self._single + 0.2 * seconds
             return
