@@ -16,7 +16,7 @@ _CHILD = """
 import sys, phi_runtime
 path, context, kv = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 with phi_runtime.load(path, context=context, kv=kv) as phi:
-    prompt = [5 + i % 200 for i in range(min(300, context - 8))]
+    prompt = [5 + i % 200 for i in range(min(700, context - 8))]
     phi.generate(prompt, max_tokens=8)
 with open("/proc/self/status") as f:
     print(next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM:")))

@@ -101,6 +101,7 @@ class CacheShape:
 
     vocab_size: int
     layers: int
+    heads: int
     kv_heads: int
     head_dim: int
     window: int | None = None
@@ -165,7 +166,8 @@ class Decoder:
         """For an engine."""
         crossover = self.rope.original if self.rope is not None and self.rope.long else None
         layers = len(self.layers)
-        return CacheShape(self.vocab_size, layers, self.kv_heads, self.head_dim, self.kv_positions(), crossover)
+        heads = self.heads, self.kv_heads
+        return CacheShape(self.vocab_size, layers, *heads, self.head_dim, self.kv_positions(), crossover)
 
 
 def visible(layer: Layer, head: int, queries: np.ndarray, keys: np.ndarray) -> npt.NDArray[np.bool_]:

@@ -31,10 +31,11 @@ TYPE_SIZES = {
 
 @dataclass(frozen=True)
 class Header:
-    """Metadata, and of each tensor its bytes; `digest` is of all that stands before the weights."""
+    """Metadata, and of each tensor its bytes and ggml type; `digest` is of all that stands before the weights."""
 
     metadata: dict[str, Any]
     tensors: dict[str, int]
+    types: dict[str, int]
     digest: str
 
 
@@ -112,6 +113,7 @@ def _read(r: _Reader) -> Header:
     if type(alignment) is not int or not 0 < alignment <= 1 << 16 or alignment & (alignment - 1):
         raise r.fail(f"general.alignment is {alignment!r}")
     places: dict[str, tuple[int, int]] = {}
+    types: dict[str, int] = {}
     for _ in range(tensors):
         name = r.text("a tensor's name")
         if name in places:
@@ -131,7 +133,7 @@ def _read(r: _Reader) -> Header:
             nbytes *= n
         if offset % alignment:
             raise r.fail(f"the tensor {name!r} is not aligned")
-        places[name] = (offset, nbytes)
+        places[name], types[name] = (offset, nbytes), kind
     start = -(-r.at // alignment) * alignment
     for name, (offset, nbytes) in places.items():
         if start + offset + nbytes > len(r.data):
@@ -142,4 +144,4 @@ def _read(r: _Reader) -> Header:
     if any(a + size > b for (a, size), (b, _) in pairwise(spans)):
         raise BundleError(f"{r.path}: tensors overlap; the file is damaged: download or export it again")
     digest = hashlib.sha256(r.data[: r.at]).hexdigest()
-    return Header(metadata, {name: nbytes for name, (_, nbytes) in places.items()}, digest)
+    return Header(metadata, {name: nbytes for name, (_, nbytes) in places.items()}, types, digest)

@@ -105,19 +105,24 @@ def predict(package: Package, device: str, context: int, kv: str, limit: int) ->
     """The arithmetic for one context and type of cache."""
     shape = package.shape
     numbers = 2 * shape.layers * shape.kv_heads * shape.head_dim
+    chunk = min(_CHUNK, context)
+    logits = 4 * chunk * shape.vocab_size
     if package.format == "gguf":
         slots = -(-context // _PADDED) * _PADDED
         cache = int(numbers * slots * KV_TYPES[kv][1] / 8)
+        scores = 4 * shape.heads * chunk * slots if kv == "f16" else 0  # flash attention keeps none
+        buffers = max(logits + (2 << 20) + 13 * chunk * slots, scores + (1 << 20)) + package.staging
     else:
         slots = context if shape.window is None else min(context, shape.window + _CHUNK)
         cache = numbers * slots * (4 if kv == "f32" else 2)
-    chunk = min(_CHUNK, context)
-    buffers = 4 * chunk * shape.vocab_size
+        buffers = int(4.5 * logits)
+        if package.format == "onnx":  # its peak may be where the weights are packed, before there is a cache
+            buffers = max(buffers, int(0.36 * package.weights) - cache)
     return Plan(device, context, kv, package.weights, cache, buffers, _PROCESS[package.format], limit)
 
 
-# Python, NumPy, the tokenizer and the engine's own code, before any model: measured on Linux.
-_PROCESS = {"gguf": 100_000_000, "onnx": 110_000_000, "coreml": 150_000_000}
+# Python, NumPy, the tokenizer and the engine's own code, before any model: measured on Linux, x86-64.
+_PROCESS = {"gguf": 61_000_000, "onnx": 79_000_000, "coreml": 100_000_000}
 
 
 def available() -> int:

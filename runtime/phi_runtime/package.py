@@ -15,6 +15,7 @@ from phi_runtime.tokenizer import FILE as TOKENIZER
 
 GENAI = "genai_config.json"
 _ARCHITECTURES = ("phi3", "phi2")  # of llama.cpp
+_REPACKED = (2, 10, 12, 20)  # ggml types: Q4_0, Q2_K, Q4_K, IQ4_NL
 _STOPS = ("<|endoftext|>", "<|assistant|>", "<|end|>")  # by name, where a file's own eos is one of several
 # phi-3-mini-4k's window, for GGUF files from before llama.cpp's converter wrote it (config.json: sliding_window).
 _MINI = {"phi3.context_length": 4096, "phi3.block_count": 32, "phi3.embedding_length": 3072}
@@ -27,7 +28,8 @@ class Package:
 
     path: the artifact that an engine opens. folder: where tokenizer.json lies, None where the artifact holds its own
     tokenizer. context: the most tokens at which its engine computes what the model means. weights: bytes that the
-    engine loads. digest: of what the model is. manifest: of a bundle of ours.
+    engine loads; staging: those that it holds twice while it does. digest: of what the model is. manifest: of a bundle
+    of ours.
     """
 
     path: Path
@@ -39,6 +41,7 @@ class Package:
     chat: ChatFormat | None
     bos_token: str
     weights: int
+    staging: int
     digest: str
     manifest: Manifest | None = None
 
@@ -68,8 +71,7 @@ def open_bundle(folder: Path, manifest: Manifest) -> Package:
     artifact = folder / manifest.artifact
     if not artifact.exists():
         raise BundleError(f"{artifact}: is missing from the bundle; export it again")
-    if manifest.format == "gguf":
-        read_header(artifact)
+    staging = _staging(read_header(artifact)) if manifest.format == "gguf" else 0
     said = json.dumps([manifest.format, manifest.source.sha256, [f.sha256 for f in manifest.files]])
     return Package(
         path=artifact,
@@ -81,6 +83,7 @@ def open_bundle(folder: Path, manifest: Manifest) -> Package:
         chat=None if manifest.chat is None else get_format(manifest.chat),
         bos_token=_bos_token(folder),
         weights=sum(q.bytes for q in manifest.quantization.values()),
+        staging=staging,
         digest=hashlib.sha256(said.encode()).hexdigest(),
         manifest=manifest,
     )
@@ -124,13 +127,21 @@ def _gguf(path: Path) -> Package:
         folder=None,
         # Stock llama.cpp applies no window to Phi: beyond it, it computes another model.
         context=min(context, window) if window else context,
-        shape=CacheShape(len(tokens), layers, kv_heads, width // heads),
+        shape=CacheShape(len(tokens), layers, heads, kv_heads, width // heads),
         stop_tokens=tuple(sorted(stops)),
         chat=recognise(template) if isinstance(template, str) else None,
         bos_token=tokens[bos] if type(bos) is int and 0 <= bos < len(tokens) else "",
         weights=sum(header.tensors.values()),
+        staging=_staging(header),
         digest=_digest(header, path),
     )
+
+
+def _staging(header: Header) -> int:
+    """llama.cpp reads a matrix whole before it lays it out anew for the processor: the largest counts twice."""
+    sizes = [header.tensors[n] for n, kind in header.types.items() if kind in _REPACKED and n != "token_embd.weight"]
+    largest = max(sizes, default=0)
+    return largest if largest > 1 << 25 else 0
 
 
 def _digest(header: Header, path: Path) -> str:
@@ -175,6 +186,7 @@ def _genai(folder: Path) -> Package:
         shape = CacheShape(
             vocab_size=_count(model["vocab_size"]),
             layers=_count(decoder["num_hidden_layers"]),
+            heads=_count(decoder["num_attention_heads"]),
             kv_heads=_count(decoder["num_key_value_heads"]),
             head_dim=_count(decoder["head_size"]),
         )
@@ -204,6 +216,7 @@ def _genai(folder: Path) -> Package:
         chat=None if template is None else recognise(template),
         bos_token=_bos_token(folder),
         weights=sum(p.stat().st_size for p in files),
+        staging=0,
         digest=hashlib.sha256(said.encode()).hexdigest(),
     )
 

@@ -279,6 +279,6 @@ def test_minis_window_is_known_where_a_file_does_not_say_it(stranger, monkeypatc
     said = {"phi3.context_length": 4096, "phi3.block_count": 32, "phi3.embedding_length": 3072}
     old = {k: v for k, v in header.metadata.items() if k != "phi3.attention.sliding_window"} | said
     monkeypatch.setattr(
-        "phi_runtime.package.read_header", lambda path: type(header)(old, header.tensors, header.digest)
+        "phi_runtime.package.read_header", lambda path: type(header)(old, header.tensors, header.types, header.digest)
     )
     assert open_package(stranger).context == 2047

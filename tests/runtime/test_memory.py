@@ -1,0 +1,58 @@
+"""What is predicted against what a process comes to. `bench/rivals/memory.py` does it for models of real size."""
+
+import subprocess
+import sys
+
+import pytest
+
+from phi_runtime.errors import ContextError, MemoryPlanError, UsageError
+from phi_runtime.memory import DEVICES, available, parse_size, plan, predict, resident
+from phi_runtime.package import open_package
+
+_CHILD = """
+import sys, phi_runtime
+with phi_runtime.load(sys.argv[1], context=int(sys.argv[2]), kv=sys.argv[3]) as phi:
+    phi.generate([5] * (phi.context - 8), max_tokens=8)
+with open("/proc/self/status") as f:
+    print(next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM:")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system says no peak")
+@pytest.mark.parametrize(("name", "kv"), [("gguf", "f16"), ("gguf", "q8_0"), ("onnx", "f32")])
+def test_a_process_comes_to_what_was_predicted(name, kv, bundles):
+    said = predict(open_package(bundles / name), "this machine", 96, kv, 1 << 40)
+    command = [sys.executable, "-c", _CHILD, bundles / name, "96", kv]
+    peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert abs(said.peak / peak - 1) < 0.2, (said, peak)  # almost all of it is the process here
+
+
+def test_less_memory_means_a_smaller_cache_then_a_shorter_context(bundles):
+    package = open_package(bundles / "gguf")
+    whole = plan(bundles / "gguf")
+    assert (whole.context, whole.kv) == (package.context, "f16") and whole.fits
+    assert whole.peak == whole.weights + whole.cache + whole.buffers + whole.process
+    less = plan(bundles / "gguf", memory=whole.peak - 1)
+    assert less.context == whole.context and less.kv == "q8_0"
+    with pytest.raises(MemoryPlanError, match=r"= \d+\.\d+ GB, 0\.001 GB allowed"):
+        plan(bundles / "gguf", memory=10**6)
+    assert plan(bundles / "onnx", context=50).context == 50
+    assert plan(bundles / "gguf", kv="q4_0").kv == "q4_0"
+
+
+def test_what_cannot_be_planned(bundles):
+    with pytest.raises(UsageError, match="iphone-14-pro"):
+        plan(bundles / "gguf", device="toaster")
+    with pytest.raises(UsageError, match="choose from f16"):
+        plan(bundles / "gguf", kv="q1")
+    with pytest.raises(ContextError):
+        plan(bundles / "gguf", context=10**6)
+    for bad in (0, -5, "2", "2 XB", "GB", "nan GB"):
+        with pytest.raises(UsageError):
+            plan(bundles / "gguf", memory=bad)
+    assert plan(bundles / "gguf", device="laptop-8gb").limit == DEVICES["laptop-8gb"]
+
+
+def test_sizes_of_this_machine():
+    assert parse_size("1.5GiB") == 3 * 2**29
+    assert resident() < available() < 2**50
