@@ -47,7 +47,9 @@ class JsonConstraint:
 
         self._bits: Any = llguidance.numpy
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+            # Compact, or a small model may go on with blanks for as long as it is let.
+            compact = {"x-guidance": {"whitespace_flexible": False}}
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(compact | schema))
         except ValueError as e:
             raise UsageError(f"response_format: the schema cannot be used ({_line(e)})") from None
         self._matcher = llguidance.LLMatcher(tokenizer, grammar)
