@@ -11,6 +11,7 @@ import threading
 
 import gguf
 import numpy as np
+import onnx
 import pytest
 
 import phi_runtime
@@ -122,6 +123,59 @@ def test_hostile_headers_are_refused_by_name(stranger):
         stranger.write_bytes(change)
         with pytest.raises((BundleError, UnsupportedError), match=says):
             phi_runtime.load(stranger)
+
+
+def _location(path):
+    def change(folder, model):
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = path
+
+    return change
+
+
+def _first(key, value):
+    def change(folder, model):
+        tensor = next(t for t in model.graph.initializer if t.external_data)
+        if key == "dims":
+            tensor.dims[0] = value
+        for entry in tensor.external_data:
+            if entry.key == key:
+                entry.value = str(value)
+
+    return change
+
+
+def _linked(folder, model):
+    (folder / "model.onnx.data").rename(folder.parent / "outside.data")
+    (folder / "model.onnx.data").symlink_to(folder.parent / "outside.data")
+
+
+def _cut(folder, model):
+    data = folder / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-100_000])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *map(_location, ("../outside.data", "/etc/hostname")),
+        *(_first("offset", n) for n in (2**62, -5)),
+        *(_first(key, 2**62) for key in ("length", "dims")),
+        _linked,
+        _cut,
+    ],
+)
+def test_hostile_onnx_is_refused(change, bundles, tmp_path):
+    folder = shutil.copytree(bundles / "onnx", tmp_path / "onnx")
+    (folder / "phi-bundle.json").unlink()
+    shutil.copy(folder / "model.onnx.data", tmp_path / "outside.data")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    change(folder, model)
+    onnx.save(model, folder / "model.onnx")
+    with pytest.raises(BundleError, match=r"model\.onnx: onnxruntime cannot load it"):
+        phi_runtime.load(folder)
 
 
 def test_no_damaged_head_ends_the_process(stranger, tmp_path):
