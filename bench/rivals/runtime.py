@@ -31,18 +31,18 @@ from phi_runtime.sampler import Sampling
 _PROMPT = 16
 
 
-def ours(path: str, tokens: int, threads: int) -> float:
+def ours(path: str, tokens: int, threads: int, depth: int) -> float:
     """Decode rate through `phi_runtime`, the loop, the sampler and the text included."""
-    with phi_runtime.load(path, context=512, threads=threads) as phi:
+    with phi_runtime.load(path, context=depth + 512, threads=threads) as phi:
         engine = Engine(phi.engine.backend, stop_tokens=())
-        prompt = _prompt(phi)
-        list(engine.stream(prompt, 3, Sampling(), speculate=False))
+        prompt = _prompt(phi, max(_PROMPT, depth))
+        list(engine.stream(prompt[:_PROMPT], 3, Sampling(), speculate=False))
         engine.forget()
         steps = list(engine.stream(prompt, tokens + 1, Sampling(), speculate=False))
     return tokens / sum(s.seconds for s in steps[1:])
 
 
-def genai(folder: str, tokens: int, threads: int) -> float:
+def genai(folder: str, tokens: int, threads: int, depth: int) -> float:
     """Decode rate of onnxruntime-genai's generator, greedy."""
     import onnxruntime_genai as og
 
@@ -51,12 +51,12 @@ def genai(folder: str, tokens: int, threads: int) -> float:
     config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
     model = og.Model(config)
     vocab_size = json.loads((Path(folder) / "genai_config.json").read_text())["model"]["vocab_size"]
-    prompt = np.random.default_rng(0).integers(3, min(vocab_size, 32000), _PROMPT).astype(np.int32)
+    prompt = np.random.default_rng(0).integers(3, min(vocab_size, 32000), max(_PROMPT, depth)).astype(np.int32)
 
     def run(count: int) -> float:
         params = og.GeneratorParams(model)
         # min_length keeps the stop tokens away.
-        params.set_search_options(do_sample=False, max_length=512, min_length=_PROMPT + count + 4)
+        params.set_search_options(do_sample=False, max_length=depth + 512, min_length=len(prompt) + count + 4)
         generator = og.Generator(model, params)
         generator.append_tokens(prompt)
         generator.generate_next_token()
@@ -70,28 +70,20 @@ def genai(folder: str, tokens: int, threads: int) -> float:
     return run(tokens)
 
 
-def _prompt(phi: Phi) -> list[int]:
-    return list(map(int, np.random.default_rng(0).integers(3, min(phi.package.shape.vocab_size, 32000), _PROMPT)))
+def _prompt(phi: Phi, length: int) -> list[int]:
+    return list(map(int, np.random.default_rng(0).integers(3, min(phi.package.shape.vocab_size, 32000), length)))
 
 
-def _apart(what: str, path: str, tokens: int, threads: int) -> float:
-    command = [
-        sys.executable,
-        __file__,
-        "one",
-        path,
-        "--what",
-        what,
-        "--tokens",
-        str(tokens),
-        "--threads",
-        str(threads),
-    ]
+def _apart(what: str, path: str, tokens: int, threads: int, depth: int) -> float:
+    options = {"what": what, "tokens": tokens, "threads": threads, "depth": depth}
+    said = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, __file__, "one", path, *said]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def _llama_bench(program: str, path: str, tokens: int, threads: int) -> float:
-    command = [program, "-m", path, "-p", "0", "-n", str(tokens), "-t", str(threads), "-r", "1", "-o", "json"]
+def _llama_bench(program: str, path: str, tokens: int, threads: int, depth: int) -> float:
+    options = ["-p", "0", "-n", str(tokens), "-d", str(depth), "-t", str(threads), "-r", "1", "-o", "json"]
+    command = [program, "-m", path, *options]
     return float(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)[0]["avg_ts"])
 
 
@@ -180,21 +172,22 @@ def main() -> None:
     p.add_argument("--text", type=Path)
     p.add_argument("--tokens", type=int, default=48)
     p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--depth", type=int, default=0, help="tokens read before those that are timed")
     p.add_argument("--rounds", type=int, default=7)
     a = p.parse_args()
     if a.comparison == "one":
-        print({"ours": ours, "genai": genai}[a.what](a.model, a.tokens, a.threads))
+        print({"ours": ours, "genai": genai}[a.what](a.model, a.tokens, a.threads, a.depth))
     elif a.comparison == "gguf":
         compare(
-            lambda: _apart("ours", a.model, a.tokens, a.threads),
-            lambda: _llama_bench(a.llama_bench, a.model, a.tokens, a.threads),
+            lambda: _apart("ours", a.model, a.tokens, a.threads, a.depth),
+            lambda: _llama_bench(a.llama_bench, a.model, a.tokens, a.threads, a.depth),
             ("phi_runtime", "llama-bench"),
             a.rounds,
         )
     elif a.comparison == "onnx":
         compare(
-            lambda: _apart("ours", a.model, a.tokens, a.threads),
-            lambda: _apart("genai", a.model, a.tokens, a.threads),
+            lambda: _apart("ours", a.model, a.tokens, a.threads, a.depth),
+            lambda: _apart("genai", a.model, a.tokens, a.threads, a.depth),
             ("phi_runtime", "onnxruntime-genai"),
             a.rounds,
         )
