@@ -2,12 +2,14 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypedDict, Unpack
+from weakref import WeakKeyDictionary
 
 from phi_runtime import session
 from phi_runtime.backends import open_backend, own_tokenizer
@@ -21,6 +23,8 @@ from phi_runtime.package import Package, open_package
 from phi_runtime.sampler import Sampling
 from phi_runtime.tokenizer import FILE as TOKENIZER
 from phi_runtime.tokenizer import Codec, StreamDecoder, TextStop, Tokenizer
+
+_POLL = 0.005  # seconds
 
 
 class Options(TypedDict, total=False):
@@ -78,6 +82,39 @@ class Answer:
         return self.text
 
 
+class _Run:
+    """A stream that is advanced in one thread and left in another: it ends where nobody is inside any more."""
+
+    def __init__(self, pieces: Generator[Piece, None, None], ended: Callable[[], None]) -> None:
+        self._pieces, self._ended = pieces, ended
+        self._inside, self._left, self._lock = False, False, threading.Lock()
+
+    def advance(self) -> Piece | None:
+        """The next piece, None at the end and after `leave`."""
+        with self._lock:
+            if self._left:
+                return None
+            self._inside = True
+        try:
+            return next(self._pieces, None)
+        finally:
+            with self._lock:
+                self._inside = False
+                if self._left:
+                    self._end()
+
+    def leave(self) -> None:
+        """No further piece is wanted."""
+        with self._lock:
+            self._left = True
+            if not self._inside:
+                self._end()
+
+    def _end(self) -> None:
+        self._pieces.close()
+        self._ended()
+
+
 class Phi:
     """A loaded model.
 
@@ -91,7 +128,8 @@ class Phi:
         self.engine = engine
         self.chat_format = chat
         self._turn, self._owner = threading.Lock(), 0
-        self._task_turn = asyncio.Lock()
+        self._worker = ThreadPoolExecutor(1)  # for asynchronous calls
+        self._task_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
     @property
     def manifest(self) -> Manifest | None:
@@ -156,28 +194,20 @@ class Phi:
     async def astream(self, prompt: str | list[int], **options: Unpack[Options]) -> AsyncGenerator[Piece, None]:
         """As `stream`, in worker threads; a task that is cancelled ends it within one token."""
         tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
-        async with self._task_turn:
-            await self._acquire()
-            pieces = self._stream(tokens, **options)
-            step: asyncio.Future[Piece | None] | None = None
-
-            def finish(_: object) -> None:
-                pieces.close()
-                self._turn.release()
-
+        async with self._task_turns.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
+            while not self._turn.acquire(blocking=False):  # a thread has it
+                await asyncio.sleep(_POLL)
+            run = _Run(self._stream(tokens, **options), self._turn.release)
             try:
                 while True:
-                    step = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
+                    step = asyncio.wrap_future(self._worker.submit(run.advance))
                     piece = await asyncio.shield(step)
                     if piece is None:
                         return
                     yield piece
             finally:  # without another await: whoever cancels once may do so again
-                if step is None or step.done():
-                    finish(step)
-                else:
-                    self.engine.abandoned = True
-                    step.add_done_callback(finish)
+                self.engine.abandoned = True
+                run.leave()
 
     async def agenerate(self, prompt: str | list[int], **options: Unpack[Options]) -> Answer:
         """As `generate`, in worker threads."""
@@ -207,6 +237,7 @@ class Phi:
 
     def close(self) -> None:
         """Give back the memory."""
+        self._worker.shutdown()
         for engine in (self.engine, self.engine.draft):
             if engine is not None:
                 engine.backend.close()
@@ -216,15 +247,6 @@ class Phi:
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, t: TracebackType | None) -> None:
         self.close()
-
-    async def _acquire(self) -> None:
-        """Wait for the turn in a thread; who is cancelled meanwhile gives it back when it comes."""
-        waiting = asyncio.ensure_future(asyncio.to_thread(self._turn.acquire))
-        try:
-            await asyncio.shield(waiting)
-        except asyncio.CancelledError:
-            waiting.add_done_callback(lambda _: self._turn.release())
-            raise
 
     @contextmanager
     def _my_turn(self) -> Iterator[None]:

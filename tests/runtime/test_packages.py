@@ -279,6 +279,7 @@ def test_threads_and_tasks_take_turns(bundles):
         for thread in threads:
             thread.start()
         answers = asyncio.run(tasks())
+        assert [a.tokens for a in asyncio.run(tasks())] == [a.tokens for a in answers]  # in another loop
         for thread in threads:
             thread.join()
         assert [found[i] for i in range(3)] + [a.tokens for a in answers] == alone
@@ -307,6 +308,14 @@ def test_tasks_that_are_cancelled_leave_the_model_free(bundles):
             return await asyncio.wait_for(phi.agenerate(PROMPT, max_tokens=12), 20)
 
         assert asyncio.run(cancelled()).tokens == expected
+
+        async def left_in_the_middle():
+            running = asyncio.ensure_future(phi.agenerate("x", max_tokens=90, temperature=5.0))
+            await asyncio.sleep(0.01)
+            running.cancel()  # and the loop ends at once, with a step under way
+
+        for _ in range(10):
+            asyncio.run(left_in_the_middle())
         assert phi.generate(PROMPT, max_tokens=12).tokens == expected
 
 
