@@ -14,7 +14,7 @@ from phi_runtime.sampler import Sampler, Sampling, log_probability, most_likely
 
 StopReason = Literal["stop_token", "stop_text", "max_tokens", "context"]
 Policy = Literal["reject", "truncate-left", "sliding-window"]
-CHUNK = 256  # tokens of a prompt after which a stream may be abandoned
+CHUNK = 256  # tokens of a prompt that are read at a time; bounds what an engine reserves for them
 POLICIES: tuple[Policy, ...] = ("reject", "truncate-left", "sliding-window")
 
 

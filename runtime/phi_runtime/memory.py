@@ -10,6 +10,7 @@ from pathlib import Path
 
 from phi_runtime.backends import DEFAULT_CONTEXT, kv_types
 from phi_runtime.backends.llama_cpp import KV_TYPES
+from phi_runtime.engine import CHUNK
 from phi_runtime.errors import ContextError, MemoryPlanError, UsageError
 from phi_runtime.package import Package, open_package
 
@@ -22,7 +23,6 @@ DEVICES = {
     "laptop-16gb": 12_000_000_000,
 }
 _CONTEXTS = (32768, 16384, 8192, 4096, 3072, 2048, 1024, 512)
-_CHUNK = 256  # tokens that are read at a time
 _PADDED = 256  # llama.cpp reserves whole multiples
 
 
@@ -105,7 +105,7 @@ def predict(package: Package, device: str, context: int, kv: str, limit: int) ->
     """The arithmetic for one context and type of cache."""
     shape = package.shape
     numbers = 2 * shape.layers * shape.kv_heads * shape.head_dim
-    chunk = min(_CHUNK, context)
+    chunk = min(CHUNK, context)
     logits = 4 * chunk * shape.vocab_size
     if package.format == "gguf":
         slots = -(-context // _PADDED) * _PADDED
@@ -113,7 +113,7 @@ def predict(package: Package, device: str, context: int, kv: str, limit: int) ->
         scores = 4 * shape.heads * chunk * slots if kv == "f16" else 0  # flash attention keeps none
         buffers = max(logits + (2 << 20) + 13 * chunk * slots, scores + (1 << 20)) + package.staging
     else:
-        slots = context if shape.window is None else min(context, shape.window + _CHUNK)
+        slots = context if shape.window is None else min(context, shape.window + CHUNK)
         cache = numbers * slots * (4 if kv == "f32" else 2)
         buffers = int(4.5 * logits)
         if package.format == "onnx":  # its peak may be where the weights are packed, before there is a cache

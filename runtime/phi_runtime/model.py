@@ -161,7 +161,7 @@ class Phi:
         """
         if self.chat_format is None:
             raise ChatError(
-                f"{self.package.path}: its chat template is none that we know; give load(…, chat=…), "
+                f"{self.package.path}: its chat template is none that we know; give load(…, chat=…) or --chat-format, "
                 "see phi_runtime.chat, or write the prompt yourself for generate()"
             )
         said: Messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages

@@ -82,14 +82,18 @@ class Sampler:
 
 def log_probability(logits_V: F32, token: int) -> float:
     """Natural-log probability of one token, at the cost of one pass over the vocabulary."""
-    top = logits_V.max()
-    return float(logits_V[token] - top) - float(np.log(np.exp(logits_V - top).sum()))
+    return float(logits_V[token]) - _normaliser(logits_V)
 
 
 def most_likely(logits_V: F32, count: int) -> tuple[tuple[int, float], ...]:
     """The `count` likeliest tokens and their log-probabilities, the likeliest first."""
-    found = np.argsort(-logits_V, kind="stable")[:count]
-    return tuple((int(t), log_probability(logits_V, int(t))) for t in found)
+    whole = _normaliser(logits_V)
+    return tuple((int(t), float(logits_V[t]) - whole) for t in np.argsort(-logits_V, kind="stable")[:count])
+
+
+def _normaliser(logits_V: F32) -> float:
+    top = logits_V.max()
+    return float(top) + float(np.log(np.exp(logits_V - top).sum()))
 
 
 def log_softmax(logits: F32) -> npt.NDArray[np.float64]:

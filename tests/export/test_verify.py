@@ -9,6 +9,7 @@ from support import run
 
 import phi_runtime
 from phi_export.compare import Agreement
+from phi_export.formats import get_format
 from phi_export.verify import verify
 from phi_runtime.bundle import FORMATS
 from phi_runtime.checkpoint import open_checkpoint
@@ -239,3 +240,11 @@ def test_agreement_counts_what_it_says():
     same.add(p, p + 3, [0])
     assert same.logit_error < 1e-6
     assert same.kld_mean == pytest.approx(0, abs=1e-6)
+
+
+def test_activations_are_imitated_in_the_blocks_that_onnxruntime_rounds_them_in():
+    """One loud activation coarsens its whole block; blocks of 32 would let through too little."""
+    x = np.full((1, 3072), 0.01, np.float32)
+    x[0, 0] = 100
+    rounded = get_format("onnx").rounding(x)
+    assert (rounded[0, 1:256] == 0).all() and (rounded[0, 256:] != 0).all()

@@ -158,7 +158,7 @@ def test_hostile_requests_are_answered_and_forgotten(served):
 
 
 def test_a_full_queue_says_so(bundles):
-    server = Served(bundles / "gguf", "--queue", 1, "--timeout", 5)
+    server = Served(bundles / "gguf", "--queue", 1)
     try:
         body = json.dumps({"prompt": "x", "max_tokens": 400, "temperature": 5, "stop": "\x00never"})
         with ThreadPoolExecutor(6) as pool:

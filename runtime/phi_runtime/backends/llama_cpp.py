@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from phi_runtime.decoder import F32
+from phi_runtime.engine import CHUNK
 from phi_runtime.errors import BundleError, ContextError, MissingExtraError
 from phi_runtime.tokenizer import check_unicode, spelt_byte
 
-_CHUNK = 256  # tokens per llama_decode; bounds the compute buffer
 # Types that the KV cache may have, the default first: ggml's number of each, and bits per number stored.
 KV_TYPES = {
     "f16": (1, 16.0),
@@ -57,7 +57,7 @@ class LlamaCppBackend:
             raise BundleError(f"{path}: llama.cpp cannot load it ({why.strip()}); export it again")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = context
-        params.n_batch = params.n_ubatch = min(context, _CHUNK)
+        params.n_batch = params.n_ubatch = min(context, CHUNK)
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = KV_TYPES[kv][0]
         if kv == "f16":
@@ -70,7 +70,7 @@ class LlamaCppBackend:
             raise ContextError(f"{path}: llama.cpp cannot reserve a context of {context} tokens; ask for fewer")
         vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(vocab))
-        self._batch = llama_cpp.llama_batch_init(_CHUNK, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(CHUNK, 0, 1)
 
     @property
     def position(self) -> int:
@@ -80,8 +80,8 @@ class LlamaCppBackend:
     def forward(self, tokens: list[int], every: bool) -> F32:
         """Append tokens; logits [T, vocab_size], or [1, vocab_size] of the last."""
         rows = []
-        for start in range(0, len(tokens), _CHUNK):
-            chunk = tokens[start : start + _CHUNK]
+        for start in range(0, len(tokens), CHUNK):
+            chunk = tokens[start : start + CHUNK]
             last = start + len(chunk) == len(tokens)
             self._decode(chunk, every, last)
             wanted = range(len(chunk)) if every else [len(chunk) - 1] if last else []

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from phi_runtime.decoder import F32, CacheShape
+from phi_runtime.engine import CHUNK
 from phi_runtime.errors import BundleError, MissingExtraError
 
 WINDOWED = "model.onnx.windowed"  # beside the graph: the same for a cache of the window's size
-CHUNK = 256  # tokens per run; bounds the activations and the logits
 
 
 _PROVIDERS = ["CPUExecutionProvider"]

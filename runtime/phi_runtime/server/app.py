@@ -5,7 +5,6 @@ import hmac
 import ipaddress
 import json
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from importlib.resources import files
@@ -20,20 +19,14 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from phi_runtime import __version__
-from phi_runtime.engine import StopReason
 from phi_runtime.errors import PhiError, UsageError
 from phi_runtime.memory import resident
 from phi_runtime.model import Phi, Piece
+from phi_runtime.server.forms import Chat, Completion, Form, usage
 from phi_runtime.server.grammar import Grammars
 from phi_runtime.server.requests import Asked, parse, parse_messages, parse_prompt
 
 _MOST_BODY = 4_000_000  # bytes
-_FINISH: dict[StopReason | None, str] = {
-    "stop_token": "stop",
-    "stop_text": "stop",
-    "max_tokens": "length",
-    "context": "length",
-}
 
 
 class _RefusedError(Exception):
@@ -58,14 +51,14 @@ class _Server:
     async def chat(self, request: Request) -> Response:
         body = await self._body(request)
         asked = parse(body)
-        return await self._answer(request, asked, self.phi.chat_prompt(parse_messages(body)), _Chat(self.name, asked))
+        return await self._answer(request, asked, self.phi.chat_prompt(parse_messages(body)), Chat(self.name, asked))
 
     async def complete(self, request: Request) -> Response:
         body = await self._body(request)
         asked = parse(body)
         prompt = parse_prompt(body)
         tokens = self.phi.tokenize(prompt) if isinstance(prompt, str) else prompt
-        return await self._answer(request, asked, tokens, _Completion(self.name, asked))
+        return await self._answer(request, asked, tokens, Completion(self.name, asked))
 
     async def models(self, request: Request) -> Response:
         self._check(request)
@@ -112,7 +105,7 @@ class _Server:
         except (ValueError, RecursionError):
             raise _RefusedError(400, "the body is not valid JSON") from None
 
-    async def _answer(self, request: Request, asked: Asked, tokens: list[int], form: "_Form") -> Response:
+    async def _answer(self, request: Request, asked: Asked, tokens: list[int], form: Form) -> Response:
         self.phi.engine.fits(tokens, asked.options["policy"])
         if asked.constrained:
             asked.options["constraint"] = self.grammars.json(asked.schema)
@@ -156,7 +149,7 @@ class _Server:
         finally:
             self.counts["cancelled"] += not ended
 
-    async def _events(self, asked: Asked, tokens: list[int], form: "_Form") -> AsyncIterator[str]:
+    async def _events(self, asked: Asked, tokens: list[int], form: Form) -> AsyncIterator[str]:
         def event(data: dict[str, Any]) -> str:
             return f"data: {json.dumps(data)}\n\n"
 
@@ -172,7 +165,7 @@ class _Server:
             yield event(_error(str(e), "server_error"))
             return
         if asked.usage:
-            yield event(form.head() | {"choices": [], "usage": _usage(len(tokens), count)})
+            yield event(form.head() | {"choices": [], "usage": usage(len(tokens), count)})
         yield "data: [DONE]\n\n"
 
 
@@ -189,95 +182,6 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._over()
-
-
-class _Form:
-    """How an endpoint writes its answers."""
-
-    kind, prefix = "", ""
-
-    def __init__(self, model: str, asked: Asked) -> None:
-        self._model, self._asked = model, asked
-        self._id, self._created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
-
-    def head(self) -> dict[str, Any]:
-        kind = self.kind + (".chunk" if self._asked.stream and self.prefix == "chatcmpl" else "")
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
-
-    def first(self) -> dict[str, Any] | None:
-        return None
-
-    def part(self, piece: Piece, phi: Phi) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def whole(self, pieces: list[Piece], prompt_tokens: int, phi: Phi) -> dict[str, Any]:
-        choice = {"index": 0, "finish_reason": _FINISH[pieces[-1].step.stop], "logprobs": self.logprobs(pieces, phi)}
-        choice |= self.content("".join(p.text for p in pieces))
-        return self.head() | {"choices": [choice], "usage": _usage(prompt_tokens, len(pieces))}
-
-    def content(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def logprobs(self, pieces: list[Piece], phi: Phi) -> dict[str, Any] | None:
-        raise NotImplementedError
-
-
-class _Chat(_Form):
-    kind, prefix = "chat.completion", "chatcmpl"
-
-    def first(self) -> dict[str, Any]:
-        choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-        return self.head() | {"choices": [choice]}
-
-    def part(self, piece: Piece, phi: Phi) -> dict[str, Any]:
-        finish = _FINISH[piece.step.stop] if piece.step.stop else None
-        choice = {"index": 0, "delta": {"content": piece.text}, "finish_reason": finish}
-        return self.head() | {"choices": [choice | {"logprobs": self.logprobs([piece], phi)}]}
-
-    def content(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
-
-    def logprobs(self, pieces: list[Piece], phi: Phi) -> dict[str, Any] | None:
-        if not self._asked.logprobs:
-            return None
-
-        def entry(token: int, logprob: float) -> dict[str, Any]:
-            text = phi.detokenize([token])
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-        rows = [entry(s.token, s.logprob) | {"top_logprobs": [entry(*t) for t in s.top]} for s in _steps(pieces)]
-        return {"content": rows, "refusal": None}
-
-
-class _Completion(_Form):
-    kind, prefix = "text_completion", "cmpl"
-
-    def part(self, piece: Piece, phi: Phi) -> dict[str, Any]:
-        finish = _FINISH[piece.step.stop] if piece.step.stop else None
-        choice = {"index": 0, "text": piece.text, "finish_reason": finish, "logprobs": self.logprobs([piece], phi)}
-        return self.head() | {"choices": [choice]}
-
-    def content(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    def logprobs(self, pieces: list[Piece], phi: Phi) -> dict[str, Any] | None:
-        if not self._asked.logprobs:
-            return None
-        steps = _steps(pieces)
-        return {
-            "tokens": [phi.detokenize([s.token]) for s in steps],
-            "token_logprobs": [s.logprob for s in steps],
-            "top_logprobs": [{phi.detokenize([t]): p for t, p in s.top} for s in steps],
-            "text_offset": [],
-        }
-
-
-def _steps(pieces: list[Piece]) -> list[Any]:
-    return [p.step for p in pieces]
-
-
-def _usage(prompt: int, completion: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def _error(message: str, kind: str) -> dict[str, Any]:
