@@ -132,7 +132,7 @@ def open_model(path: Path, checkpoint: Checkpoint, window: int, kv: str) -> tupl
         if manifest.format != "gguf":
             return manifest.file_bytes(), phi_runtime.load(bundle).logits
         artifact, size = bundle / manifest.artifact, manifest.file_bytes()
-    backend = LlamaCppBackend(artifact, window, cores(), kv)
+    backend = LlamaCppBackend(artifact, window, cores(), kv, config.decoder().cache_shape().crossover)
     if backend.vocab_size != config.vocab_size:
         raise UsageError(f"{path}: has {backend.vocab_size} tokens, the checkpoint {config.vocab_size}; is it its own?")
 

@@ -96,7 +96,8 @@ class CacheShape:
     """What an engine has to know of a model beside its file.
 
     window: tokens that the cache needs to hold, None for all. crossover: LongRoPE's original context, beyond which
-    all that was read has to be read again with the long factors.
+    all that was read has to be read again with the long factors. batches: whether texts of different lengths can be
+    computed side by side in an ONNX graph.
     """
 
     vocab_size: int
@@ -106,6 +107,7 @@ class CacheShape:
     head_dim: int
     window: int | None = None
     crossover: int | None = None
+    batches: bool = True
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,8 @@ class Decoder:
         crossover = self.rope.original if self.rope is not None and self.rope.long else None
         layers = len(self.layers)
         heads = self.heads, self.kv_heads
-        return CacheShape(self.vocab_size, layers, *heads, self.head_dim, self.kv_positions(), crossover)
+        alike = crossover is None and self.positions is None and all(layer.sparse is None for layer in self.layers)
+        return CacheShape(self.vocab_size, layers, *heads, self.head_dim, self.kv_positions(), crossover, alike)
 
 
 def visible(layer: Layer, head: int, queries: np.ndarray, keys: np.ndarray) -> npt.NDArray[np.bool_]:

@@ -70,17 +70,17 @@ class Step:
 class Engine:
     """Generation over a backend, whose cache keeps the last text: a call that begins as the last one did reads on.
 
-    chunk: tokens of a prompt that are read between two looks at `abandoned`, which another thread or a signal may set
-    to end the stream; None for a model that must read its prompt at once.
+    A prompt is read in pieces; between them another thread or a signal may set `abandoned` to end the stream. One that
+    goes beyond LongRoPE's `crossover` is read at once: what came before it has to be read again with what follows.
     """
 
-    def __init__(self, backend: Backend, stop_tokens: tuple[int, ...], chunk: int | None = CHUNK) -> None:
+    def __init__(self, backend: Backend, stop_tokens: tuple[int, ...], crossover: int | None = None) -> None:
         self.backend = backend
         self.stop_tokens = frozenset(stop_tokens)
         self.held: list[int] = []  # what the cache holds; nothing, where a call was broken off in the backend
         self.abandoned = False
         self.draft: Engine | None = None  # a quicker model of the same vocabulary, to guess with
-        self._chunk = chunk
+        self._crossover = crossover
 
     def forget(self) -> None:
         """Empty the cache."""
@@ -107,10 +107,7 @@ class Engine:
 
         A stream that is `abandoned` while it reads the prompt ends without a step.
         """
-        if max_tokens < 1:
-            raise UsageError(f"max_tokens {max_tokens} is less than 1")
-        tokens, dropped = self._fit(tokens, max_tokens, policy)
-        self.fits(tokens, policy)
+        tokens, dropped = self.fit(tokens, max_tokens, policy)
         sampler = Sampler(sampling)
         seen = set(tokens) if sampling.repetition_penalty != 1 else set()
         guesses = Guesses(tokens, self._drafted if self.draft else None) if speculate and constraint is None else None
@@ -160,8 +157,14 @@ class Engine:
             return []
         return [s.token for s in self.draft.stream(tokens, count, Sampling(), speculate=False)]
 
-    def _fit(self, tokens: list[int], max_tokens: int, policy: Policy) -> tuple[list[int], int]:
-        """The prompt, and how many tokens were cut from its beginning so that it and its answer fit."""
+    def fit(self, tokens: list[int], max_tokens: int, policy: Policy) -> tuple[list[int], int]:
+        """The prompt, and how many tokens were cut from its beginning so that it and its answer fit.
+
+        Raises the errors of `fits`.
+        """
+        if max_tokens < 1:
+            raise UsageError(f"max_tokens {max_tokens} is less than 1")
+        self.fits(tokens, policy)
         context = self.backend.context
         if policy == "reject" or len(tokens) + max_tokens <= context:
             return list(tokens), 0
@@ -195,7 +198,8 @@ class Engine:
     def _read(self, tokens: list[int]) -> F32:
         """Append tokens a chunk at a time, until it is done or abandoned; the last one's logits [1, vocab_size]."""
         rows = np.empty((0, 0), np.float32)
-        step = self._chunk or len(tokens)
+        crosses = self._crossover is not None and len(self.held) <= self._crossover < len(self.held) + len(tokens)
+        step = len(tokens) if crosses else CHUNK
         for start in range(0, len(tokens), step):
             rows = self._forward(tokens[start : start + step], every=False)
             if self.abandoned:

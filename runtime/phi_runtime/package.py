@@ -112,6 +112,8 @@ def _gguf(path: Path) -> Package:
     window = found.count(f"{architecture}.attention.sliding_window", 0)
     if not window and all(header.metadata.get(k) == v for k, v in _MINI.items()):
         window = _MINI_WINDOW
+    long = any(name.startswith("rope_factors_long") for name in header.tensors)
+    original = found.count(f"{architecture}.rope.scaling.original_context_length") if long else None
     tokens = found.texts("tokenizer.ggml.tokens")
     ids = {f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot")}
     stops = {header.metadata[k] for k in ids if k in header.metadata} | {
@@ -127,7 +129,7 @@ def _gguf(path: Path) -> Package:
         folder=None,
         # Stock llama.cpp applies no window to Phi: beyond it, it computes another model.
         context=min(context, window) if window else context,
-        shape=CacheShape(len(tokens), layers, heads, kv_heads, width // heads),
+        shape=CacheShape(len(tokens), layers, heads, kv_heads, width // heads, crossover=original),
         stop_tokens=tuple(sorted(stops)),
         chat=recognise(template) if isinstance(template, str) else None,
         bos_token=tokens[bos] if type(bos) is int and 0 <= bos < len(tokens) else "",

@@ -10,6 +10,11 @@ from phi_runtime.errors import BundleError, NotFoundError, TokenError, UsageErro
 
 FILE = "tokenizer.json"
 _REPLACEMENT = "\ufffd"
+_SPACE = "\u2581"  # what SentencePiece writes for one
+# What byte-level BPE writes for each byte (as of GPT-2): itself where it can be seen, else from U+0100 on.
+_SEEN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_UNSEEN = [b for b in range(256) if b not in _SEEN]
+_BYTES = {chr(b): b for b in _SEEN} | {chr(0x100 + i): b for i, b in enumerate(_UNSEEN)}
 
 
 class Codec(Protocol):
@@ -21,8 +26,8 @@ class Codec(Protocol):
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens; special tokens are left out."""
 
-    def byte(self, token: int) -> int | None:
-        """The byte that a token spells, None if it spells something else."""
+    def spell(self, token: int) -> bytes:
+        """The bytes that a token spells, which may be a part of a character; none for a special token."""
 
 
 class Tokenizer:
@@ -38,6 +43,8 @@ class Tokenizer:
             self._t = tokenizers.Tokenizer.from_file(str(path))
             self._t.no_padding()  # all of a text's tokens and nothing else, whatever the file asks for
             self._t.no_truncation()
+            self._byte_level = isinstance(self._t.decoder, tokenizers.decoders.ByteLevel)
+            self._special = {i for i, t in self._t.get_added_tokens_decoder().items() if t.special}
         except (BundleError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as e:  # bare Exception for what it cannot read, a panic for what breaks it
@@ -71,18 +78,20 @@ class Tokenizer:
         """Text of tokens; special tokens are left out."""
         return self._t.decode(tokens)
 
-    def byte(self, token: int) -> int | None:
-        """The byte that a token spells, None if it spells something else."""
-        return spelt_byte(self._t.id_to_token(token) or "")
+    def spell(self, token: int) -> bytes:
+        """The bytes that a token spells, which may be a part of a character; none for a special token."""
+        if token in self._special:
+            return b""
+        piece = self._t.id_to_token(token) or ""
+        if self._byte_level and all(c in _BYTES for c in piece):
+            return bytes(_BYTES[c] for c in piece)
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(_SPACE, " ").encode()
 
     def id(self, token: str) -> int | None:
         """Id of one token by its spelling, None if there is no such token."""
         return self._t.token_to_id(token)
-
-
-def spelt_byte(piece: str) -> int | None:
-    """The byte of a piece such as <0x0A>."""
-    return int(piece[3:5], 16) if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">") else None
 
 
 def check_unicode(text: str) -> None:
@@ -130,7 +139,7 @@ class StreamDecoder:
         while (
             start > 0
             and (
-                0x80 <= (self._codec.byte(tokens[start]) or 0) < 0xC0  # inside a character
+                b"\x80" <= self._codec.spell(tokens[start])[:1] < b"\xc0"  # inside a character
                 or all(map(self._special, tokens[start:]))
             )
         ):

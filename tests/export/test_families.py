@@ -242,7 +242,7 @@ def test_a_format_that_cannot_carry_a_model_says_so_first(tokenizer, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["onnx", "coreml"])
+@pytest.mark.parametrize("kind", ["gguf", "onnx", "coreml"])
 def test_longrope_changes_its_factors_where_it_should(kind, tokenizer, tmp_path):
     """Token by token over the crossover: the whole text is read again with the long factors, as the reference does."""
     make(tmp_path / "ckpt", SYSTEMS["128k: longrope"], tokenizer)

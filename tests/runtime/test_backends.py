@@ -77,7 +77,7 @@ def test_a_cache_that_forgets_reads_again(phi, reference, tokens, position):
 
 def test_onnx_holds_no_more_than_the_window_and_a_chunk(bundles):
     with phi_runtime.load(bundles / "onnx") as whole, phi_runtime.load(bundles / "onnx", context=120) as short:
-        shapes = [next(iter(p.engine.backend._caches.values())).shape() for p in (whole, short)]
+        shapes = [next(iter(p.engine.backend._caches.values())).shape for p in (whole, short)]
     assert [s[2] for s in shapes] == [125, 120]
 
 

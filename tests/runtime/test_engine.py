@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from phi_runtime.engine import Engine
+from phi_runtime.engine import CHUNK, Engine
 from phi_runtime.errors import ContextError, TokenError, UsageError
 from phi_runtime.guesses import Guesses
 from phi_runtime.sampler import Sampling
@@ -182,9 +182,9 @@ def test_after_a_slide_the_text_goes_on_as_if_the_newer_half_had_been_the_prompt
 
 
 def test_a_prompt_is_abandoned_between_chunks_and_taken_up_there():
-    backend = Counting(512)
-    engine = Engine(backend, (), chunk=16)
-    prompt = [i % 7 for i in range(200)]
+    backend = Counting(2048)
+    engine = Engine(backend, ())
+    prompt = [i % 7 for i in range(1000)]
     forward = backend.forward
 
     def impatient(tokens, every):
@@ -193,9 +193,9 @@ def test_a_prompt_is_abandoned_between_chunks_and_taken_up_there():
 
     backend.forward = impatient
     assert tokens(engine, prompt) == []
-    assert engine.held == prompt[:48] == backend.tokens
+    assert engine.held == prompt[: 3 * CHUNK] == backend.tokens
     backend.forward = forward
-    assert tokens(engine, prompt) == tokens(Engine(Counting(512), ()), prompt)
+    assert tokens(engine, prompt) == tokens(Engine(Counting(2048), ()), prompt)
 
 
 def test_a_constraint_is_kept_and_told():

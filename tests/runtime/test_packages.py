@@ -345,3 +345,41 @@ def test_minis_window_is_known_where_a_file_does_not_say_it(stranger, monkeypatc
         "phi_runtime.package.read_header", lambda path: type(header)(old, header.tensors, header.types, header.digest)
     )
     assert open_package(stranger).context == 2047
+
+
+@pytest.mark.parametrize("name", ["gguf", "onnx", "coreml"])
+def test_batches_answer_as_single_calls_do(name, bundles, text):
+    lines = [line for line in text.read_text().splitlines() if len(line) > 20]
+    prompts = [lines[7 * i][: 12 + 9 * i] for i in range(7)]
+    with phi_runtime.load(bundles / name) as phi:
+        prompts[3] = phi.tokenize(prompts[3])
+        options = {"max_tokens": 24, "stop": "\n\n", "temperature": 0.7, "seed": 5, "top_k": 20}
+        batch = phi.generate_batch(prompts, rows=3, **options)
+        for prompt, answer in zip(prompts, batch, strict=True):
+            alone = phi.generate(prompt, **options, speculate=False)
+            # Engines round a pass over many rows otherwise than over one; what is drawn may part, not what is likely.
+            same = next((i for i in range(len(alone.tokens)) if answer.tokens[i] != alone.tokens[i]), None)
+            assert same is None or abs(answer.logprobs[same] - alone.logprobs[same]) < 3
+            kept = slice(0, same)
+            assert np.allclose(answer.logprobs[kept], alone.logprobs[kept], atol=0.05)
+            assert same is not None or (answer.text, answer.stop) == (alone.text, alone.stop)
+            assert answer.prompt_tokens == alone.prompt_tokens
+        assert sum(a.tokens == phi.generate(p, **options, speculate=False).tokens for p, a in zip(prompts, batch)) >= 5
+        assert phi.generate_batch([]) == []
+        full = phi.generate_batch([[3 + i % 90 for i in range(phi.context - 2)], [5]], policy="truncate-left", max_tokens=4)
+        assert full[0].dropped == 2 and len(full[1].tokens) == 4
+        for wrong in ({"rows": 0}, {"rows": 1000}, {"policy": "sliding-window"}, {"constraint": object()}):
+            with pytest.raises(UsageError):
+                phi.generate_batch(prompts, **wrong)
+        with pytest.raises(PhiError, match="prompt is empty"):
+            phi.generate_batch(["x", []])
+
+
+def test_each_step_says_what_bytes_its_token_spells(bundles, stranger):
+    said = "naïve — 東京 \N{SNOWMAN}\n\tx  = <|end|>"
+    for path in (bundles / "gguf", stranger):
+        with phi_runtime.load(path) as phi:
+            tokens = phi.tokenize(said)
+            assert b"".join(map(phi.tokenizer.spell, tokens)).lstrip(b" ") == said.replace("<|end|>", "").encode()
+            pieces = list(phi.stream("x = ", max_tokens=8))
+            assert [p.bytes for p in pieces] == [phi.tokenizer.spell(p.step.token) for p in pieces]

@@ -28,7 +28,7 @@ Opener = Callable[[Package, int, int, str], Backend]
 def _llama_cpp(package: Package, context: int, threads: int, kv: str) -> Backend:
     from phi_runtime.backends.llama_cpp import LlamaCppBackend
 
-    return LlamaCppBackend(package.path, context, threads, kv)
+    return LlamaCppBackend(package.path, context, threads, kv, package.shape.crossover)
 
 
 def _onnxruntime(package: Package, context: int, threads: int, kv: str) -> Backend:

@@ -12,7 +12,7 @@ import numpy as np
 from phi_runtime.decoder import F32
 from phi_runtime.engine import CHUNK
 from phi_runtime.errors import BundleError, ContextError, MissingExtraError
-from phi_runtime.tokenizer import check_unicode, spelt_byte
+from phi_runtime.tokenizer import check_unicode
 
 # Types that the KV cache may have, the default first: ggml's number of each, and bits per number stored.
 KV_TYPES = {
@@ -31,14 +31,20 @@ class LlamaCppBackend:
 
     name = "llama.cpp"
 
-    def __init__(self, path: Path, context: int, threads: int, kv: str = "f16") -> None:
+    def __init__(self, path: Path, context: int, threads: int, kv: str, crossover: int | None) -> None:
         try:
             import llama_cpp
         except ImportError:
             raise MissingExtraError("llama.cpp", "gguf") from None
         self.library: Any = llama_cpp
         self.context = context
-        self._position = 0
+        self._path, self._threads, self._kv = path, threads, kv
+        # llama.cpp chooses LongRoPE's factors by the context that is reserved, not by the text's length: a text that
+        # crosses over is read again in a context of the other size.
+        self._crossover = crossover if crossover is not None and crossover < context else None
+        self._tokens: list[int] = []
+        self._held = 0  # of them, how many its cache holds
+        self._ctx: Any = None
         log = _log_lines()
         log.clear()
         llama_cpp.llama_backend_init()
@@ -55,44 +61,33 @@ class LlamaCppBackend:
         if not self.model:
             why = next((line for line in log if "error" in line), "unknown reason")
             raise BundleError(f"{path}: llama.cpp cannot load it ({why.strip()}); export it again")
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = context
-        params.n_batch = params.n_ubatch = min(context, CHUNK)
-        params.n_threads = params.n_threads_batch = threads
-        params.type_k = params.type_v = KV_TYPES[kv][0]
-        if kv == "f16":
-            # Its flash attention on processors takes 1.6 times as long per token behind a thousand tokens; only a
-            # cache of few bits cannot do without.
-            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self._ctx = llama_cpp.llama_init_from_model(self.model, params)
-        if not self._ctx:
-            llama_cpp.llama_model_free(self.model)
-            raise ContextError(f"{path}: llama.cpp cannot reserve a context of {context} tokens; ask for fewer")
         vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(vocab))
         self._batch = llama_cpp.llama_batch_init(CHUNK, 0, 1)
+        self._reserve(self._needed(0))
 
     @property
     def position(self) -> int:
         """Tokens in the KV cache."""
-        return self._position
+        return len(self._tokens)
 
     def forward(self, tokens: list[int], every: bool) -> F32:
         """Append tokens; logits [T, vocab_size], or [1, vocab_size] of the last."""
+        text = [*self._tokens, *tokens]
+        if self._needed(len(text)) != self._reserved:
+            self._reserve(self._needed(len(text)))
+        wanted = len(text) - (len(tokens) if every else 1)  # the first whose logits are
         rows = []
-        for start in range(0, len(tokens), CHUNK):
-            chunk = tokens[start : start + CHUNK]
-            last = start + len(chunk) == len(tokens)
-            self._decode(chunk, every, last)
-            wanted = range(len(chunk)) if every else [len(chunk) - 1] if last else []
-            rows += [self._row(i) for i in wanted]
+        for start in range(self._held, len(text), CHUNK):
+            chunk = [(t, start + i, 0, start + i >= wanted) for i, t in enumerate(text[start : start + CHUNK])]
+            rows += self.decode(self._ctx, chunk)
+        self._tokens, self._held = text, len(text)
         return np.stack(rows)
 
     def rewind(self, position: int) -> None:
         """Forget all tokens from `position` on."""
-        memory = self.library.llama_get_memory(self._ctx)
-        self.library.llama_memory_seq_rm(memory, 0, position, -1)
-        self._position = position
+        self._tokens, self._held = self._tokens[:position], min(self._held, position)
+        self.library.llama_memory_seq_rm(self.library.llama_get_memory(self._ctx), 0, position, -1)
 
     def state(self) -> bytes:
         """The cache as llama.cpp lays it out."""
@@ -103,41 +98,102 @@ class LlamaCppBackend:
     def restore(self, state: bytes, tokens: list[int]) -> None:
         """Put the cache back. Raises BundleError where llama.cpp finds it of another make."""
         self.rewind(0)
+        if self._needed(len(tokens)) != self._reserved:
+            self._reserve(self._needed(len(tokens)))
         data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         if self.library.llama_state_seq_set_data(self._ctx, data, len(state), 0) != len(state):
             self.rewind(0)
             raise BundleError("the session was saved with another context or cache; load the model with those")
-        self._position = len(tokens)
+        self._tokens, self._held = list(tokens), len(tokens)
+
+    def batch(self, rows: int, slots: int) -> "LlamaCppBatch":
+        """Room for several texts at once, of `slots` tokens each."""
+        return LlamaCppBatch(self, rows, slots)
 
     def close(self) -> None:
         """Free the context and the model."""
-        if self._ctx:
+        if self.model:
             self.library.llama_batch_free(self._batch)
             self.library.llama_free(self._ctx)
             self.library.llama_model_free(self.model)
-            self._ctx = None
+            self._ctx = self.model = None
 
     def __del__(self) -> None:
         if getattr(self, "_ctx", None):
             self.close()
 
-    def _decode(self, chunk: list[int], every: bool, last: bool) -> None:
-        batch = self._batch
-        batch.n_tokens = len(chunk)
-        for i, token in enumerate(chunk):
-            batch.token[i] = token
-            batch.pos[i] = self._position + i
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = 0
-            batch.logits[i] = every or (last and i == len(chunk) - 1)
-        status = self.library.llama_decode(self._ctx, batch)
-        if status != 0:
-            raise ContextError(f"llama.cpp could not decode at position {self._position} (status {status})")
-        self._position += len(chunk)
+    def new_context(self, slots: int, rows: int = 1) -> Any:
+        """A context of its own: `slots` tokens for each of some rows. Raises ContextError."""
+        params = self.library.llama_context_default_params()
+        params.n_ctx, params.n_seq_max = slots * rows, rows
+        params.n_batch = params.n_ubatch = min(slots * rows, CHUNK)
+        params.n_threads = params.n_threads_batch = self._threads
+        params.type_k = params.type_v = KV_TYPES[self._kv][0]
+        if self._kv == "f16":
+            # Its flash attention on processors takes 1.6 times as long per token behind a thousand tokens; only a
+            # cache of few bits cannot do without.
+            params.flash_attn_type = self.library.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        found = self.library.llama_init_from_model(self.model, params)
+        if not found:
+            raise ContextError(f"{self._path}: llama.cpp cannot reserve {slots * rows} tokens; ask for fewer")
+        return found
 
-    def _row(self, i: int) -> F32:
-        pointer = self.library.llama_get_logits_ith(self._ctx, i)
-        return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)).copy()
+    def decode(self, ctx: Any, given: list[tuple[int, int, int, bool]]) -> list[F32]:
+        """Run up to CHUNK tokens (token, position, row, whether its logits are wanted); the logits that are."""
+        batch = self._batch
+        batch.n_tokens = len(given)
+        for i, (token, position, row, wanted) in enumerate(given):
+            batch.token[i] = token
+            batch.pos[i] = position
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = row
+            batch.logits[i] = wanted
+        status = self.library.llama_decode(ctx, batch)
+        if status != 0:
+            raise ContextError(f"llama.cpp could not decode at position {given[0][1]} (status {status})")
+        rows = [self.library.llama_get_logits_ith(ctx, i) for i, (*_, wanted) in enumerate(given) if wanted]
+        return [np.ctypeslib.as_array(row, shape=(self.vocab_size,)).copy() for row in rows]
+
+    def _needed(self, total: int) -> int:
+        return self._crossover if self._crossover is not None and total <= self._crossover else self.context
+
+    def _reserve(self, context: int) -> None:
+        if self._ctx:
+            self.library.llama_free(self._ctx)
+        self._ctx, self._reserved, self._held = self.new_context(context), context, 0
+
+
+class LlamaCppBatch:
+    """Texts side by side in one context, whose weights are read once for all of them."""
+
+    def __init__(self, backend: LlamaCppBackend, rows: int, slots: int) -> None:
+        self._backend = backend
+        self._lengths = [0] * rows
+        self._ctx = backend.new_context(-(-slots // 256) * 256, rows)  # llama.cpp gives each row whole multiples
+
+    def read(self, row: int, tokens: list[int]) -> F32:
+        """Begin a text in a row; the logits [vocab_size] after it."""
+        library = self._backend.library
+        library.llama_memory_seq_rm(library.llama_get_memory(self._ctx), row, 0, -1)
+        logits: list[F32] = []
+        for start in range(0, len(tokens), CHUNK):
+            chunk = tokens[start : start + CHUNK]
+            given = [(t, start + i, row, start + i == len(tokens) - 1) for i, t in enumerate(chunk)]
+            logits = self._backend.decode(self._ctx, given)
+        self._lengths[row] = len(tokens)
+        return logits[0]
+
+    def step(self, tokens: dict[int, int]) -> dict[int, F32]:
+        """Append a token to some rows; the logits [vocab_size] of each."""
+        given = [(t, self._lengths[row], row, True) for row, t in tokens.items()]
+        logits = self._backend.decode(self._ctx, given)
+        for row in tokens:
+            self._lengths[row] += 1
+        return dict(zip(tokens, logits, strict=True))
+
+    def close(self) -> None:
+        """Free the context."""
+        self._backend.library.llama_free(self._ctx)
 
 
 class LlamaCppTokenizer:
@@ -167,9 +223,11 @@ class LlamaCppTokenizer:
                 return out.raw[:length].decode("utf-8", "replace")
             size = -length
 
-    def byte(self, token: int) -> int | None:
-        """The byte that a token spells, None if it spells something else."""
-        return spelt_byte((self._c.llama_vocab_get_text(self._vocab, token) or b"").decode("utf-8", "replace"))
+    def spell(self, token: int) -> bytes:
+        """The bytes that a token spells, which may be a part of a character; none for a special token."""
+        out = ctypes.create_string_buffer(1024)
+        length = self._c.llama_token_to_piece(self._vocab, token, out, len(out), 0, False)
+        return out.raw[: max(0, length)]
 
 
 def _read_not_map(params: Any) -> None:

@@ -45,25 +45,38 @@ class OnnxRuntimeBackend:
                 self._session = onnxruntime.InferenceSession(str(path), options, providers=_PROVIDERS)
         except Exception as e:  # the library's errors share no base of their own
             raise BundleError(f"{path}: onnxruntime cannot load it ({_first_line(e)}); export it again") from None
-        shape = (1, model.kv_heads, self._slots, model.head_dim)
+        self._model = model
         past = next((i for i in self._session.get_inputs() if i.name == "past_key_values.0.key"), None)
-        real = np.float16 if past is not None and past.type == "tensor(float16)" else np.float32
-        # Zeroed once; `attention_mask` says how much of each buffer counts.
-        self._caches = {
-            f"{layer}.{part}": onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, real))
-            for layer in range(model.layers)
-            for part in ("key", "value")
-        }
-        self._binding: Any = self._bind()
+        self._real = np.float16 if past is not None and past.type == "tensor(float16)" else np.float32
+        self._caches = self.caches(1, self._slots)
+        self._binding: Any = self.bind(self._caches)
 
-    def _bind(self) -> Any:
+    def caches(self, rows: int, slots: int) -> dict[str, np.ndarray]:
+        """Empty keys and values of all layers: zeroed once; `attention_mask` says how much of each buffer counts."""
+        m = self._model
+        names = [f"{layer}.{part}" for layer in range(m.layers) for part in ("key", "value")]
+        return {name: np.zeros((rows, m.kv_heads, slots, m.head_dim), self._real) for name in names}
+
+    def bind(self, caches: dict[str, np.ndarray]) -> Any:
         """Logits, then all caches as input and output both; they stay bound from call to call."""
         binding = self._session.io_binding()
         binding.bind_output("logits", "cpu")
-        for name, cache in self._caches.items():
-            binding.bind_ortvalue_input(f"past_key_values.{name}", cache)
-            binding.bind_ortvalue_output(f"present.{name}", cache)
+        for name, cache in caches.items():
+            value = self._ort.OrtValue.ortvalue_from_numpy(cache)  # on the array's own memory
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
         return binding
+
+    def run(self, binding: Any, tokens: np.ndarray, mask: np.ndarray) -> F32:
+        """Logits [rows, T, vocab_size] of tokens [rows, T]; the mask has ones for what each row holds then."""
+        binding.bind_cpu_input("input_ids", tokens)
+        binding.bind_cpu_input("attention_mask", mask)
+        binding.bind_output("logits", "cpu")
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as e:
+            raise BundleError(f"onnxruntime cannot run the model ({_first_line(e)}); export the bundle again") from None
+        return np.asarray(binding.get_outputs()[0].numpy(), np.float32)
 
     def _open_windowed(self, path: Path, options: Any) -> Any:
         """The graph whose cache holds the window and one chunk; None where it would save nothing, or where this build
@@ -123,20 +136,21 @@ class OnnxRuntimeBackend:
     def state(self) -> bytes:
         """The filled rows of all caches, one cache after the other, in their own type."""
         rows = min(len(self._tokens), self._slots)
-        return b"".join(cache.numpy()[:, :, :rows].tobytes() for cache in self._caches.values())
+        return b"".join(cache[:, :, :rows].tobytes() for cache in self._caches.values())
 
     def restore(self, state: bytes, tokens: list[int]) -> None:
         """Put the rows back. Raises BundleError where they are of another size."""
         rows = min(len(tokens), self._slots)
-        for i, (name, cache) in enumerate(self._caches.items()):
-            array = np.zeros_like(cache.numpy())
-            part = array[:, :, :rows]
+        for i, cache in enumerate(self._caches.values()):
+            part = cache[:, :, :rows]
             if len(state) != part.nbytes * len(self._caches):
                 raise BundleError("the session was saved with another context; load the model with that one")
-            part[:] = np.frombuffer(state, array.dtype, part.size, i * part.nbytes).reshape(part.shape)
-            self._caches[name] = self._ort.OrtValue.ortvalue_from_numpy(array)
-        self._binding = self._bind()
+            part[:] = np.frombuffer(state, cache.dtype, part.size, i * part.nbytes).reshape(part.shape)
         self._tokens, self._reread = list(tokens), False
+
+    def batch(self, rows: int, slots: int) -> "OnnxRuntimeBatch":
+        """Room for several texts at once, of `slots` tokens each."""
+        return OnnxRuntimeBatch(self, rows, min(slots, self._slots), self._chunk)
 
     def close(self) -> None:
         """Free the session and the cache."""
@@ -145,16 +159,45 @@ class OnnxRuntimeBackend:
 
     def _run(self, tokens: list[int]) -> F32:
         total = len(self._tokens) + len(tokens)
-        binding = self._binding
-        binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
-        binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
-        binding.bind_output("logits", "cpu")
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as e:
-            raise BundleError(f"onnxruntime cannot run the model ({_first_line(e)}); export the bundle again") from None
+        logits = self.run(self._binding, np.array([tokens], np.int64), np.ones((1, total), np.int64))
         self._tokens = [*self._tokens, *tokens]
-        return np.asarray(binding.get_outputs()[0].numpy()[0], np.float32)
+        return np.asarray(logits[0])
+
+
+class OnnxRuntimeBatch:
+    """Texts side by side: each is read alone, and its tokens are then computed with the others'."""
+
+    def __init__(self, backend: OnnxRuntimeBackend, rows: int, slots: int, chunk: int) -> None:
+        self._backend, self._chunk = backend, chunk
+        self._caches = backend.caches(rows, slots)
+        self._lengths = np.zeros(rows, np.int64)
+        self._binding = backend.bind(self._caches)
+
+    def read(self, row: int, tokens: list[int]) -> F32:
+        """Begin a text in a row; the logits [vocab_size] after it."""
+        own = self._backend.bind({name: cache[row : row + 1] for name, cache in self._caches.items()})
+        self._lengths[row] = 0
+        for start in range(0, len(tokens), self._chunk):
+            chunk = np.array([tokens[start : start + self._chunk]], np.int64)
+            self._lengths[row] += chunk.shape[1]
+            logits = self._backend.run(own, chunk, np.ones((1, self._lengths[row]), np.int64))
+        return np.asarray(logits[0, -1])
+
+    def step(self, tokens: dict[int, int]) -> dict[int, F32]:
+        """Append a token to some rows; the logits [vocab_size] of each. The others begin anew, with a token 0."""
+        given = np.zeros((len(self._lengths), 1), np.int64)
+        kept = np.isin(np.arange(len(given)), list(tokens))
+        self._lengths = np.where(kept, self._lengths, 0) + 1
+        for row, token in tokens.items():
+            given[row] = token
+        mask = (np.arange(self._lengths.max()) < self._lengths[:, None]).astype(np.int64)
+        logits = self._backend.run(self._binding, given, mask)
+        return {row: logits[row, -1] for row in tokens}
+
+    def close(self) -> None:
+        """Drop the caches."""
+        self._caches = {}
+        self._binding = None
 
 
 def _first_line(e: Exception) -> str:

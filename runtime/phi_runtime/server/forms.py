@@ -86,7 +86,7 @@ class Chat(Form):
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text = phi.detokenize([token])
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            return {"token": text, "logprob": logprob, "bytes": list(phi.tokenizer.spell(token))}
 
         steps = [p.step for p in pieces]
         rows = [entry(s.token, s.logprob) | {"top_logprobs": [entry(*t) for t in s.top]} for s in steps]
