@@ -20,7 +20,7 @@ from phi_export.feedback import DAMPING, Factor, factorise
 from phi_export.formats import Format, Item, Options, Type
 from phi_export.kept import load_array, load_factor, save_array, save_factor
 from phi_export.quantize import finite
-from phi_runtime.backends.reference import Reference
+from phi_runtime.backends.reference import Reference, split_heads
 from phi_runtime.bundle import CalibratedOn, Source
 from phi_runtime.checkpoint import Checkpoint
 from phi_runtime.config import read_json
@@ -29,7 +29,7 @@ from phi_runtime.errors import CheckpointError
 from phi_runtime.files import disk_full_named, write_file
 
 WINDOW = 512
-_VERSION = 1
+_VERSION = 2
 _COSTS = "costs.json"
 
 Progress = Callable[[str], None]
@@ -87,6 +87,14 @@ class Calibration:
                 return load_factor(self.folder, linear.weight[0])
         return None
 
+    def kv_peaks(self) -> list[F32]:
+        """Per layer, of keys and values: the largest magnitudes of the text, [2, kv_heads, head_dim]."""
+        shape = (2, self.decoder.kv_heads, self.decoder.head_dim)
+        found = [load_array(self.folder / f"kv-{n + 1:04d}.npy") for n in range(len(self.decoder.layers))]
+        if any(peaks.shape != shape or not np.isfinite(peaks).all() for peaks in found):
+            raise CheckpointError(f"{self.folder}: is damaged; delete it and calibrate again")
+        return [np.maximum(peaks, np.float32(1e-6)) for peaks in found]  # a channel that is never used
+
 
 def _some_rows(item: Item) -> list[tuple[int, int]]:
     """Two runs of 16 rows, or all of a small item."""
@@ -143,10 +151,17 @@ class _Gatherer(Reference):
         super().__init__(checkpoint.config.decoder(), checkpoint.read, 0)
         self._name, self._folder = checkpoint.folder, folder
         self._moments: dict[str, F32] = {}
+        self._qkv = {layer.qkv for layer in self.decoder.layers}
+        self._peaks: F32 | None = None
 
     def linear(self, xs: list[F32], linear: Linear) -> list[F32]:
         self.see(xs, linear)
-        return super().linear(xs, linear)
+        out = super().linear(xs, linear)
+        if linear in self._qkv:
+            for y in out:
+                peaks = kv_peaks(self.decoder, y)
+                self._peaks = peaks if self._peaks is None else np.maximum(self._peaks, peaks)
+        return out
 
     def see(self, xs: list[F32], linear: Linear) -> None:
         """Count activations that enter a matrix."""
@@ -155,6 +170,12 @@ class _Gatherer(Reference):
         together = np.concatenate(xs)  # one product: each costs a pass over the whole moment
         moment += together.T @ together
 
+    def keep_peaks(self, layer: int) -> None:
+        """Keep the largest magnitudes of a layer's keys and values."""
+        assert self._peaks is not None
+        save_array(self._folder / f"kv-{layer:04d}.npy", self._peaks)
+        self._peaks = None
+
     def keep(self, count: int) -> None:
         """Keep the factors of what `count` tokens were seen of, and forget their moments. Raises CheckpointError."""
         while self._moments:
@@ -162,6 +183,16 @@ class _Gatherer(Reference):
             if not np.isfinite(moment).all():
                 raise CheckpointError(f"{self._name}: its activations grow beyond float32 on the calibration text")
             save_factor(self._folder, name, factorise(moment / np.float32(count)))
+
+
+def kv_peaks(d: Decoder, qkv: F32) -> F32:
+    """The largest magnitudes of keys, wherever they may be rotated to, and values, [2, kv_heads, head_dim]."""
+    _, k_GTD, v_GTD = split_heads(d, qkv)
+    if d.rope is not None:  # a rotated pair keeps its length
+        half = d.rope.dims // 2
+        lengths = np.hypot(k_GTD[..., :half], k_GTD[..., half : 2 * half]) * np.float32(d.rope.attention_factor)
+        k_GTD = np.concatenate([lengths, lengths, k_GTD[..., 2 * half :]], axis=-1)
+    return np.stack([np.abs(k_GTD).max(axis=1), np.abs(v_GTD).max(axis=1)])
 
 
 def _gather(checkpoint: Checkpoint, texts: list[list[int]], folder: Path, progress: Progress) -> None:
@@ -182,6 +213,7 @@ def _gather(checkpoint: Checkpoint, texts: list[list[int]], folder: Path, progre
             gatherer.layer(n)
         progress(f"layer {n + 1} of {len(decoder.layers)}: factors")
         gatherer.keep(count)
+        gatherer.keep_peaks(n + 1)
         save_array(folder / f"after-{n + 1:04d}.npy", np.stack([lane.x_TE for lane in lanes]))
         (folder / f"after-{n:04d}.npy").unlink(missing_ok=True)
     progress("the head's factor")

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from phi_export.calibration import Calibration, CalibrationText, calibrate
-from phi_export.formats import Options, get_format, uncalibrated
+from phi_export.formats import Options, Uncalibrated, get_format
 from phi_export.plan import Ceiling, Planned, plan_int4, plan_memory, weight_error
 from phi_export.speed import load_speeds
 from phi_export.stream import Stream
@@ -57,6 +57,7 @@ def plan(
     for name in formats:
         module = get_format(name)
         module.check(checkpoint.config, options)
+        options = replace(options, int8_kv=calibration is not None and name == "onnx")
         loss = calibration.losses(module, checkpoint, options) if calibration else weight_error
         if ceiling is None:
             planned.append(plan_int4(name, module, checkpoint, options, loss))
@@ -154,8 +155,7 @@ class _Job:
         stream = Stream(
             folder.with_name(f"{planned.format}.journal"), self.threads, lambda name: step(f"writing {name}")
         )
-        factor = self.calibration.factor if self.calibration else uncalibrated
-        module.write(self.source, planned.plan, planned.options, folder, stream, factor)
+        module.write(self.source, planned.plan, planned.options, folder, stream, self.calibration or Uncalibrated())
         stream.close()
         (folder / MANIFEST).unlink(missing_ok=True)
         for name in COMPANIONS:

@@ -25,11 +25,11 @@ _HEAD = struct.Struct("<QQ")  # rows and columns of what follows; no rows: a mes
 
 
 class Artifact:
-    """The artifact of a bundle folder with a manifest; close it to end its process."""
+    """The artifact of a bundle folder with a manifest, with a cache of type `kv`; close it to end its process."""
 
-    def __init__(self, bundle: Path) -> None:
+    def __init__(self, bundle: Path, kv: str | None = None) -> None:
         # Our own process, on purpose: the interpreter that runs this, and this very module.
-        command = [sys.executable, "-m", "phi_export.isolated", str(bundle)]
+        command = [sys.executable, "-m", "phi_export.isolated", str(bundle), *([] if kv is None else [kv])]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
@@ -72,7 +72,7 @@ class Artifact:
         return out.reshape(rows, columns) if rows else np.zeros((1, 0), np.float32)
 
 
-def _serve(bundle: Path) -> None:
+def _serve(bundle: Path, kv: str | None) -> None:
     out = sys.stdout.buffer
     manifest = read_manifest(bundle)
     backend, context = None, 0
@@ -84,7 +84,7 @@ def _serve(bundle: Path) -> None:
             if backend is None or (tokens and wanted != context):
                 if backend is not None:
                     backend.close()
-                backend, context = open_backend(open_bundle(bundle, manifest), None, wanted, None), wanted
+                backend, context = open_backend(open_bundle(bundle, manifest), None, wanted, None, kv), wanted
             if tokens:
                 backend.rewind(0)
                 cut = len(tokens) - request["singly"]
@@ -104,4 +104,4 @@ def _serve(bundle: Path) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]))
+    _serve(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from phi_export.export import check_runtimes
-from phi_export.formats import Options, get_format, items, stored
+from phi_export.formats import Options, Uncalibrated, get_format, items, stored
 from phi_export.speed import calibrated_path
 from phi_export.stream import Stream
 from phi_runtime.backends import cores, open_backend
@@ -77,7 +77,7 @@ def _measure(
         bundle.mkdir()
         plan = {i.name: stored(module, i, kind, options) for i in found}
         stream = Stream(bundle / "journal", threads, lambda _: None)
-        module.write(checkpoint, plan, options, bundle, stream)
+        module.write(checkpoint, plan, options, bundle, stream, Uncalibrated())
         stream.close()
         manifest = Manifest(
             format=name,

@@ -55,6 +55,7 @@ _FED_BACK = 1 + 1 / DAMPING
 MAX_VECTOR_ERROR = 1e-6
 _MAX_HALF_ERROR = 1e-3  # of vectors that are stored in float16
 MAX_KLD = 1.0
+MAX_KV_KLD = 0.02  # of a cache of 8 bits from the cache without
 
 # What clients of every format find beside the artifact, as it is beside the checkpoint.
 COMPANIONS = (
@@ -156,7 +157,7 @@ def verify_manifest(
         checks += _check_weights(read, manifest, checkpoint, progress)
         if not all(c.passed for c in checks):
             return Verification(tuple(checks), None)
-        graph, arithmetic, quality, layers = _run(bundle, manifest, checkpoint, read, tokens, progress)
+        graph, arithmetic, quality, cache, layers = _run(bundle, manifest, checkpoint, read, tokens, progress)
     except (BundleError, UnsupportedError) as e:
         return _failed("files", str(e), checks)
     except PhiError:
@@ -168,6 +169,16 @@ def verify_manifest(
     checks.append(Check("graph", graph.logit_error, allowed, f"relative error of the logits {where}"))
     limit = math.inf if manifest.source.random else MAX_KLD  # what a random model says means nothing
     checks.append(Check("quality", quality.kld_mean, limit, f"mean KL divergence {where}, nats"))
+    if cache.tokens:
+        limit = math.inf if manifest.source.random else MAX_KV_KLD
+        checks.append(
+            Check(
+                "int8 cache",
+                cache.kld_mean,
+                limit,
+                f"mean KL divergence from the whole cache over {cache.tokens} tokens, nats",
+            )
+        )
     parity = Parity(
         tokens=quality.tokens,
         logit_error=graph.logit_error,
@@ -337,15 +348,17 @@ def _run(
     read: ReadTensor,
     tokens: list[int],
     progress: Progress,
-) -> tuple[Agreement, Agreement, Agreement, tuple[float, ...]]:
-    """Against the reference on the bundle's own weights: its logits, and the imitation of its
-    arithmetic; against the checkpoint: its logits, and per layer what the weights' rounding did.
+) -> tuple[Agreement, Agreement, Agreement, Agreement, tuple[float, ...]]:
+    """Against the reference on the bundle's own weights: its logits, and the imitation of its arithmetic; against the
+    checkpoint: its logits; against these: those with a cache of 8 bits, if it has one; and per layer what the weights'
+    rounding did.
     """
-    graph, arithmetic, quality = Agreement(), Agreement(), Agreement()
+    graph, arithmetic, quality, cache = Agreement(), Agreement(), Agreement(), Agreement()
     decoder, rounding = checkpoint.config.decoder(), get_format(manifest.format).rounding
     layers = np.zeros((len(decoder.layers), 2))
     singly = _SINGLY if num_parameters(checkpoint.config) < LARGE else 2
     length = min(max(WINDOW, (decoder.window() or 0) + _BEYOND), manifest.context)
+    ends = []
     with Artifact(bundle) as artifact:
         _check_tokenizer(artifact, checkpoint)
         for i, piece in enumerate(windows(tokens, length)):
@@ -353,6 +366,7 @@ def _run(
             targets = piece[1:]
             progress(f"the artifact, {where}")
             logits = artifact.logits(piece, _fed_singly(decoder, len(piece), singly))
+            ends.append(logits[-_WATCHED:].copy())
             rounded: list[F32] = []
 
             def keep(n: int, lanes: list[Lane], rounded: list[F32] = rounded) -> None:
@@ -369,5 +383,11 @@ def _run(
             progress(f"the checkpoint, {where}")
             exact = Reference(decoder, checkpoint.read, 0, watch=hold).forward(piece, True)[0]
             quality.add(exact, logits, targets)
+    if manifest.options.get("int8_kv"):  # in a process of its own, after the other's memory is free
+        progress("the cache of 8 bits")
+        with Artifact(bundle, "int8") as artifact:
+            for piece, end in zip(windows(tokens, length), ends, strict=True):
+                logits = artifact.logits(piece, _fed_singly(decoder, len(piece), singly))[-_WATCHED:]
+                cache.add(end, logits, piece[1 - len(end) :])
     errors = np.sqrt(layers[:, 0] / np.maximum(layers[:, 1], 1e-30))
-    return graph, arithmetic, quality, tuple(float(f"{e:.4g}") for e in errors)
+    return graph, arithmetic, quality, cache, tuple(float(f"{e:.4g}") for e in errors)

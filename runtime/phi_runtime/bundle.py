@@ -218,7 +218,7 @@ def _source(raw: dict[str, Any]) -> Source:
 
 
 def _options(raw: dict[str, Any]) -> dict[str, Any]:
-    known = {"profile": (str, type(None)), "context": (int, type(None)), "split_qkv": (bool,)}
+    known = {"profile": (str, type(None)), "context": (int, type(None)), "split_qkv": (bool,), "int8_kv": (bool,)}
     for name, value in dict(raw).items():
         if name not in known or type(value) not in known[name]:
             raise ValueError(f"option {name} is {value!r}")

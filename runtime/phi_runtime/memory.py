@@ -92,7 +92,7 @@ def plan_package(
     contexts = [context] if context is not None else [most, *(c for c in _CONTEXTS if c < most)]
     best = None
     for tokens in contexts:  # rather a coarser cache than a shorter context; f16, q8_0 and 4.5 bits are worth a choice
-        for kind in [kv] if kv is not None else [k for k in kinds if k in ("f32", "f16", "q8_0", "iq4_nl")]:
+        for kind in [kv] if kv is not None else [k for k in kinds if k in ("f32", "f16", "int8", "q8_0", "iq4_nl")]:
             found = predict(package, device or "this machine", tokens, kind, limit)
             if found.fits:
                 return found
@@ -113,8 +113,8 @@ def predict(package: Package, device: str, context: int, kv: str, limit: int) ->
         scores = 4 * shape.heads * chunk * slots if kv == "f16" else 0  # flash attention keeps none
         buffers = max(logits + (2 << 20) + 13 * chunk * slots, scores + (1 << 20)) + package.staging
     else:
-        slots = context if shape.window is None else min(context, shape.window + CHUNK)
-        cache = numbers * slots * (4 if kv == "f32" else 2)
+        slots = context if shape.window is None or kv == "int8" else min(context, shape.window + CHUNK)
+        cache = numbers * slots * {"f32": 4, "f16": 2, "int8": 1}[kv]
         buffers = int(4.5 * logits)
         if package.format == "onnx":  # its peak may be where the weights are packed, before there is a cache
             buffers = max(buffers, int(0.36 * package.weights) - cache)

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 import signal
@@ -5,15 +6,17 @@ import subprocess
 import time
 
 import numpy as np
+import onnx
 import pytest
 from support import SCRIPTS, run
 
+import phi_runtime
 from phi_export.calibration import CalibrationText, calibrate
 from phi_export.calibration_text import BUILT_IN, calibration_windows
 from phi_export.compare import Agreement, windows
 from phi_export.export import export, plan
 from phi_export.formats import Options, get_format, items
-from phi_export.verify import describe_source
+from phi_export.verify import describe_source, verify
 from phi_runtime.backends.reference import Reference
 from phi_runtime.bundle import FORMATS, read_manifest
 from phi_runtime.checkpoint import open_checkpoint
@@ -197,3 +200,55 @@ def test_weights_that_overflow_on_the_text_are_refused(checkpoint, corpus, tmp_p
     done = run("phi-export", "--int4", copy, "--dry-run", "--calibrate", corpus, "--windows", 4)
     assert done.returncode == 2, done.stderr
     assert "float32" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def int8_bundle(source, wanted, tmp_path_factory):
+    (made,) = export(source.folder, tmp_path_factory.mktemp("int8") / "b", ("onnx",), text=wanted, tokens=64)
+    return made.folder
+
+
+def test_a_calibrated_onnx_bundle_has_a_cache_of_8_bits_too(int8_bundle, tokens):
+    found = Agreement()
+    with phi_runtime.load(int8_bundle) as whole, phi_runtime.load(int8_bundle, kv="int8") as small:
+        for piece in windows(tokens[:1024], 300):
+            rows = []
+            for phi in (whole, small):
+                backend = phi.engine.backend
+                backend.rewind(0)
+                backend.forward(piece[:40], every=False)
+                rows.append(
+                    np.concatenate([backend.forward(piece[a : a + 10], True) for a in range(40, len(piece), 10)])
+                )
+            found.add(*rows, piece[41:])
+        session = {p: phi_runtime.plan(int8_bundle, context=300, kv=p).cache for p in ("f32", "int8")}
+    assert 0 < found.kld_mean < 0.001 and found.top1_agreement > 0.97
+    assert session["f32"] == 4 * session["int8"]
+    room = phi_runtime.plan(int8_bundle, context=120, kv="int8").peak
+    assert phi_runtime.plan(int8_bundle, context=120, memory=room + 1000).kv == "int8"
+
+
+@pytest.mark.parametrize("damage", ["a tenth", "other graph", "gone"])
+def test_a_broken_cache_of_8_bits_is_seen(damage, int8_bundle, source, tokens, tmp_path):
+    shutil.copytree(int8_bundle, tmp_path / "b")
+    path = tmp_path / "b" / "model.onnx.int8-kv"
+    graph = onnx.load(path, load_external_data=False)
+    scales = [i for i in graph.graph.initializer if "_scale." in i.name]
+    assert len(scales) == 2 * source.config.num_hidden_layers
+    if damage == "a tenth":
+        for scale in scales:
+            scale.raw_data = (np.frombuffer(scale.raw_data, np.float32) / 10).tobytes()
+    if damage == "other graph":
+        next(a for n in graph.graph.node for a in n.attribute if a.name == "local_window_size").i = 7
+    path.unlink()
+    if damage != "gone":
+        onnx.save(graph, path)
+    manifest = json.loads((tmp_path / "b" / "phi-bundle.json").read_text())
+    manifest["files"] = [f for f in manifest["files"] if damage != "gone" or f["path"] != path.name]
+    for f in manifest["files"]:
+        if f["path"] == path.name:
+            f |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    (tmp_path / "b" / "phi-bundle.json").write_text(json.dumps(manifest))
+    outcome = verify(tmp_path / "b", source, tokens[:256])
+    assert not outcome.passed
+    assert path.name in outcome.checks[-1].where or not next(c for c in outcome.checks if c.name == "int8 cache").passed

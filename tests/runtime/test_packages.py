@@ -364,9 +364,12 @@ def test_batches_answer_as_single_calls_do(name, bundles, text):
             assert np.allclose(answer.logprobs[kept], alone.logprobs[kept], atol=0.05)
             assert same is not None or (answer.text, answer.stop) == (alone.text, alone.stop)
             assert answer.prompt_tokens == alone.prompt_tokens
-        assert sum(a.tokens == phi.generate(p, **options, speculate=False).tokens for p, a in zip(prompts, batch)) >= 5
+        alone = [phi.generate(p, **options, speculate=False).tokens for p in prompts]
+        assert sum(a.tokens == tokens for a, tokens in zip(batch, alone, strict=True)) >= 5
         assert phi.generate_batch([]) == []
-        full = phi.generate_batch([[3 + i % 90 for i in range(phi.context - 2)], [5]], policy="truncate-left", max_tokens=4)
+        full = phi.generate_batch(
+            [[3 + i % 90 for i in range(phi.context - 2)], [5]], policy="truncate-left", max_tokens=4
+        )
         assert full[0].dropped == 2 and len(full[1].tokens) == 4
         for wrong in ({"rows": 0}, {"rows": 1000}, {"policy": "sliding-window"}, {"constraint": object()}):
             with pytest.raises(UsageError):

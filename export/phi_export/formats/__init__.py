@@ -1,6 +1,5 @@
 """One module per format, named as `--format` names it, each with the functions of `Format`."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from math import prod
@@ -49,12 +48,14 @@ class Options:
     """How an artifact is to be laid out; each field is an option of `phi-export`.
 
     profile: of the format's `PROFILES`, None for the first. context: tokens of a fixed-size cache
-    (Core ML). split_qkv: type queries, keys and values apart (GGUF).
+    (Core ML). split_qkv: type queries, keys and values apart (GGUF). int8_kv: a second graph, whose cache is of 8 bits
+    (ONNX, calibrated).
     """
 
     profile: str | None = None
     context: int | None = None
     split_qkv: bool = False
+    int8_kv: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,28 @@ class Item:
 Plan = dict[str, TensorQuant]
 
 
-# Of a tensor by name: what error feedback needs, or None to round each weight for itself.
-FactorOf = Callable[[str], Factor | None]
 _FED_BACK = 1 << 22
 
 
-def uncalibrated(tensor: str) -> None:
-    """No calibration."""
+class Calibrated(Protocol):
+    """What a writer may know of the model on real text."""
+
+    def factor(self, tensor: str) -> Factor | None:
+        """What error feedback needs of a tensor, by name; None to round each weight for itself."""
+
+    def kv_peaks(self) -> list[F32]:
+        """Per layer the largest magnitudes in the cache, [2, kv_heads, head_dim]: keys in any position, then values."""
+
+
+class Uncalibrated:
+    """Nothing is known."""
+
+    def factor(self, tensor: str) -> None:
+        """None."""
+
+    def kv_peaks(self) -> list[F32]:
+        """Those of no layer."""
+        return []
 
 
 def piece(factor: Factor | None) -> int:
@@ -141,7 +157,7 @@ class Format(Protocol):
         options: Options,
         folder: Path,
         stream: Stream,
-        factor: FactorOf = uncalibrated,
+        calibrated: Calibrated,
     ) -> None:
         """Write the artifact, a tensor at a time; what `stream` says is there already is not written again."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from phi_export.feedback import Factor
-from phi_export.formats import FactorOf, Item, Options, Plan, Type, choose_profile, items, piece, uncalibrated
+from phi_export.formats import Calibrated, Item, Options, Plan, Type, choose_profile, items, piece
 from phi_export.formats.coreml_graph import Matrix, Part, build_model, kv_capacity, rope_rows
 from phi_export.mil import BlobLayout
 from phi_export.quantize import dequantize_rows, finite, fit_palettes, round_rows
@@ -148,7 +148,7 @@ def write(
     options: Options,
     folder: Path,
     stream: Stream,
-    factor: FactorOf = uncalibrated,
+    calibrated: Calibrated,
 ) -> None:
     """Write the package, or the chain of packages: weights a tensor at a time, then each program."""
     d = checkpoint.config.decoder()
@@ -160,7 +160,7 @@ def write(
         data = package / "Data"
         (data / WEIGHTS).mkdir(parents=True, exist_ok=True)
         held = part.tensors()
-        _write_package(checkpoint, part, plan, [i for i in found if i.tensor in held], length, data, stream, factor)
+        _write_package(checkpoint, part, plan, [i for i in found if i.tensor in held], length, data, stream, calibrated)
         write_file(package / "Manifest.json", json.dumps(_package_manifest(), indent=4, sort_keys=True) + "\n")
 
 
@@ -209,7 +209,7 @@ def _write_package(
     length: int,
     data: Path,
     stream: Stream,
-    factor: FactorOf,
+    calibrated: Calibrated,
 ) -> None:
     layout = BlobLayout()
     places: dict[str, Matrix] = {}
@@ -236,7 +236,7 @@ def _write_package(
             # A tied embedding lies in the first and in the last package.
             name = f"{item.name}@{data.parent.name}" if item.tensor in part.shared else item.name
             if stream.missing(name):
-                known = factor(item.tensor)
+                known = calibrated.factor(item.tensor)
                 _write_item(file, places[item.tensor], checkpoint, item, plan[item.name], stream, known)
                 stream.done(name)
     model = build_model(part, places, length)

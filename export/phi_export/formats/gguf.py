@@ -12,7 +12,7 @@ import numpy as np
 
 from phi_export import ggml
 from phi_export.feedback import Factor, round_columns, uniform
-from phi_export.formats import FactorOf, Item, Options, Plan, Type, choose_profile, items, piece, uncalibrated
+from phi_export.formats import Calibrated, Item, Options, Plan, Type, choose_profile, items, piece
 from phi_export.formats.gguf_tokenizer import tokenizer_metadata
 from phi_export.formats.gguf_values import Kind, Metadata, encode, encode_string
 from phi_export.ggml import GgmlType
@@ -145,7 +145,7 @@ def write(
     options: Options,
     folder: Path,
     stream: Stream,
-    factor: FactorOf = uncalibrated,
+    calibrated: Calibrated,
 ) -> None:
     """Write `model.gguf`."""
     c = checkpoint.config
@@ -160,7 +160,7 @@ def write(
                 assert entry.content is not None
                 file.write(place, entry.content)
             elif stream.missing(entry.item.name):
-                _write_item(file, place, checkpoint, entry, stream, factor(entry.item.tensor))
+                _write_item(file, place, checkpoint, entry, stream, calibrated.factor(entry.item.tensor))
                 stream.done(entry.item.name)
 
 

@@ -15,11 +15,11 @@ import numpy as np
 import onnx_ir as ir
 
 from phi_export.feedback import Factor
-from phi_export.formats import FactorOf, Item, Options, Plan, Type, choose_profile, items, piece, uncalibrated
+from phi_export.formats import Calibrated, Item, Options, Plan, Type, choose_profile, items, piece
 from phi_export.formats.onnx_graph import ACTIVATIONS, Matrix, build_model, genai_config, rope_positions
 from phi_export.quantize import dequantize_rows, finite, round_rows
 from phi_export.stream import PlacedFile, Stream, align
-from phi_runtime.backends.onnxruntime import WINDOWED
+from phi_runtime.backends.onnxruntime import INT8_KV, WINDOWED
 from phi_runtime.backends.reference import ReadTensor, round_int8
 from phi_runtime.bundle import Manifest, TensorQuant
 from phi_runtime.checkpoint import Checkpoint, Tensor, stop_tokens
@@ -36,6 +36,7 @@ ENGINE = "onnxruntime"
 ROUNDING_MARGIN = 2
 
 _ALIGN = 64
+_HEADROOM = 1.1  # of a cache of 8 bits, for magnitudes beyond those of the calibration text
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ def overhead(checkpoint: Checkpoint, options: Options) -> int:
     rows = sum(count for count, _ in rope_positions(d)) if d.rope else 0
     tables = rows * d.rope.dims * vector_bytes(options) if d.rope else 0  # cos and sin of half the dims
     graphs = 1 if d.kv_positions() is None else 2
-    return tables + graphs * (20_000 + 14_000 * len(d.layers))
+    scales = options.int8_kv * 8 * len(d.layers) * d.kv_size
+    return tables + scales + (graphs + options.int8_kv) * (20_000 + 14_000 * len(d.layers))
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def write(
     options: Options,
     folder: Path,
     stream: Stream,
-    factor: FactorOf = uncalibrated,
+    calibrated: Calibrated,
 ) -> None:
     """Write the data file, then `model.onnx` and what genai wants beside it."""
     d = checkpoint.config.decoder()
@@ -185,7 +187,7 @@ def write(
             file.write(layout.places[name].offset, table)
         for item in found:
             if stream.missing(item.name):
-                tensor, known = checkpoint.tensors[item.tensor], factor(item.tensor)
+                tensor, known = checkpoint.tensors[item.tensor], calibrated.factor(item.tensor)
                 _write_item(file, layout, tensor, item, plan[item.name], options, stream, known)
                 stream.done(item.name)
     initializers = [_external(name, p, folder) for name, p in layout.places.items()]
@@ -196,6 +198,9 @@ def write(
     ir.save(build_model(d, matrices, initializers, real), folder / ARTIFACT)
     if d.kv_positions() is not None:
         ir.save(build_model(d, matrices, initializers, real, windowed=True), folder / WINDOWED)
+    if options.int8_kv:
+        scales = [peaks * np.float32(_HEADROOM / 127) for peaks in calibrated.kv_peaks()]
+        ir.save(build_model(d, matrices, initializers, real, kv_scales=scales), folder / INT8_KV)
     settings = genai_config(checkpoint.config, stop_tokens(checkpoint), ARTIFACT)
     write_file(folder / "genai_config.json", json.dumps(settings, indent=1) + "\n")
 
@@ -251,25 +256,57 @@ def rounded(x: F32, kind: str, options: Options) -> F32:
 
 
 def examine(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
-    """genai's configuration follows from the checkpoint; the graph for a cache of the window's size is the other one
-    but for that attribute.
+    """genai's configuration follows from the checkpoint; the graphs for a cache of the window's size and for one of
+    8 bits are the other one but for what says so.
     """
     settings = json.dumps(genai_config(checkpoint.config, stop_tokens(checkpoint), ARTIFACT), indent=1) + "\n"
     path = folder / "genai_config.json"
     if not path.is_file() or path.read_text(encoding="utf-8") != settings:
         raise BundleError(f"{path}: is not what follows from the checkpoint; export the bundle again")
-    path = folder / WINDOWED
-    if manifest.config().decoder().kv_positions() is None:
-        return
+    plain = _load(folder / manifest.artifact)
+    if manifest.config().decoder().kv_positions() is not None:
+        path = folder / WINDOWED
+        windowed = _load(path)
+        for node in windowed.graph:
+            if node.op_type == "GroupQueryAttention" and "sliding_window_cache" in node.attributes:
+                del node.attributes["sliding_window_cache"]
+        if _bytes(plain) != _bytes(windowed):
+            raise BundleError(f"{path}: is not {manifest.artifact} with a windowed cache; export the bundle again")
+    if manifest.options.get("int8_kv"):
+        path = folder / INT8_KV
+        if _bytes(plain) != _bytes(_without_scales(_load(path), plain)):
+            raise BundleError(f"{path}: is not {manifest.artifact} with a cache of 8 bits; export the bundle again")
+
+
+def _load(path: Path) -> ir.Model:
     try:
-        plain, windowed = ir.load(folder / manifest.artifact), ir.load(path)
+        return ir.load(path)
     except Exception as e:  # whatever protobuf and onnx-ir meet
         raise BundleError(f"{path}: cannot be read ({e}); export the bundle again") from None
-    for node in windowed.graph:
-        if node.op_type == "GroupQueryAttention" and "sliding_window_cache" in node.attributes:
-            del node.attributes["sliding_window_cache"]
-    if ir.to_proto(plain).SerializeToString() != ir.to_proto(windowed).SerializeToString():
-        raise BundleError(f"{path}: is not {manifest.artifact} with a windowed cache; export the bundle again")
+
+
+def _bytes(model: ir.Model) -> bytes:
+    return bytes(ir.to_proto(model).SerializeToString())
+
+
+def _without_scales(model: ir.Model, plain: ir.Model) -> ir.Model:
+    """A model whose cache is of 8 bits, with the cache of the plain one."""
+    graph = model.graph
+    for node in graph:
+        if node.op_type == "GroupQueryAttention":
+            for name in ("k_quant_type", "v_quant_type", "kv_cache_bit_width"):
+                node.attributes.pop(name, None)
+            inputs = [
+                v for v in node.inputs if v is None or not (v.name or "").startswith(("key_scale.", "value_scale."))
+            ]
+            while inputs[-1] is None:
+                inputs.pop()
+            node.resize_inputs(len(inputs))
+    for name in [n for n in graph.initializers if n.startswith(("key_scale.", "value_scale."))]:
+        del graph.initializers[name]
+    for ours, theirs in zip([*graph.inputs, *graph.outputs], [*plain.graph.inputs, *plain.graph.outputs], strict=True):
+        ours.type = theirs.type
+    return model
 
 
 def read(folder: Path, manifest: Manifest) -> ReadTensor:

@@ -5,7 +5,7 @@ Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperat
 inputs and outputs are Hugging Face's. Shapes: B batch, T new tokens, P past, S = P + T.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from phi_runtime.backends import DEFAULT_CONTEXT
 from phi_runtime.config import Config
-from phi_runtime.decoder import BlockSparse, Decoder, Layer, Linear, Norm
+from phi_runtime.decoder import F32, BlockSparse, Decoder, Layer, Linear, Norm
 
 ACTIVATIONS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
 _MS = "com.microsoft"
@@ -45,12 +45,14 @@ def build_model(
     initializers: list[ir.ExternalTensor],
     real: ir.DataType,
     windowed: bool = False,
+    kv_scales: Sequence[F32] = (),
 ) -> ir.Model:
     """The model over weights that lie in the data file.
 
-    windowed: the cache need hold no more than the sliding window, in onnxruntime's builds that have it.
+    windowed: the cache need hold no more than the sliding window, in onnxruntime's builds that have it. kv_scales: per
+    layer, of keys and values, [2, kv_heads, head_dim]; the cache is then of 8 bits, in builds that have that.
     """
-    return _Graph(d, matrices, initializers, real, windowed).model()
+    return _Graph(d, matrices, initializers, real, windowed, kv_scales).model()
 
 
 class _Graph:
@@ -63,8 +65,10 @@ class _Graph:
         initializers: list[ir.ExternalTensor],
         real: ir.DataType,
         windowed: bool,
+        kv_scales: Sequence[F32],
     ) -> None:
         self.d, self._matrices, self._real, self._windowed = d, matrices, real, windowed
+        self._kv_scales = kv_scales
         self._initializers: list[ir.TensorProtocol] = list(initializers)
         self._values: dict[str, ir.Value] = {}
         self._nodes: list[ir.Node] = []
@@ -95,11 +99,12 @@ class _Graph:
         d, i64 = self.d, ir.DataType.INT64
         self._input("input_ids", i64, ("batch_size", "sequence_length"))
         self._input("attention_mask", i64, ("batch_size", "total_sequence_length"))
+        cached = ir.DataType.INT8 if len(self._kv_scales) else self._real
         past = ("batch_size", d.kv_heads, "past_sequence_length", d.head_dim)
         present = ("batch_size", d.kv_heads, "total_sequence_length", d.head_dim)
         for n in range(len(d.layers)):
             for part in ("key", "value"):
-                self._input(f"past_key_values.{n}.{part}", self._real, past)
+                self._input(f"past_key_values.{n}.{part}", cached, past)
 
         # GroupQueryAttention wants, per sequence, its length less one, and the longest length.
         lengths = self._op(
@@ -133,7 +138,7 @@ class _Graph:
         self._output("logits", self._real, ("batch_size", "sequence_length", d.vocab_size))
         for n in range(len(d.layers)):
             for part in ("key", "value"):
-                self._output(f"present.{n}.{part}", self._real, present)
+                self._output(f"present.{n}.{part}", cached, present)
 
     def _positions(self) -> None:
         """Positions [1, T] of the new tokens, where something needs them; with LongRoPE, rows of its two tables."""
@@ -216,6 +221,11 @@ class _Graph:
             qkv = [self._linear(normed, layer.qkv, f"qkv.{n}"), "", ""]
         caches = [f"past_key_values.{n}.key", f"past_key_values.{n}.value"]
         tables = ["cos_cache", "sin_cache"] if d.rope is not None else ["", ""]
+        scales = []
+        if len(self._kv_scales):
+            keys, values = self._kv_scales[n][:, None, :, None, :]
+            scales = ["", self._constant(f"key_scale.{n}", keys), self._constant(f"value_scale.{n}", values)]
+        eight = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
         return self._op(
             "GroupQueryAttention",
             [
@@ -226,6 +236,7 @@ class _Graph:
                 *tables,
                 self._rope_positions,
                 "sparse_bias" if layer.sparse is not None else "",
+                *scales,
             ],
             [f"attention.{n}", f"present.{n}.key", f"present.{n}.value"],
             _MS,
@@ -236,6 +247,7 @@ class _Graph:
             rotary_interleaved=0,
             local_window_size=layer.window or -1,
             **({"sliding_window_cache": 1} if self._windowed else {}),
+            **(eight if scales else {}),
         )
 
     def _by_group(self, n: int, whole: str) -> list[str]:

@@ -34,7 +34,7 @@ def _llama_cpp(package: Package, context: int, threads: int, kv: str) -> Backend
 def _onnxruntime(package: Package, context: int, threads: int, kv: str) -> Backend:
     from phi_runtime.backends.onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(package.path, package.shape, context, threads)
+    return OnnxRuntimeBackend(package.path, package.shape, context, threads, kv)
 
 
 def _coreml(package: Package, context: int, threads: int, kv: str) -> Backend:
@@ -99,8 +99,9 @@ def kv_types(package: Package) -> tuple[str, ...]:
     """Types that the cache may have, the default first."""
     if package.format == "gguf":
         return tuple(KV_TYPES)
-    profile = package.manifest.options.get("profile") if package.manifest is not None else None
-    return ("f16",) if package.format == "coreml" or profile == "fp16" else ("f32",)
+    options = package.manifest.options if package.manifest is not None else {}
+    own = "f16" if package.format == "coreml" or options.get("profile") == "fp16" else "f32"
+    return (own, "int8") if options.get("int8_kv") else (own,)
 
 
 def cores() -> int:

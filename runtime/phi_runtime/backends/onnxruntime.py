@@ -10,9 +10,11 @@ from phi_runtime.decoder import F32, CacheShape
 from phi_runtime.engine import CHUNK
 from phi_runtime.errors import BundleError, MissingExtraError
 
-WINDOWED = "model.onnx.windowed"  # beside the graph: the same for a cache of the window's size
+# Beside the graph: the same for a cache of the window's size, and for one of 8 bits.
+WINDOWED, INT8_KV = "model.onnx.windowed", "model.onnx.int8-kv"
 
 
+_TYPES: dict[str, type] = {"tensor(float16)": np.float16, "tensor(int8)": np.int8}
 _PROVIDERS = ["CPUExecutionProvider"]
 
 
@@ -21,7 +23,7 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
 
-    def __init__(self, path: Path, model: CacheShape, context: int, threads: int) -> None:
+    def __init__(self, path: Path, model: CacheShape, context: int, threads: int, kv: str) -> None:
         try:
             import onnxruntime
         except ImportError:
@@ -39,7 +41,9 @@ class OnnxRuntimeBackend:
         options.log_severity_level = 3
         self._chunk, self._slots = CHUNK, context
         self._window = model.window
-        self._session: Any = self._open_windowed(path, options)
+        if kv == "int8":
+            path = path.with_name(INT8_KV)
+        self._session: Any = self._open_windowed(path, options) if kv != "int8" else None
         try:
             if self._session is None:
                 self._session = onnxruntime.InferenceSession(str(path), options, providers=_PROVIDERS)
@@ -47,7 +51,7 @@ class OnnxRuntimeBackend:
             raise BundleError(f"{path}: onnxruntime cannot load it ({_first_line(e)}); export it again") from None
         self._model = model
         past = next((i for i in self._session.get_inputs() if i.name == "past_key_values.0.key"), None)
-        self._real = np.float16 if past is not None and past.type == "tensor(float16)" else np.float32
+        self._cached = _TYPES.get(past.type if past is not None else "", np.float32)
         self._caches = self.caches(1, self._slots)
         self._binding: Any = self.bind(self._caches)
 
@@ -55,7 +59,7 @@ class OnnxRuntimeBackend:
         """Empty keys and values of all layers: zeroed once; `attention_mask` says how much of each buffer counts."""
         m = self._model
         names = [f"{layer}.{part}" for layer in range(m.layers) for part in ("key", "value")]
-        return {name: np.zeros((rows, m.kv_heads, slots, m.head_dim), self._real) for name in names}
+        return {name: np.zeros((rows, m.kv_heads, slots, m.head_dim), self._cached) for name in names}
 
     def bind(self, caches: dict[str, np.ndarray]) -> Any:
         """Logits, then all caches as input and output both; they stay bound from call to call."""
