@@ -22,10 +22,10 @@ from phi_export.calibration_text import calibration_windows
 from phi_export.formats import Options, fitting, get_format, items
 from phi_export.plan import Ceiling, plan_memory
 from phi_export.quantize import dequantize_rows, round_rows
-from phi_export.speed import load_speeds
 from phi_export.verify import describe_source, sample_tokens
 from phi_runtime.backends.reference import Reference
 from phi_runtime.checkpoint import Checkpoint, open_checkpoint
+from phi_runtime.speed import load_speeds
 from phi_train.models.phi3 import Phi3DecoderLayer, rope_tables, window_mask
 
 BLOCK = 128

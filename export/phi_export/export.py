@@ -13,7 +13,6 @@ from pathlib import Path
 from phi_export.calibration import Calibration, CalibrationText, calibrate
 from phi_export.formats import Options, Uncalibrated, get_format
 from phi_export.plan import Ceiling, Planned, plan_int4, plan_memory, weight_error
-from phi_export.speed import load_speeds
 from phi_export.stream import Stream
 from phi_export.verify import COMPANIONS, describe_source, sample_tokens, verify_manifest
 from phi_runtime import __version__
@@ -23,6 +22,7 @@ from phi_runtime.chat import chat_name
 from phi_runtime.checkpoint import Checkpoint, open_checkpoint, stop_tokens
 from phi_runtime.errors import CheckpointError, MissingExtraError, OutputExistsError, PhiError
 from phi_runtime.files import replace_folder, resumable_folder
+from phi_runtime.speed import load_speeds
 from phi_runtime.tokenizer import Tokenizer
 
 # Told (format, what is being done, done so far, of how many).

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from phi_export.export import check_runtimes
 from phi_export.formats import Options, Uncalibrated, get_format, items, stored
-from phi_export.speed import calibrated_path
 from phi_export.stream import Stream
 from phi_runtime.backends import cores, open_backend
 from phi_runtime.bundle import Manifest, Source
@@ -24,6 +23,7 @@ from phi_runtime.errors import PhiError
 from phi_runtime.files import write_file
 from phi_runtime.machine import machine
 from phi_runtime.package import open_bundle
+from phi_runtime.speed import calibrated_path
 from phi_train.init import init
 from phi_train.published import phi3_mini_4k
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from phi_export.formats import Format, Item, Options, Plan, Type, fitting, items, stored
-from phi_export.speed import Speeds
 from phi_export.verify import COMPANIONS
 from phi_runtime.checkpoint import Checkpoint
 from phi_runtime.errors import UsageError
+from phi_runtime.speed import Speeds
 
 # Expected loss of storing an item as a type, in any unit that adds up over items.
 Sensitivity = Callable[[Item, Type], float]

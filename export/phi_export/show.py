@@ -15,11 +15,11 @@ from phi_export.export import Progress as ExportProgress
 from phi_export.formats import get_format
 from phi_export.lint import Finding
 from phi_export.plan import Planned, gb
-from phi_export.speed import load_speeds
 from phi_export.verify import Verification
 from phi_runtime.backends import DEFAULT_CONTEXT
 from phi_runtime.checkpoint import Checkpoint
 from phi_runtime.engine import CHUNK
+from phi_runtime.speed import load_speeds
 
 # What a runtime takes beside weights and cache: activations of a chunk of the prompt, logits, itself.
 RUNTIME_BYTES = 150_000_000

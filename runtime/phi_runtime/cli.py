@@ -92,7 +92,7 @@ def _main(argv: list[str]) -> None:
     c.add_argument("--system", metavar="TEXT", help="what the model is told first")
     _sampling(c, max_tokens=1024, temperature=0.0)
 
-    q = commands.add_parser("plan", help="how much memory a model will take")
+    q = commands.add_parser("plan", help="how much memory a model will take, and how fast it will be")
     q.add_argument("path", metavar="MODEL", help="a bundle, a GGUF file or an onnxruntime-genai folder")
     q.add_argument("--device", help="a named device instead of this machine: " + ", ".join(DEVICES))
     _memory(q)
@@ -120,7 +120,7 @@ def _model(p: argparse.ArgumentParser) -> None:
 def _memory(p: argparse.ArgumentParser) -> None:
     p.add_argument("--context", type=positive, metavar="N", help="tokens to reserve (default: the model's, up to 4096)")
     p.add_argument("--memory", metavar="SIZE", help="choose context and cache within this, such as 2.5GB")
-    p.add_argument("--kv", help="type of llama.cpp's cache: " + ", ".join(KV_TYPES))
+    p.add_argument("--kv", help="type of the cache: int8 (ONNX, calibrated); of llama.cpp: " + ", ".join(KV_TYPES))
 
 
 def _sampling(p: argparse.ArgumentParser, max_tokens: int, temperature: float) -> None:
@@ -178,6 +178,8 @@ def _plan(args: argparse.Namespace) -> None:
     found = plan(args.path, args.device, args.context, args.memory, args.kv)
     print(f"{found.device}: context {found.context}, cache {found.kv}")
     print(found.arithmetic())
+    if found.tokens_per_second is not None:
+        print(f"about {found.tokens_per_second:.1f} tokens/s, by what phi-export calibrate-speed measured here")
 
 
 def _serve(args: argparse.Namespace) -> None:

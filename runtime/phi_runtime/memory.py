@@ -5,14 +5,15 @@ What the arithmetic leaves out was measured, and is held to measurements by `tes
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from phi_runtime.backends import DEFAULT_CONTEXT, kv_types
+from phi_runtime.backends import BACKENDS, DEFAULT_CONTEXT, kv_types
 from phi_runtime.backends.llama_cpp import KV_TYPES
 from phi_runtime.engine import CHUNK
 from phi_runtime.errors import ContextError, MemoryPlanError, UsageError
 from phi_runtime.package import Package, open_package
+from phi_runtime.speed import measured_speeds
 
 # What a process may take, bytes. Phones: what iOS allows an app of a device with 6 GB, without and with the entitlement
 # com.apple.developer.kernel.increased-memory-limit. Laptops: three quarters of what is built in.
@@ -28,7 +29,11 @@ _PADDED = 256  # llama.cpp reserves whole multiples
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of a model on one device: the peak is the sum of the parts. `limit` is what it may take."""
+    """Bytes of a model on one device: the peak is the sum of the parts. `limit` is what it may take.
+
+    tokens_per_second: predicted of this machine, with all cores and little behind a token; None where
+    `phi-export calibrate-speed` never measured it, or not all of the model's types.
+    """
 
     device: str
     context: int
@@ -38,6 +43,7 @@ class Plan:
     buffers: int
     process: int
     limit: int
+    tokens_per_second: float | None = None
 
     @property
     def peak(self) -> int:
@@ -95,7 +101,7 @@ def plan_package(
         for kind in [kv] if kv is not None else [k for k in kinds if k in ("f32", "f16", "int8", "q8_0", "iq4_nl")]:
             found = predict(package, device or "this machine", tokens, kind, limit)
             if found.fits:
-                return found
+                return found if device is not None else replace(found, tokens_per_second=_speed(package))
             best = found if best is None or found.peak < best.peak else best
     assert best is not None
     raise MemoryPlanError(f"{package.path}: does not fit: {best.arithmetic()}; export it smaller, or allow more")
@@ -119,6 +125,13 @@ def predict(package: Package, device: str, context: int, kv: str, limit: int) ->
         if package.format == "onnx":  # its peak may be where the weights are packed, before there is a cache
             buffers = max(buffers, int(0.36 * package.weights) - cache)
     return Plan(device, context, kv, package.weights, cache, buffers, _PROCESS[package.format], limit)
+
+
+def _speed(package: Package) -> float | None:
+    engine = next(iter(BACKENDS[package.format]))
+    speeds = measured_speeds(engine) if package.matrices else None
+    milliseconds = speeds.milliseconds(list(package.matrices)) if speeds is not None else None
+    return None if not milliseconds else 1000 / milliseconds
 
 
 # Python, NumPy, the tokenizer and the engine's own code, before any model: measured on Linux, x86-64.

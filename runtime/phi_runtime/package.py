@@ -10,12 +10,13 @@ from phi_runtime.bundle import MANIFEST, Manifest, read_manifest
 from phi_runtime.chat import ChatFormat, get_format, read_template, recognise
 from phi_runtime.decoder import CacheShape
 from phi_runtime.errors import BundleError, NotFoundError, UnsupportedError
-from phi_runtime.gguf_header import Header, read_header
+from phi_runtime.gguf_header import TYPE_SIZES, Header, read_header
 from phi_runtime.tokenizer import FILE as TOKENIZER
 
 GENAI = "genai_config.json"
 _ARCHITECTURES = ("phi3", "phi2")  # of llama.cpp
 _REPACKED = (2, 10, 12, 20)  # ggml types: Q4_0, Q2_K, Q4_K, IQ4_NL
+_TYPE_NAMES = {2: "Q4_0", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
 _STOPS = ("<|endoftext|>", "<|assistant|>", "<|end|>")  # by name, where a file's own eos is one of several
 # phi-3-mini-4k's window, for GGUF files from before llama.cpp's converter wrote it (config.json: sliding_window).
 _MINI = {"phi3.context_length": 4096, "phi3.block_count": 32, "phi3.embedding_length": 3072}
@@ -28,8 +29,8 @@ class Package:
 
     path: the artifact that an engine opens. folder: where tokenizer.json lies, None where the artifact holds its own
     tokenizer. context: the most tokens at which its engine computes what the model means. weights: bytes that the
-    engine loads; staging: those that it holds twice while it does. digest: of what the model is. manifest: of a bundle
-    of ours.
+    engine loads; staging: those that it holds twice while it does. digest: of what the model is. matrices: types and
+    weights of all that a token is multiplied with, nothing where that is not known. manifest: of a bundle of ours.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class Package:
     weights: int
     staging: int
     digest: str
+    matrices: tuple[tuple[str, int], ...] = ()
     manifest: Manifest | None = None
 
 
@@ -85,6 +87,7 @@ def open_bundle(folder: Path, manifest: Manifest) -> Package:
         weights=sum(q.bytes for q in manifest.quantization.values()),
         staging=staging,
         digest=hashlib.sha256(said.encode()).hexdigest(),
+        matrices=_used(manifest),
         manifest=manifest,
     )
 
@@ -136,7 +139,25 @@ def _gguf(path: Path) -> Package:
         weights=sum(header.tensors.values()),
         staging=_staging(header),
         digest=_digest(header, path),
+        matrices=_typed(header),
     )
+
+
+def _used(manifest: Manifest) -> tuple[tuple[str, int], ...]:
+    decoder = manifest.config().decoder()
+    looked_up = () if decoder.tied else (decoder.embedding,)
+    stored = {name: q for name, q in manifest.quantization.items() if name not in looked_up}
+    return tuple((q.type, q.weights) for q in stored.values() if q.type not in ("float32", "float16"))
+
+
+def _typed(header: Header) -> tuple[tuple[str, int], ...]:
+    looked_up = ("token_embd.weight",) if "output.weight" in header.tensors else ()
+    found = []
+    for name, size in header.tensors.items():
+        block, nbytes = TYPE_SIZES[header.types[name]]
+        if block > 1 and name not in looked_up:
+            found.append((_TYPE_NAMES.get(header.types[name], "unknown"), size // nbytes * block))
+    return tuple(found)
 
 
 def _staging(header: Header) -> int:

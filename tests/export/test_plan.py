@@ -12,10 +12,10 @@ from support import run
 from phi_export.export import plan
 from phi_export.formats import Options, get_format
 from phi_export.plan import Ceiling, _allocate, _allocate_in_time, _undominated, plan_memory
-from phi_export.speed import Speeds, load_speeds
 from phi_runtime.checkpoint import Checkpoint, Tensor
 from phi_runtime.errors import UsageError
 from phi_runtime.memory import parse_size
+from phi_runtime.speed import Speeds, load_speeds
 from phi_train.published import PUBLISHED
 
 

@@ -1,5 +1,7 @@
 """What is predicted against what a process comes to. `bench/rivals/memory.py` does it for models of real size."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -56,3 +58,20 @@ def test_what_cannot_be_planned(bundles):
 def test_sizes_of_this_machine():
     assert parse_size("1.5GiB") == 3 * 2**29
     assert resident() < available() < 2**50
+
+
+def test_speed_is_what_this_machine_was_measured_at(bundles, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert plan(bundles / "gguf").tokens_per_second is None  # never measured here
+    table = {"machine": "this one", "engines": {"llama.cpp": {"Q4_K": 0.05, "Q4_0": 0.07, "Q8_0": 0.1, "Q6_K": 0.1}}}
+    (tmp_path / "phi-edge").mkdir()
+    (tmp_path / "phi-edge" / "speed.json").write_text(json.dumps(table))
+    manifest = open_package(bundles / "gguf").manifest
+    kinds = table["engines"]["llama.cpp"]
+    used = [q for n, q in manifest.quantization.items() if q.type in kinds and n != "model.embed_tokens.weight"]
+    expected = 1e9 / sum(kinds[q.type] * q.weights for q in used)
+    assert plan(bundles / "gguf").tokens_per_second == pytest.approx(expected)
+    shutil.copy(bundles / "gguf" / "model.gguf", tmp_path / "other.gguf")  # its types are in its head
+    assert plan(tmp_path / "other.gguf").tokens_per_second == pytest.approx(expected)
+    assert plan(bundles / "gguf", device="laptop-8gb").tokens_per_second is None
+    assert plan(bundles / "onnx").tokens_per_second is None

@@ -49,8 +49,16 @@ def load_speeds(engine: str) -> Speeds:
 
     Raises UsageError for a damaged table.
     """
+    return _read(path if (path := calibrated_path()).is_file() else _SHIPPED, engine)
+
+
+def measured_speeds(engine: str) -> Speeds | None:
+    """The table that `calibrate-speed` made on this machine, None if it never ran. Raises UsageError."""
     path = calibrated_path()
-    path = path if path.is_file() else _SHIPPED
+    return _read(path, engine) if path.is_file() else None
+
+
+def _read(path: Path, engine: str) -> Speeds:
     try:
         raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         table = {str(k): float(v) for k, v in raw["engines"].get(engine, {}).items()}
