@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,11 +19,10 @@ from phi_export.stream import Stream
 from phi_runtime.backends import cores, open_backend
 from phi_runtime.bundle import Manifest, Source
 from phi_runtime.checkpoint import Checkpoint, open_checkpoint
-from phi_runtime.engine import Backend
-from phi_runtime.errors import PhiError
+from phi_runtime.errors import MissingExtraError, PhiError
 from phi_runtime.files import write_file
 from phi_runtime.machine import machine
-from phi_runtime.package import open_bundle
+from phi_runtime.package import Package, open_bundle
 from phi_runtime.speed import calibrated_path
 from phi_train.init import init
 from phi_train.published import phi3_mini_4k
@@ -30,7 +30,8 @@ from phi_train.published import phi3_mini_4k
 _LAYERS = 8  # 906 million weights: more than caches hold
 _CONTEXT = 64
 _ROUNDS, _TOKENS = 7, 4  # all types take turns, so that a slow spell meets all alike
-_FORMATS = ("gguf", "onnx")  # those whose engine is the one that decodes here
+# By format, those that decode here.
+_ENGINES = {"gguf": ("llama.cpp", "ik_llama.cpp"), "onnx": ("onnxruntime",)}
 
 
 def calibrate_speed(
@@ -47,13 +48,16 @@ def calibrate_speed(
         config = replace(phi3_mini_4k(), num_hidden_layers=_LAYERS, vocab_size=1024, eos_token_id=2, pad_token_id=2)
         init(config, Path(folder) / "checkpoint", seed=None)
         checkpoint = open_checkpoint(Path(folder) / "checkpoint")
-        for name in _FORMATS:
+        for name in _ENGINES:
             try:
                 check_runtimes((name,))
             except PhiError as e:
                 missing = e
                 continue
-            engines[get_format(name).ENGINE] = _measure(name, checkpoint, Path(folder), threads, progress)
+            bundles = _prepare(name, checkpoint, Path(folder), threads, progress)
+            for engine in _ENGINES[name]:
+                with suppress(MissingExtraError):
+                    engines[engine] = _measure(engine, bundles, threads, progress)
     if not engines and missing is not None:
         raise missing
     m = machine()
@@ -64,15 +68,15 @@ def calibrate_speed(
     return path, table
 
 
-def _measure(
+def _prepare(
     name: str, checkpoint: Checkpoint, folder: Path, threads: int, progress: Callable[[str], None]
-) -> dict[str, float]:
+) -> dict[str, Package]:
+    """A model of each type."""
     module, options = get_format(name), Options()
     found = items(checkpoint.config, options)
-    weights = sum(i.weights for i in found if i.uses)
-    backends: dict[str, Backend] = {}
+    packages = {}
     for kind in module.types(options):
-        progress(f"{module.ENGINE}: preparing {kind}")
+        progress(f"{name}: preparing {kind}")
         bundle = folder / f"{name}-{kind}"
         bundle.mkdir()
         plan = {i.name: stored(module, i, kind, options) for i in found}
@@ -92,10 +96,18 @@ def _measure(
             files=(),
             options=asdict(options),
         )
-        backends[kind] = open_backend(open_bundle(bundle, manifest), None, _CONTEXT, threads)
+        packages[kind] = open_bundle(bundle, manifest)
+    return packages
+
+
+def _measure(
+    engine: str, packages: dict[str, Package], threads: int, progress: Callable[[str], None]
+) -> dict[str, float]:
+    """Nanoseconds per weight by type. Raises MissingExtraError."""
+    backends = {kind: open_backend(p, engine, _CONTEXT, threads) for kind, p in packages.items()}
     taken: dict[str, list[float]] = {kind: [] for kind in backends}
     for r in range(_ROUNDS):
-        progress(f"{module.ENGINE}: round {r + 1} of {_ROUNDS}")
+        progress(f"{engine}: round {r + 1} of {_ROUNDS}")
         for kind, backend in backends.items():
             backend.rewind(0)
             backend.forward([5], every=False)
@@ -105,4 +117,5 @@ def _measure(
             taken[kind].append((time.perf_counter() - began) / _TOKENS)
     for backend in backends.values():
         backend.close()
-    return {kind: round(1e9 * statistics.median(seconds) / weights, 5) for kind, seconds in taken.items()}
+    weights = {kind: sum(count for _, count in p.matrices) for kind, p in packages.items()}
+    return {kind: round(1e9 * statistics.median(seconds) / weights[kind], 5) for kind, seconds in taken.items()}

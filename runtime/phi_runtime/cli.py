@@ -94,6 +94,7 @@ def _main(argv: list[str]) -> None:
 
     q = commands.add_parser("plan", help="how much memory a model will take, and how fast it will be")
     q.add_argument("path", metavar="MODEL", help="a bundle, a GGUF file or an onnxruntime-genai folder")
+    q.add_argument("--backend", help="engine whose speed is wanted (default: the first of the format)")
     q.add_argument("--device", help="a named device instead of this machine: " + ", ".join(DEVICES))
     _memory(q)
 
@@ -175,7 +176,7 @@ def _chat(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> None:
     from phi_runtime.memory import plan
 
-    found = plan(args.path, args.device, args.context, args.memory, args.kv)
+    found = plan(args.path, args.device, args.context, args.memory, args.kv, args.backend)
     print(f"{found.device}: context {found.context}, cache {found.kv}")
     print(found.arithmetic())
     if found.tokens_per_second is not None:

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from phi_runtime.backends import BACKENDS, DEFAULT_CONTEXT, kv_types
+from phi_runtime.backends import DEFAULT_CONTEXT, choose_backend, kv_types
 from phi_runtime.backends.llama_cpp import KV_TYPES
 from phi_runtime.engine import CHUNK
 from phi_runtime.errors import ContextError, MemoryPlanError, UsageError
@@ -69,13 +69,14 @@ def plan(
     context: int | None = None,
     memory: int | str | None = None,
     kv: str | None = None,
+    backend: str | None = None,
 ) -> Plan:
     """Predict what `load(path, …)` will take, on this machine or a named device (`DEVICES`).
 
     What is not given is chosen: the largest context that fits, in the most exact cache that allows 4,096 tokens.
     Raises MemoryPlanError, with the arithmetic, where even the smallest does not fit.
     """
-    return plan_package(open_package(path), device, context, memory, kv)
+    return plan_package(open_package(path), device, context, memory, kv, backend)
 
 
 def plan_package(
@@ -84,10 +85,12 @@ def plan_package(
     context: int | None = None,
     memory: int | str | None = None,
     kv: str | None = None,
+    backend: str | None = None,
 ) -> Plan:
     """As `plan`, of what was opened."""
     if device is not None and device not in DEVICES:
         raise UsageError(f"no device {device!r}; choose from {', '.join(DEVICES)}, or leave it out for this machine")
+    engine = choose_backend(package, backend)
     limit = _bytes(memory) if memory is not None else DEVICES[device] if device is not None else available()
     kinds = kv_types(package)
     if kv is not None and kv not in kinds:
@@ -101,7 +104,7 @@ def plan_package(
         for kind in [kv] if kv is not None else [k for k in kinds if k in ("f32", "f16", "int8", "q8_0", "iq4_nl")]:
             found = predict(package, device or "this machine", tokens, kind, limit)
             if found.fits:
-                return found if device is not None else replace(found, tokens_per_second=_speed(package))
+                return found if device is not None else replace(found, tokens_per_second=_speed(package, engine))
             best = found if best is None or found.peak < best.peak else best
     assert best is not None
     raise MemoryPlanError(f"{package.path}: does not fit: {best.arithmetic()}; export it smaller, or allow more")
@@ -127,9 +130,8 @@ def predict(package: Package, device: str, context: int, kv: str, limit: int) ->
     return Plan(device, context, kv, package.weights, cache, buffers, _PROCESS[package.format], limit)
 
 
-def _speed(package: Package) -> float | None:
-    engine = next(iter(BACKENDS[package.format]))
-    speeds = measured_speeds(engine) if package.matrices else None
+def _speed(package: Package, backend: str) -> float | None:
+    speeds = measured_speeds(backend) if package.matrices else None
     milliseconds = speeds.milliseconds(list(package.matrices)) if speeds is not None else None
     return None if not milliseconds else 1000 / milliseconds
 

@@ -75,3 +75,5 @@ def test_speed_is_what_this_machine_was_measured_at(bundles, tmp_path, monkeypat
     assert plan(tmp_path / "other.gguf").tokens_per_second == pytest.approx(expected)
     assert plan(bundles / "gguf", device="laptop-8gb").tokens_per_second is None
     assert plan(bundles / "onnx").tokens_per_second is None
+    with pytest.raises(UsageError, match=r"choose from llama\.cpp"):
+        plan(bundles / "gguf", backend="onnxruntime")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import platform
 import random
 import shutil
 import struct
@@ -386,3 +387,30 @@ def test_each_step_says_what_bytes_its_token_spells(bundles, stranger):
             assert b"".join(map(phi.tokenizer.spell, tokens)).lstrip(b" ") == said.replace("<|end|>", "").encode()
             pieces = list(phi.stream("x = ", max_tokens=8))
             assert [p.bytes for p in pieces] == [phi.tokenizer.spell(p.step.token) for p in pieces]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="has no wheel here")
+def test_the_faster_engine_says_the_same(bundles, stranger, text, tmp_path):
+    prompts = [line for line in text.read_text().splitlines() if len(line) > 20][:6]
+    with (
+        phi_runtime.load(bundles / "gguf") as stock,
+        phi_runtime.load(bundles / "gguf", backend="ik_llama.cpp") as fast,
+    ):
+        assert fast.backend == "ik_llama.cpp"
+        tokens = stock.tokenize(text.read_text()[:400])[:80]
+        a, b = stock.logits(tokens), fast.logits(tokens)
+        assert 0 < np.sqrt(np.square(a - b).mean()) < 0.01 * a.std()
+        alone = [fast.generate(p, max_tokens=20, speculate=False) for p in prompts]
+        beside = fast.generate_batch(prompts, rows=4, max_tokens=20)
+        assert sum(x.tokens == y.tokens for x, y in zip(alone, beside, strict=True)) >= 5
+        said = fast.generate(prompts[0], max_tokens=5)
+        fast.save_session(tmp_path / "session")
+        fast.generate("x", max_tokens=2)
+        fast.load_session(tmp_path / "session")
+        again = fast.generate(prompts[0], max_tokens=5)
+        assert again.tokens == said.tokens and again.reused > 0
+    with phi_runtime.load(stranger, backend="ik_llama.cpp") as fast:  # and tokenises by itself
+        assert fast.detokenize(fast.tokenize("def  f(x):\n é")) == "def  f(x):\n é"
+        assert fast.generate(prompts[0], max_tokens=20, speculate=False).text == alone[0].text
+    with pytest.raises(UsageError, match="q8_0"):
+        phi_runtime.load(bundles / "gguf", backend="ik_llama.cpp", kv="q8_0")

@@ -3,6 +3,7 @@
 | name          | runs       | needs                |
 |---------------|------------|----------------------|
 | llama.cpp     | gguf       | `phi-edge[gguf]`     |
+| ik_llama.cpp  | gguf       | `phi-edge[gguf-fast]` |
 | onnxruntime   | onnx       | `phi-edge[onnx]`     |
 | coreml        | coreml     | `phi-edge[coreml]`, macOS |
 | mil-reference | coreml     | `phi-edge[coreml]`   |
@@ -31,6 +32,12 @@ def _llama_cpp(package: Package, context: int, threads: int, kv: str) -> Backend
     return LlamaCppBackend(package.path, context, threads, kv, package.shape.crossover)
 
 
+def _ik_llama_cpp(package: Package, context: int, threads: int, kv: str) -> Backend:
+    from phi_runtime.backends.ik_llama_cpp import IkLlamaCppBackend
+
+    return IkLlamaCppBackend(package.path, context, threads, kv, package.shape.crossover)
+
+
 def _onnxruntime(package: Package, context: int, threads: int, kv: str) -> Backend:
     from phi_runtime.backends.onnxruntime import OnnxRuntimeBackend
 
@@ -54,7 +61,7 @@ def _mil_reference(package: Package, context: int, threads: int, kv: str) -> Bac
 
 # Preferred first; the Core ML framework itself is found on macOS alone.
 BACKENDS: dict[str, dict[str, Opener]] = {
-    "gguf": {"llama.cpp": _llama_cpp},
+    "gguf": {"llama.cpp": _llama_cpp, "ik_llama.cpp": _ik_llama_cpp},
     "onnx": {"onnxruntime": _onnxruntime},
     "coreml": (
         {"coreml": _coreml, "mil-reference": _mil_reference}
@@ -64,15 +71,21 @@ BACKENDS: dict[str, dict[str, Opener]] = {
 }
 
 
+def choose_backend(package: Package, name: str | None) -> str:
+    """The backend of that name, by default the first of the format. Raises UsageError."""
+    openers = BACKENDS[package.format]
+    if name is not None and name not in openers:
+        raise UsageError(f"backend {name!r} does not run {package.format} here; choose from {', '.join(openers)}")
+    return name or next(iter(openers))
+
+
 def open_backend(
     package: Package, name: str | None, context: int | None, threads: int | None, kv: str | None = None
 ) -> Backend:
     """Open a model's artifact. Raises UsageError for a backend that does not run its format or a cache of a type that
     it does not have, ContextError for a context beyond the model's, BundleError for a damaged artifact.
     """
-    openers = BACKENDS[package.format]
-    if name is not None and name not in openers:
-        raise UsageError(f"backend {name!r} does not run {package.format} here; choose from {', '.join(openers)}")
+    name = choose_backend(package, name)
     if context is not None and not 0 < context <= package.context:
         raise ContextError(f"context {context} is not between 1 and the model's {package.context}")
     if threads is not None and not 1 <= threads <= _MAX_THREADS:
@@ -80,19 +93,16 @@ def open_backend(
     kinds = kv_types(package)
     if kv is not None and kv not in kinds:
         raise UsageError(f"kv {kv!r} is no type of cache for {package.format}; choose from {', '.join(kinds)}")
-    opener = openers[name or next(iter(openers))]
+    opener = BACKENDS[package.format][name]
     tokens = context or min(package.context, DEFAULT_CONTEXT)
     return opener(package, tokens, threads or cores(), kv or kinds[0])
 
 
 def own_tokenizer(backend: Backend) -> Codec | None:
     """The tokenizer that the artifact holds, None for a format that holds none."""
-    if backend.name != "llama.cpp":
-        return None
     from phi_runtime.backends.llama_cpp import LlamaCppBackend, LlamaCppTokenizer
 
-    assert isinstance(backend, LlamaCppBackend)
-    return LlamaCppTokenizer(backend)
+    return LlamaCppTokenizer(backend) if isinstance(backend, LlamaCppBackend) else None
 
 
 def kv_types(package: Package) -> tuple[str, ...]:

@@ -32,11 +32,7 @@ class LlamaCppBackend:
     name = "llama.cpp"
 
     def __init__(self, path: Path, context: int, threads: int, kv: str, crossover: int | None) -> None:
-        try:
-            import llama_cpp
-        except ImportError:
-            raise MissingExtraError("llama.cpp", "gguf") from None
-        self.library: Any = llama_cpp
+        self.library = self._library()
         self.context = context
         self._path, self._threads, self._kv = path, threads, kv
         # llama.cpp chooses LongRoPE's factors by the context that is reserved, not by the text's length: a text that
@@ -45,25 +41,18 @@ class LlamaCppBackend:
         self._tokens: list[int] = []
         self._held = 0  # of them, how many its cache holds
         self._ctx: Any = None
-        log = _log_lines()
+        log = _log_lines(self.library)
         log.clear()
-        llama_cpp.llama_backend_init()
-
-        model_params = llama_cpp.llama_model_default_params()
-        model_params.n_gpu_layers = 0
-        # GCC before 13 drops stores that ggml's AMX kernels need, and such a build dies at the first
-        # token (ggml-org/llama.cpp#20824). The library does not tell its compiler: go without AMX.
-        if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
-            model_params.use_extra_bufts = False
-        else:
-            _read_not_map(model_params)
-        self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params)
+        self.library.llama_backend_init()
+        params = self.library.llama_model_default_params()
+        params.n_gpu_layers = 0
+        self._set_model(params)
+        self.model = self.library.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
             why = next((line for line in log if "error" in line), "unknown reason")
-            raise BundleError(f"{path}: llama.cpp cannot load it ({why.strip()}); export it again")
-        vocab = llama_cpp.llama_model_get_vocab(self.model)
-        self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(vocab))
-        self._batch = llama_cpp.llama_batch_init(CHUNK, 0, 1)
+            raise BundleError(f"{path}: {self.name} cannot load it ({why.strip()}); export it again")
+        self.vocab_size = int(self.library.llama_vocab_n_tokens(self.library.llama_model_get_vocab(self.model)))
+        self._batch = self.library.llama_batch_init(CHUNK, 0, 1)
         self._reserve(self._needed(0))
 
     @property
@@ -87,7 +76,7 @@ class LlamaCppBackend:
     def rewind(self, position: int) -> None:
         """Forget all tokens from `position` on."""
         self._tokens, self._held = self._tokens[:position], min(self._held, position)
-        self.library.llama_memory_seq_rm(self.library.llama_get_memory(self._ctx), 0, position, -1)
+        self.drop(self._ctx, 0, position)
 
     def state(self) -> bytes:
         """The cache as llama.cpp lays it out."""
@@ -115,7 +104,7 @@ class LlamaCppBackend:
         if self.model:
             self.library.llama_batch_free(self._batch)
             self.library.llama_free(self._ctx)
-            self.library.llama_model_free(self.model)
+            self._free_model()
             self._ctx = self.model = None
 
     def __del__(self) -> None:
@@ -129,13 +118,10 @@ class LlamaCppBackend:
         params.n_batch = params.n_ubatch = min(slots * rows, CHUNK)
         params.n_threads = params.n_threads_batch = self._threads
         params.type_k = params.type_v = KV_TYPES[self._kv][0]
-        if self._kv == "f16":
-            # Its flash attention on processors takes 1.6 times as long per token behind a thousand tokens; only a
-            # cache of few bits cannot do without.
-            params.flash_attn_type = self.library.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._set_context(params)
         found = self.library.llama_init_from_model(self.model, params)
         if not found:
-            raise ContextError(f"{self._path}: llama.cpp cannot reserve {slots * rows} tokens; ask for fewer")
+            raise ContextError(f"{self._path}: {self.name} cannot reserve {slots * rows} tokens; ask for fewer")
         return found
 
     def decode(self, ctx: Any, given: list[tuple[int, int, int, bool]]) -> list[F32]:
@@ -150,9 +136,37 @@ class LlamaCppBackend:
             batch.logits[i] = wanted
         status = self.library.llama_decode(ctx, batch)
         if status != 0:
-            raise ContextError(f"llama.cpp could not decode at position {given[0][1]} (status {status})")
+            raise ContextError(f"{self.name} could not decode at position {given[0][1]} (status {status})")
         rows = [self.library.llama_get_logits_ith(ctx, i) for i, (*_, wanted) in enumerate(given) if wanted]
         return [np.ctypeslib.as_array(row, shape=(self.vocab_size,)).copy() for row in rows]
+
+    def drop(self, ctx: Any, row: int, position: int) -> None:
+        """Forget all of a row from a position on."""
+        self.library.llama_memory_seq_rm(self.library.llama_get_memory(ctx), row, position, -1)
+
+    def _library(self) -> Any:
+        try:
+            import llama_cpp
+        except ImportError:
+            raise MissingExtraError("llama.cpp", "gguf") from None
+        return llama_cpp
+
+    def _set_model(self, params: Any) -> None:
+        # GCC before 13 drops stores that ggml's AMX kernels need, and such a build dies at the first
+        # token (ggml-org/llama.cpp#20824). The library does not tell its compiler: go without AMX.
+        if b"AMX_INT8 = 1" in self.library.llama_print_system_info():
+            params.use_extra_bufts = False
+        else:
+            _read_not_map(params)
+
+    def _set_context(self, params: Any) -> None:
+        if self._kv == "f16":
+            # Its flash attention on processors takes 1.6 times as long per token behind a thousand tokens; only a
+            # cache of few bits cannot do without.
+            params.flash_attn_type = self.library.LLAMA_FLASH_ATTN_TYPE_DISABLED
+
+    def _free_model(self) -> None:
+        self.library.llama_model_free(self.model)
 
     def _needed(self, total: int) -> int:
         return self._crossover if self._crossover is not None and total <= self._crossover else self.context
@@ -173,8 +187,7 @@ class LlamaCppBatch:
 
     def read(self, row: int, tokens: list[int]) -> F32:
         """Begin a text in a row; the logits [vocab_size] after it."""
-        library = self._backend.library
-        library.llama_memory_seq_rm(library.llama_get_memory(self._ctx), row, 0, -1)
+        self._backend.drop(self._ctx, row, 0)
         logits: list[F32] = []
         for start in range(0, len(tokens), CHUNK):
             chunk = tokens[start : start + CHUNK]
@@ -240,21 +253,19 @@ def _read_not_map(params: Any) -> None:
 
 
 @cache
-def _log_lines() -> deque[str]:
+def _log_lines(library: Any) -> deque[str]:
     """llama.cpp's last log lines, kept out of the terminal and at hand for our messages.
 
     The library has one log for the whole process and calls into Python for it, so the callback
     lives as long as the process does.
     """
-    import llama_cpp
-
     lines: deque[str] = deque(maxlen=50)
 
     def collect(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
         lines.append(text.decode("utf-8", "replace"))
 
-    callback = llama_cpp.llama_log_callback(collect)
-    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    callback = library.llama_log_callback(collect)
+    library.llama_log_set(callback, ctypes.c_void_p(0))
     _CALLBACKS.append(callback)
     return lines
 

@@ -1,0 +1,73 @@
+"""ik_llama.cpp, a fork of llama.cpp with faster kernels for processors, through its own Python package.
+
+It reads the same files. Its API is that of an older llama.cpp, of which that package declares a part only.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from phi_runtime.backends.llama_cpp import LlamaCppBackend
+from phi_runtime.errors import MissingExtraError, UsageError
+
+
+class IkLlamaCppBackend(LlamaCppBackend):
+    """A GGUF file on ik_llama.cpp's CPU engine."""
+
+    name = "ik_llama.cpp"
+
+    def __init__(self, path: Path, context: int, threads: int, kv: str, crossover: int | None) -> None:
+        if kv != "f16":  # they want its flash attention, which aborts the process on texts side by side
+            raise UsageError(f"kv {kv!r} is not for ik_llama.cpp; leave it out, or take the backend llama.cpp")
+        super().__init__(path, context, threads, kv, crossover)
+
+    def drop(self, ctx: Any, row: int, position: int) -> None:
+        """Forget all of a row from a position on."""
+        self.library.llama_kv_cache_seq_rm(ctx, row, position, -1)
+
+    def _library(self) -> Any:
+        try:
+            return _declared()
+        except ImportError:
+            raise MissingExtraError("ik_llama.cpp", "gguf-fast") from None
+
+    def _set_model(self, params: Any) -> None:
+        params.use_mmap = False
+        params.repack_tensors = True  # rows interleaved, as its fastest kernels want them
+
+    def _set_context(self, params: Any) -> None:
+        params.flash_attn = False
+
+    def _free_model(self) -> None:
+        self.library.llama_free_model(self.model)
+
+
+class _Library(SimpleNamespace):
+    """A module's functions; each library is itself alone."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+@cache
+def _declared() -> Any:
+    """The package's functions, and those of the library that it leaves out."""
+    from ik_llama_cpp import _ctypes_api
+
+    c = _ctypes_api._lib
+    library = _Library(**vars(_ctypes_api))
+    library.llama_log_callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+    pointer, size, token, flag = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int32, ctypes.c_bool
+    for name, arguments, result in (
+        ("llama_log_set", [library.llama_log_callback, pointer], None),
+        ("llama_kv_cache_seq_rm", [pointer, token, token, token], flag),
+        ("llama_detokenize", [pointer, pointer, token, ctypes.c_char_p, token, flag, flag], token),
+        ("llama_state_seq_get_size", [pointer, token], size),
+        ("llama_state_seq_get_data", [pointer, pointer, size, token], size),
+        ("llama_state_seq_set_data", [pointer, pointer, size, token], size),
+    ):
+        function = getattr(c, name)
+        function.argtypes, function.restype = arguments, result
+        setattr(library, name, function)
+    return library
