@@ -59,15 +59,19 @@ def _declared() -> Any:
     library = _Library(**vars(_ctypes_api))
     library.llama_log_callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
     pointer, size, token, flag = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int32, ctypes.c_bool
-    for name, arguments, result in (
-        ("llama_log_set", [library.llama_log_callback, pointer], None),
-        ("llama_kv_cache_seq_rm", [pointer, token, token, token], flag),
-        ("llama_detokenize", [pointer, pointer, token, ctypes.c_char_p, token, flag, flag], token),
-        ("llama_state_seq_get_size", [pointer, token], size),
-        ("llama_state_seq_get_data", [pointer, pointer, size, token], size),
-        ("llama_state_seq_set_data", [pointer, pointer, size, token], size),
+    text = ctypes.c_char_p
+    # Ours, theirs: two of those for text want the model there, and have twins that want the vocabulary.
+    for name, theirs, arguments, result in (
+        ("llama_log_set", None, [library.llama_log_callback, pointer], None),
+        ("llama_kv_cache_seq_rm", None, [pointer, token, token, token], flag),
+        ("llama_tokenize", "llama_vocab_tokenize", [pointer, text, token, pointer, token, flag, flag], token),
+        ("llama_token_to_piece", "llama_token_to_piece_vocab", [pointer, token, text, token, token, flag], token),
+        ("llama_detokenize", None, [pointer, pointer, token, text, token, flag, flag], token),
+        ("llama_state_seq_get_size", None, [pointer, token], size),
+        ("llama_state_seq_get_data", None, [pointer, pointer, size, token], size),
+        ("llama_state_seq_set_data", None, [pointer, pointer, size, token], size),
     ):
-        function = getattr(c, name)
+        function = getattr(c, theirs or name)
         function.argtypes, function.restype = arguments, result
         setattr(library, name, function)
     return library
