@@ -16,6 +16,7 @@ import onnx
 import pytest
 
 import phi_runtime
+from phi_runtime.backends.llama_cpp import KV_TYPES
 from phi_runtime.errors import BundleError, ContextError, NotFoundError, PhiError, UnsupportedError, UsageError
 from phi_runtime.gguf_header import TYPE_SIZES, read_header
 from phi_runtime.package import open_package
@@ -80,6 +81,12 @@ def test_what_is_no_model(tmp_path):
 def test_the_sizes_of_types_are_ggmls():
     for kind, sizes in TYPE_SIZES.items():
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)] == sizes
+
+
+def test_the_sizes_of_caches_are_ggmls():
+    for number, bits in KV_TYPES.values():
+        block, size = TYPE_SIZES[number]
+        assert bits == 8 * size / block
 
 
 def test_the_header_is_what_the_library_reads(stranger):
@@ -377,6 +384,21 @@ def test_batches_answer_as_single_calls_do(name, bundles, text):
                 phi.generate_batch(prompts, **wrong)
         with pytest.raises(PhiError, match="prompt is empty"):
             phi.generate_batch(["x", []])
+
+
+@pytest.mark.parametrize("name", ["gguf", "onnx"])
+def test_a_row_that_is_done_takes_no_room(name, bundles, tokens):
+    with phi_runtime.load(bundles / name) as phi:
+        batch = phi.engine.backend.batch(2, 40)
+        batch.read(0, tokens[:38])
+        batch.read(1, tokens[50:60])
+        batch.step({0: tokens[38], 1: tokens[60]})
+        batch.step({0: tokens[39], 1: tokens[61]})  # the first is full
+        rows = [batch.step({1: token})[1] for token in tokens[62:80]]
+        again = batch.read(0, tokens[100:120])
+        batch.close()
+        assert np.allclose(rows[-1], phi.logits(tokens[50:80])[-1], atol=0.2)
+        assert np.allclose(again, phi.logits(tokens[100:120])[-1], atol=0.2)
 
 
 def test_each_step_says_what_bytes_its_token_spells(bundles, stranger):
