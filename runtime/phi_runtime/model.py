@@ -419,4 +419,4 @@ def _open_draft(path: str | Path, package: Package, threads: int | None) -> Engi
         raise UsageError(f"{path}: is no draft for {package.path}: both need the same tokenizer.json")
     if other.shape.vocab_size != package.shape.vocab_size:
         raise UsageError(f"{path}: is no draft for {package.path}: its vocabulary has another size")
-    return Engine(open_backend(other, None, None, threads), ())
+    return Engine(open_backend(other, None, None, 1), ())
