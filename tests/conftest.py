@@ -51,3 +51,9 @@ def tokens(checkpoint, text) -> list[int]:
     found = Tokenizer(checkpoint).encode(text.read_text())
     assert len(found) > 1000
     return found
+
+
+@pytest.fixture
+def stranger(bundles, tmp_path) -> Path:
+    """The GGUF file alone, as another publisher would give it."""
+    return Path(shutil.copy(bundles / "gguf" / "model.gguf", tmp_path / "other.gguf"))

@@ -13,7 +13,7 @@ import phi_runtime
 from phi_bench.worker import Speed
 from phi_export.compare import Agreement, windows
 from phi_export.verify import WINDOW, sample_tokens
-from phi_runtime.backends import BACKENDS
+from phi_runtime.backends import BACKENDS, ON_REQUEST
 from phi_runtime.backends.reference import Reference
 from phi_runtime.bundle import Manifest, find_bundle, read_manifest
 from phi_runtime.checkpoint import Checkpoint, open_checkpoint
@@ -100,7 +100,12 @@ def run(
     bundles = [find_bundle(b) for b in bundles]
     manifests = [read_manifest(b) for b in bundles]
     checkpoint = open_checkpoint(against) if against is not None else None
-    subjects = [Subject(b, m, name) for b, m in zip(bundles, manifests, strict=True) for name in BACKENDS[m.format]]
+    subjects = [
+        Subject(b, m, name)
+        for b, m in zip(bundles, manifests, strict=True)
+        for name in BACKENDS[m.format]
+        if name not in ON_REQUEST
+    ]
     speeds: list[list[Speed]] = [[] for _ in subjects]
     for r in range(rounds):
         for measured, subject in zip(speeds, subjects, strict=True):

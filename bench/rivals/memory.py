@@ -31,14 +31,15 @@ def main() -> None:
     p.add_argument("--kv", default="f16,q8_0", help="of GGUF files; others have one")
     p.add_argument("--out", type=Path)
     args = p.parse_args()
-    from phi_runtime.backends import kv_types
+    from phi_runtime.backends import choose_backend, kv_types
     from phi_runtime.memory import predict
     from phi_runtime.package import open_package
 
     rows = []
     for model in args.models:
         package = open_package(model)
-        kinds = [k for k in args.kv.split(",") if k in kv_types(package)] or list(kv_types(package))
+        known = kv_types(package, choose_backend(package, None))
+        kinds = [k for k in args.kv.split(",") if k in known] or list(known)
         for context in (c for c in map(int, args.contexts.split(",")) if c <= package.context):
             for kv in kinds:
                 said = predict(package, "this machine", context, kv, 1 << 60)

@@ -5,8 +5,9 @@ phi = phi_runtime.load("bundles/gguf")
 print(phi.chat("Why is the sky blue?").text)
 """
 
+from phi_runtime.errors import PhiError
 from phi_runtime.memory import Plan, plan
 from phi_runtime.model import Answer, Phi, Piece, load
 
 __version__ = "0.1.0"
-__all__ = ["Answer", "Phi", "Piece", "Plan", "load", "plan"]
+__all__ = ["Answer", "Phi", "PhiError", "Piece", "Plan", "load", "plan"]

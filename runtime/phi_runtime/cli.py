@@ -71,6 +71,12 @@ def positive(text: str) -> int:
     return value
 
 
+def _port(text: str) -> int:
+    if not 0 <= int(text) < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 65535")
+    return int(text)
+
+
 def main() -> NoReturn:
     """Entry point of `phi-run`."""
     run(_main)
@@ -101,7 +107,7 @@ def _main(argv: list[str]) -> None:
     s = commands.add_parser("serve", help="answer the OpenAI API over HTTP, with a chat page at /")
     _model(s)
     s.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s); others need --token")
-    s.add_argument("--port", type=int, default=8080, help="port (%(default)s; 0 takes a free one)")
+    s.add_argument("--port", type=_port, default=8080, help="port (%(default)s; 0 takes a free one)")
     s.add_argument("--token", help="what clients must send as their API key (default: PHI_RUN_TOKEN, if set)")
     s.add_argument("--queue", type=positive, default=16, help="requests that may wait, others get 503 (%(default)s)")
     s.add_argument("--timeout", type=positive, default=600, metavar="S", help="seconds per answer (%(default)s)")
@@ -145,10 +151,9 @@ def _load(args: argparse.Namespace) -> Phi:
 
 def _generate(args: argparse.Namespace) -> None:
     with _load(args) as phi:
-        steps = []
-        print(args.prompt, end="", flush=True)
+        steps: list[Step] = []
         for piece in phi.stream(args.prompt, **(_options(args) | {"policy": args.policy})):
-            print(piece.text, end="", flush=True)
+            print(piece.text if steps else args.prompt + piece.text, end="", flush=True)
             steps.append(piece.step)
         print()
         if not args.quiet:

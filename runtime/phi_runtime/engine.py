@@ -108,6 +108,8 @@ class Engine:
         A stream that is `abandoned` while it reads the prompt ends without a step.
         """
         tokens, dropped = self.fit(tokens, max_tokens, policy)
+        if not 0 <= top_logprobs <= self.backend.vocab_size:
+            raise UsageError(f"top_logprobs {top_logprobs} is not between 0 and the vocabulary's size")
         sampler = Sampler(sampling)
         seen = set(tokens) if sampling.repetition_penalty != 1 else set()
         guesses = Guesses(tokens, self._drafted if self.draft else None) if speculate and constraint is None else None

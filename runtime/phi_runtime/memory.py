@@ -92,9 +92,7 @@ def plan_package(
         raise UsageError(f"no device {device!r}; choose from {', '.join(DEVICES)}, or leave it out for this machine")
     engine = choose_backend(package, backend)
     limit = _bytes(memory) if memory is not None else DEVICES[device] if device is not None else available()
-    kinds = kv_types(package)
-    if kv is not None and kv not in kinds:
-        raise UsageError(f"kv {kv!r} is no type of cache for {package.format}; choose from {', '.join(kinds)}")
+    kinds = kv_types(package, engine, kv)
     if context is not None and not 0 < context <= package.context:
         raise ContextError(f"context {context} is not between 1 and the model's {package.context}")
     most = min(package.context, DEFAULT_CONTEXT)

@@ -6,10 +6,13 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Seque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypedDict, Unpack
+from typing import Self, TypedDict, Unpack, cast
 from weakref import WeakKeyDictionary
+
+import numpy as np
 
 from phi_runtime import session
 from phi_runtime.backends import open_backend, own_tokenizer
@@ -18,7 +21,7 @@ from phi_runtime.bundle import Manifest
 from phi_runtime.chat import ChatFormat, Messages, get_format
 from phi_runtime.decoder import F32
 from phi_runtime.engine import Constraint, Engine, Policy, Step, StopReason
-from phi_runtime.errors import ChatError, UsageError
+from phi_runtime.errors import ChatError, TokenError, UsageError
 from phi_runtime.memory import plan_package
 from phi_runtime.package import Package, open_package
 from phi_runtime.sampler import Sampling
@@ -132,7 +135,7 @@ class Phi:
         self.tokenizer = tokenizer
         self.engine = engine
         self.chat_format = chat
-        self._turn, self._owner = threading.Lock(), 0
+        self._turn, self._owner, self._closed = threading.Lock(), 0, False
         self._worker = ThreadPoolExecutor(1)  # for asynchronous calls
         self._task_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
@@ -179,13 +182,13 @@ class Phi:
 
     def stream(self, prompt: str | list[int], **options: Unpack[Options]) -> Generator[Piece, None, None]:
         """Generate step by step. Raises TokenError for an empty prompt, ContextError for a long one."""
-        tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        tokens = self._tokens(prompt)
         with self._my_turn():
             yield from self._stream(tokens, **options)
 
     def generate(self, prompt: str | list[int], **options: Unpack[Options]) -> Answer:
         """Generate to the end."""
-        tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        tokens = self._tokens(prompt)
         return _answer(len(tokens), list(self.stream(tokens, **options)))
 
     def generate_batch(
@@ -201,7 +204,9 @@ class Phi:
             raise UsageError("generate_batch takes no constraint and no sliding window; call generate for each prompt")
         if not 1 <= rows <= _MOST_ROWS:
             raise UsageError(f"rows {rows} is not between 1 and {_MOST_ROWS}")
-        texts = [self.tokenize(p) if isinstance(p, str) else list(p) for p in prompts]
+        if isinstance(prompts, str):
+            raise UsageError("generate_batch takes a list of prompts; for one, call generate")
+        texts = [self._tokens(p) for p in prompts]
         backend = self.engine.backend
         if not isinstance(backend, Batches) or not self.package.shape.batches:
             return [self.generate(text, **options) for text in texts]
@@ -218,12 +223,14 @@ class Phi:
 
     async def astream(self, prompt: str | list[int], **options: Unpack[Options]) -> AsyncGenerator[Piece, None]:
         """As `stream`, in worker threads; a task that is cancelled ends it within one token."""
-        tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        tokens = self._tokens(prompt)
         async with self._task_turns.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
             while not self._turn.acquire(blocking=False):  # a thread has it
                 await asyncio.sleep(_POLL)
-            run = _Run(self._stream(tokens, **options), self._turn.release)
+            self._owner = threading.get_ident()
+            run = _Run(self._stream(tokens, **options), self._give_turn)
             try:
+                self._check_open()
                 while True:
                     step = asyncio.wrap_future(self._worker.submit(run.advance))
                     piece = await asyncio.shield(step)
@@ -231,12 +238,13 @@ class Phi:
                         return
                     yield piece
             finally:  # without another await: whoever cancels once may do so again
+                self._owner = 0  # whoever calls now waits for the step that may still be under way
                 self.engine.abandoned = True
                 run.leave()
 
     async def agenerate(self, prompt: str | list[int], **options: Unpack[Options]) -> Answer:
         """As `generate`, in worker threads."""
-        tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        tokens = self._tokens(prompt)
         return _answer(len(tokens), [piece async for piece in self.astream(tokens, **options)])
 
     async def achat(self, messages: str | Messages, **options: Unpack[Options]) -> Answer:
@@ -261,11 +269,25 @@ class Phi:
             return session.load(Path(path), self.engine, self.package.digest)
 
     def close(self) -> None:
-        """Give back the memory."""
-        self._worker.shutdown()
+        """Give back the memory. What is being generated ends within a token; any later call gets a UsageError."""
+        if self._closed:
+            return
+        self._closed = self.engine.abandoned = True
+        if self._owner != threading.get_ident():  # else the stream that is open in this very thread frees it at its end
+            with self._turn:
+                self._free()
+
+    def _free(self) -> None:
+        self._worker.shutdown(wait=False)
         for engine in (self.engine, self.engine.draft):
             if engine is not None:
                 engine.backend.close()
+
+    def _give_turn(self) -> None:
+        self._owner = 0
+        if self._closed:
+            self._free()
+        self._turn.release()
 
     def __enter__(self) -> Self:
         return self
@@ -278,14 +300,31 @@ class Phi:
         me = threading.get_ident()
         if self._owner == me:
             raise UsageError("a stream of this model is open in this very thread; read it to its end, or close() it")
-        with self._turn:
-            self._owner = me
-            try:
-                yield
-            finally:
-                self._owner = 0
+        self._turn.acquire()
+        self._owner = me
+        try:
+            self._check_open()
+            yield
+        finally:
+            self._give_turn()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("this model is closed; load it again")
+
+    def _tokens(self, prompt: str | list[int]) -> list[int]:
+        """The tokens of a prompt. Raises TokenError for what is neither a text nor a list of tokens."""
+        if isinstance(prompt, str):
+            return self.tokenize(prompt)
+        if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes):
+            raise TokenError(f"a prompt is a text or a list of tokens, not {type(prompt).__name__}")
+        try:
+            return [index(cast(int, token)) for token in prompt]
+        except TypeError:
+            raise TokenError("a prompt is a text or a list of tokens, and this list holds other things") from None
 
     def _stream(self, tokens: list[int], **options: Unpack[Options]) -> Generator[Piece, None, None]:
+        self._check_open()
         o = _Given(**options)
         text = _Text(self.tokenizer, tokens, o.stop)
         with closing(
@@ -294,7 +333,7 @@ class Phi:
             for step in steps:
                 piece = text.push(step)
                 yield piece
-                if piece.step.stop:
+                if piece.step.stop or self._closed:
                     return
 
     def _batch(self, backend: Batches, rows: int, prompts: list[list[int]], **options: Unpack[Options]) -> list[Answer]:
@@ -310,7 +349,7 @@ class Phi:
             if step.stop is None and len(tokens) + len(pieces[n]) >= slots:
                 step = replace(step, stop="context")
             pieces[n].append(texts[n].push(replace(step, dropped=0 if pieces[n] else dropped)))
-            return pieces[n][-1].step.stop is None
+            return pieces[n][-1].step.stop is None and not self._closed
 
         batch = backend.batch(rows, slots)
         try:
@@ -319,7 +358,7 @@ class Phi:
             generate(batch, rows, given, o.max_tokens, o.sampling(), stops, o.top_logprobs, heard)
         finally:
             batch.close()
-        return [_answer(len(tokens), said) for (tokens, _), said in zip(fitted, pieces, strict=True)]
+        return [_answer(len(tokens), said) for tokens, said in zip(prompts, pieces, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -390,7 +429,8 @@ def load(
 
     backend: see `phi_runtime.backends`, by default the first of the format. context: tokens to reserve, by default
     what the model has, up to 4,096. memory: bytes, or a size such as "2.5GB", that context and cache are chosen within
-    (see `plan`). threads: by default one per core. kv: the type of llama.cpp's cache. chat: a format of
+    (see `plan`). threads: by default one per core. kv: the type of the cache, such as q8_0 (llama.cpp) or int8
+    (onnxruntime, calibrated bundles). chat: a format of
     `phi_runtime.chat`, for a model whose template is not known. draft: a small model of the same tokenizer, which
     guesses tokens for this one to check.
 
@@ -400,7 +440,7 @@ def load(
     package = open_package(path)
     said = package.chat if chat is None else get_format(chat)
     if memory is not None:
-        found = plan_package(package, context=context, memory=memory, kv=kv)
+        found = plan_package(package, context=context, memory=memory, kv=kv, backend=backend)
         context, kv = found.context, found.kv
     tokenizer: Codec | None = None if package.folder is None else Tokenizer(package.folder)
     opened = open_backend(package, backend, context, threads, kv)

@@ -75,11 +75,13 @@ class Tokenizer:
             raise BundleError(f"tokenizer.json cannot encode text ({e}); take the model's own") from None
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of tokens; special tokens are left out."""
+        """Text of tokens; special tokens are left out. Raises TokenError for one that no vocabulary has."""
+        check_tokens(tokens, _MOST)
         return self._t.decode(tokens)
 
     def spell(self, token: int) -> bytes:
         """The bytes that a token spells, which may be a part of a character; none for a special token."""
+        check_tokens([token], _MOST)
         if token in self._special:
             return b""
         piece = self._t.id_to_token(token) or ""
@@ -92,6 +94,16 @@ class Tokenizer:
     def id(self, token: str) -> int | None:
         """Id of one token by its spelling, None if there is no such token."""
         return self._t.token_to_id(token)
+
+
+_MOST = 1 << 32  # a model's vocabulary may be wider than its tokenizer's
+
+
+def check_tokens(tokens: list[int], vocab_size: int) -> None:
+    """Raise TokenError for a token outside a vocabulary."""
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            raise TokenError(f"token {token} is outside the vocabulary of {vocab_size}")
 
 
 def check_unicode(text: str) -> None:

@@ -24,12 +24,6 @@ from phi_runtime.package import open_package
 PROMPT = "def f(x):\n    return"
 
 
-@pytest.fixture
-def stranger(bundles, tmp_path):
-    """The GGUF file alone, as another publisher would give it."""
-    return shutil.copy(bundles / "gguf" / "model.gguf", tmp_path / "other.gguf")
-
-
 def test_a_gguf_of_another_maker_runs_as_the_bundle_does(bundles, stranger, text):
     sample = text.read_text()[:6000] + "\n\t é 日本 \U0001f600 <|user|>\n x<|end|>"
     with phi_runtime.load(bundles / "gguf") as ours, phi_runtime.load(stranger) as other:
@@ -355,62 +349,6 @@ def test_minis_window_is_known_where_a_file_does_not_say_it(stranger, monkeypatc
     assert open_package(stranger).context == 2047
 
 
-@pytest.mark.parametrize("name", ["gguf", "onnx", "coreml"])
-def test_batches_answer_as_single_calls_do(name, bundles, text):
-    lines = [line for line in text.read_text().splitlines() if len(line) > 20]
-    prompts = [lines[7 * i][: 12 + 9 * i] for i in range(7)]
-    with phi_runtime.load(bundles / name) as phi:
-        prompts[3] = phi.tokenize(prompts[3])
-        options = {"max_tokens": 24, "stop": "\n\n", "temperature": 0.7, "seed": 5, "top_k": 20}
-        batch = phi.generate_batch(prompts, rows=3, **options)
-        for prompt, answer in zip(prompts, batch, strict=True):
-            alone = phi.generate(prompt, **options, speculate=False)
-            # Engines round a pass over many rows otherwise than over one; what is drawn may part, not what is likely.
-            same = next((i for i in range(len(alone.tokens)) if answer.tokens[i] != alone.tokens[i]), None)
-            assert same is None or abs(answer.logprobs[same] - alone.logprobs[same]) < 3
-            kept = slice(0, same)
-            assert np.allclose(answer.logprobs[kept], alone.logprobs[kept], atol=0.05)
-            assert same is not None or (answer.text, answer.stop) == (alone.text, alone.stop)
-            assert answer.prompt_tokens == alone.prompt_tokens
-        alone = [phi.generate(p, **options, speculate=False).tokens for p in prompts]
-        assert sum(a.tokens == tokens for a, tokens in zip(batch, alone, strict=True)) >= 5
-        assert phi.generate_batch([]) == []
-        full = phi.generate_batch(
-            [[3 + i % 90 for i in range(phi.context - 2)], [5]], policy="truncate-left", max_tokens=4
-        )
-        assert full[0].dropped == 2 and len(full[1].tokens) == 4
-        for wrong in ({"rows": 0}, {"rows": 1000}, {"policy": "sliding-window"}, {"constraint": object()}):
-            with pytest.raises(UsageError):
-                phi.generate_batch(prompts, **wrong)
-        with pytest.raises(PhiError, match="prompt is empty"):
-            phi.generate_batch(["x", []])
-
-
-@pytest.mark.parametrize("name", ["gguf", "onnx"])
-def test_a_row_that_is_done_takes_no_room(name, bundles, tokens):
-    with phi_runtime.load(bundles / name) as phi:
-        batch = phi.engine.backend.batch(2, 40)
-        batch.read(0, tokens[:38])
-        batch.read(1, tokens[50:60])
-        batch.step({0: tokens[38], 1: tokens[60]})
-        batch.step({0: tokens[39], 1: tokens[61]})  # the first is full
-        rows = [batch.step({1: token})[1] for token in tokens[62:80]]
-        again = batch.read(0, tokens[100:120])
-        batch.close()
-        assert np.allclose(rows[-1], phi.logits(tokens[50:80])[-1], atol=0.2)
-        assert np.allclose(again, phi.logits(tokens[100:120])[-1], atol=0.2)
-
-
-def test_each_step_says_what_bytes_its_token_spells(bundles, stranger):
-    said = "naïve — 東京 \N{SNOWMAN}\n\tx  = <|end|>"
-    for path in (bundles / "gguf", stranger):
-        with phi_runtime.load(path) as phi:
-            tokens = phi.tokenize(said)
-            assert b"".join(map(phi.tokenizer.spell, tokens)).lstrip(b" ") == said.replace("<|end|>", "").encode()
-            pieces = list(phi.stream("x = ", max_tokens=8))
-            assert [p.bytes for p in pieces] == [phi.tokenizer.spell(p.step.token) for p in pieces]
-
-
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="has no wheel here")
 def test_the_faster_engine_says_the_same(bundles, stranger, text, tmp_path):
     prompts = [line for line in text.read_text().splitlines() if len(line) > 20][:6]
@@ -423,8 +361,8 @@ def test_the_faster_engine_says_the_same(bundles, stranger, text, tmp_path):
         a, b = stock.logits(tokens), fast.logits(tokens)
         assert 0 < np.sqrt(np.square(a - b).mean()) < 0.01 * a.std()
         alone = [fast.generate(p, max_tokens=20, speculate=False) for p in prompts]
-        beside = fast.generate_batch(prompts, rows=4, max_tokens=20)
-        assert sum(x.tokens == y.tokens for x, y in zip(alone, beside, strict=True)) >= 5
+        beside = fast.generate_batch(prompts * 3, rows=2, max_tokens=20, speculate=False)  # one after the other
+        assert [x.tokens for x in beside] == [x.tokens for x in alone * 3]
         said = fast.generate(prompts[0], max_tokens=5)
         fast.save_session(tmp_path / "session")
         fast.generate("x", max_tokens=2)
@@ -434,5 +372,10 @@ def test_the_faster_engine_says_the_same(bundles, stranger, text, tmp_path):
     with phi_runtime.load(stranger, backend="ik_llama.cpp") as fast:  # and tokenises by itself
         assert fast.detokenize(fast.tokenize("def  f(x):\n é")) == "def  f(x):\n é"
         assert fast.generate(prompts[0], max_tokens=20, speculate=False).text == alone[0].text
-    with pytest.raises(UsageError, match="q8_0"):
-        phi_runtime.load(bundles / "gguf", backend="ik_llama.cpp", kv="q8_0")
+    for what in (phi_runtime.load, phi_runtime.plan):
+        with pytest.raises(UsageError, match="choose from f16"):
+            what(bundles / "gguf", backend="ik_llama.cpp", kv="q8_0")
+    least = phi_runtime.plan(bundles / "gguf", context=64, kv="f16").peak
+    assert phi_runtime.plan(bundles / "gguf", context=64, memory=least, backend="ik_llama.cpp").kv == "f16"
+    with pytest.raises(PhiError, match="does not fit"):  # and nothing smaller is tried
+        phi_runtime.load(bundles / "gguf", context=64, memory=least - 1, backend="ik_llama.cpp")

@@ -59,6 +59,8 @@ def _mil_reference(package: Package, context: int, threads: int, kv: str) -> Bac
     return CoreMLBackend("mil-reference", functions, package.shape, context)
 
 
+# Those that have to be asked for.
+ON_REQUEST = ("ik_llama.cpp",)
 # Preferred first; the Core ML framework itself is found on macOS alone.
 BACKENDS: dict[str, dict[str, Opener]] = {
     "gguf": {"llama.cpp": _llama_cpp, "ik_llama.cpp": _ik_llama_cpp},
@@ -90,9 +92,7 @@ def open_backend(
         raise ContextError(f"context {context} is not between 1 and the model's {package.context}")
     if threads is not None and not 1 <= threads <= _MAX_THREADS:
         raise UsageError(f"threads {threads} is not between 1 and {_MAX_THREADS}")
-    kinds = kv_types(package)
-    if kv is not None and kv not in kinds:
-        raise UsageError(f"kv {kv!r} is no type of cache for {package.format}; choose from {', '.join(kinds)}")
+    kinds = kv_types(package, name, kv)
     opener = BACKENDS[package.format][name]
     tokens = context or min(package.context, DEFAULT_CONTEXT)
     return opener(package, tokens, threads or cores(), kv or kinds[0])
@@ -105,13 +105,17 @@ def own_tokenizer(backend: Backend) -> Codec | None:
     return LlamaCppTokenizer(backend) if isinstance(backend, LlamaCppBackend) else None
 
 
-def kv_types(package: Package) -> tuple[str, ...]:
-    """Types that the cache may have, the default first."""
-    if package.format == "gguf":
-        return tuple(KV_TYPES)
+def kv_types(package: Package, backend: str, wanted: str | None = None) -> tuple[str, ...]:
+    """Types that the cache may have, the default first. Raises UsageError if the one that is wanted is none of them."""
     options = package.manifest.options if package.manifest is not None else {}
     own = "f16" if package.format == "coreml" or options.get("profile") == "fp16" else "f32"
-    return (own, "int8") if options.get("int8_kv") else (own,)
+    kinds: tuple[str, ...] = (own, "int8") if options.get("int8_kv") else (own,)
+    if package.format == "gguf":
+        kinds = tuple(KV_TYPES) if backend == "llama.cpp" else ("f16",)
+    if wanted is not None and wanted not in kinds:
+        way = "; export it with --calibrate for int8" if (package.format, wanted) == ("onnx", "int8") else ""
+        raise UsageError(f"kv {wanted!r} is no type of cache for {backend} here; choose from {', '.join(kinds)}{way}")
+    return kinds
 
 
 def cores() -> int:

@@ -11,8 +11,8 @@ import numpy as np
 
 from phi_runtime.decoder import F32
 from phi_runtime.engine import CHUNK
-from phi_runtime.errors import BundleError, ContextError, MissingExtraError
-from phi_runtime.tokenizer import check_unicode
+from phi_runtime.errors import BundleError, ContextError, MissingExtraError, UsageError
+from phi_runtime.tokenizer import check_tokens, check_unicode
 
 # Types that the KV cache may have, the default first: ggml's number of each, and bits per number stored.
 KV_TYPES = {
@@ -219,6 +219,7 @@ class LlamaCppTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special tokens written in it are recognised, none are added."""
+        self._check([])
         check_unicode(text)
         raw = text.encode()
         out = (self._c.llama_token * (len(raw) + 16))()
@@ -226,7 +227,8 @@ class LlamaCppTokenizer:
         return list(out[: max(count, 0)])
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of tokens; special tokens are left out."""
+        """Text of tokens; special tokens are left out. Raises TokenError for one outside the vocabulary."""
+        self._check(tokens)
         given = (self._c.llama_token * len(tokens))(*tokens)
         size = 16 * len(tokens) + 64
         while True:
@@ -238,9 +240,16 @@ class LlamaCppTokenizer:
 
     def spell(self, token: int) -> bytes:
         """The bytes that a token spells, which may be a part of a character; none for a special token."""
+        self._check([token])
         out = ctypes.create_string_buffer(1024)
         length = self._c.llama_token_to_piece(self._vocab, token, out, len(out), 0, False)
         return out.raw[: max(0, length)]
+
+    def _check(self, tokens: list[int]) -> None:
+        """The library aborts the process on a foreign token, and on a vocabulary that is gone."""
+        if not self._backend.model:
+            raise UsageError("this model is closed; load it again")
+        check_tokens(tokens, self._backend.vocab_size)
 
 
 def _read_not_map(params: Any) -> None:

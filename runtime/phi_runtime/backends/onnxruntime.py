@@ -44,6 +44,7 @@ class OnnxRuntimeBackend:
         if kv == "int8":
             path = path.with_name(INT8_KV)
         self._session: Any = self._open_windowed(path, options) if kv != "int8" else None
+        self._windowed = self._session is not None
         try:
             if self._session is None:
                 self._session = onnxruntime.InferenceSession(str(path), options, providers=_PROVIDERS)
@@ -154,7 +155,8 @@ class OnnxRuntimeBackend:
 
     def batch(self, rows: int, slots: int) -> "OnnxRuntimeBatch":
         """Room for several texts at once, of `slots` tokens each."""
-        return OnnxRuntimeBatch(self, rows, min(slots, self._slots), self._chunk)
+        fewest = self._slots if self._windowed else min(slots, self._slots)
+        return OnnxRuntimeBatch(self, rows, fewest, self._chunk)
 
     def close(self) -> None:
         """Free the session and the cache."""
