@@ -33,7 +33,8 @@ from phi_runtime.files import disk_full_named, sha256, write_file
 from phi_runtime.tokenizer import FILE, Tokenizer
 from phi_train.checkpoint import write_checkpoint
 from phi_train.data import Data, open_data, write_shards
-from phi_train.models.phi3 import Phi3ForCausalLM
+from phi_train.models import build
+from phi_train.models.attention import init_weights
 from phi_train.recipes import Recipe
 from phi_train.state import load_state, save_state
 from phi_train.tokenizer import END_OF_TEXT, train_tokenizer
@@ -72,8 +73,8 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
     config = _with_tokens(recipe.model, tokenizer)
     torch.set_num_threads(cores())
     torch.manual_seed(recipe.seed)
-    model = Phi3ForCausalLM(config)
-    model.init_weights(recipe.seed)
+    model = build(config)
+    init_weights(model, recipe.seed)
     heldout = torch.from_numpy(data.heldout_windows(recipe.sequence_length, recipe.eval_windows))
     initial = evaluate(model, heldout, recipe)
     engine, optimizer = _engine(model, recipe)

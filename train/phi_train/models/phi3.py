@@ -1,7 +1,7 @@
-"""The Phi-3 decoder for training; parameter names are Hugging Face's, so weights load both ways.
+"""`model_type: phi3`: phi-3-mini and -medium, phi-3.5-mini, phi-4-mini; parameter names are Hugging Face's.
 
-Architecture: arXiv:2404.14219 and the published `Phi3Config`. Shapes: B batch, T tokens, E
-hidden_size, H heads, G key-value heads, D head_dim, V vocab_size.
+Architecture: arXiv:2404.14219 and the published `Phi3Config`, LongRoPE, partial rotary and a tied head included.
+Shapes: B batch, T tokens, E hidden_size, V vocab_size.
 """
 
 import torch
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from phi_runtime.config import Phi3Config
-
-_INIT_STD = 0.02
+from phi_runtime.decoder import Layer
+from phi_train.models.attention import Sight, attend, check_length, rotate, split_heads
 
 
 class Phi3RMSNorm(nn.Module):
@@ -27,30 +27,18 @@ class Phi3RMSNorm(nn.Module):
 
 
 class Phi3Attention(nn.Module):
-    """Causal attention with fused q, k, v and a sliding window."""
+    """Causal attention with fused q, k, v."""
 
     def __init__(self, c: Phi3Config) -> None:
         super().__init__()
-        self.c = c
+        self._parts = [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads]
         self.qkv_proj = nn.Linear(c.hidden_size, c.qkv_size, bias=False)
         self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
 
-    def forward(self, x_BTE: Tensor, cos_TD: Tensor, sin_TD: Tensor, mask_TT: Tensor | None) -> Tensor:
-        """Attend; `mask_TT` is None where plain causality says it all."""
-        c = self.c
-        B, T, _ = x_BTE.shape
-        heads = self.qkv_proj(x_BTE).view(B, T, -1, c.head_dim).transpose(1, 2)
-        q, k, v = heads.split([c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads], dim=1)
-        q, k = rotate(q, cos_TD, sin_TD).to(v.dtype), rotate(k, cos_TD, sin_TD).to(v.dtype)
-        out_BHTD = functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask_TT,
-            is_causal=mask_TT is None,
-            enable_gqa=c.num_key_value_heads < c.num_attention_heads,
-        )
-        out: Tensor = self.o_proj(out_BHTD.transpose(1, 2).reshape(B, T, c.hidden_size))
+    def forward(self, x_BTE: Tensor, layer: Layer, sight: Sight) -> Tensor:
+        """Attend."""
+        q, k, v = torch.split(split_heads(self.qkv_proj(x_BTE), sum(self._parts)), self._parts, dim=1)
+        out: Tensor = self.o_proj(attend(rotate(q, sight), rotate(k, sight), v, layer, sight))
         return out
 
 
@@ -79,9 +67,9 @@ class Phi3DecoderLayer(nn.Module):
         self.post_attention_layernorm = Phi3RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = Phi3MLP(c)
 
-    def forward(self, x_BTE: Tensor, cos_TD: Tensor, sin_TD: Tensor, mask_TT: Tensor | None) -> Tensor:
+    def forward(self, x_BTE: Tensor, layer: Layer, sight: Sight) -> Tensor:
         """One layer."""
-        x_BTE = x_BTE + self.self_attn(self.input_layernorm(x_BTE), cos_TD, sin_TD, mask_TT)
+        x_BTE = x_BTE + self.self_attn(self.input_layernorm(x_BTE), layer, sight)
         out: Tensor = x_BTE + self.mlp(self.post_attention_layernorm(x_BTE))
         return out
 
@@ -99,50 +87,25 @@ class Phi3Model(nn.Module):
 class Phi3ForCausalLM(nn.Module):
     """The language model: token ids [B, T] to logits [B, T, V]."""
 
-    def __init__(self, c: Phi3Config) -> None:
+    def __init__(self, config: Phi3Config) -> None:
         super().__init__()
-        self.config = c
-        self.model = Phi3Model(c)
-        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.config = config
+        self.decoder = config.decoder()
+        self.model = Phi3Model(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def init_weights(self, seed: int) -> None:
-        """Draw all matrices from N(0, 0.02), as published configs have it; norms are one."""
-        generator = torch.Generator().manual_seed(seed)
-        for p in self.parameters():
-            if p.ndim == 2:
-                nn.init.normal_(p, std=_INIT_STD, generator=generator)
-
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits of every position."""
-        T = tokens_BT.shape[1]
-        cos_TD, sin_TD = rope_tables(self.config, T, tokens_BT.device)
-        mask_TT = window_mask(self.config, T, tokens_BT.device)
+    def hidden(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+        """What the head reads, [B, T, E]."""
+        length = check_length(tokens_BT, self.decoder.context)
+        sight = Sight(self.decoder, length, tokens_BT.device, documents_BT)
         x_BTE = self.model.embed_tokens(tokens_BT)
-        for layer in self.model.layers:
-            x_BTE = layer(x_BTE, cos_TD, sin_TD, mask_TT)
-        logits: Tensor = self.lm_head(self.model.norm(x_BTE))
-        return logits
+        for module, layer in zip(self.model.layers, self.decoder.layers, strict=True):
+            x_BTE = module(x_BTE, layer, sight)
+        out: Tensor = self.model.norm(x_BTE)
+        return out
 
-
-def rope_tables(c: Phi3Config, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [length, D] in float32, both halves of D alike."""
-    exponents = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float64) / c.head_dim
-    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float64), c.rope_theta**-exponents)
-    doubled = torch.cat([angles, angles], dim=-1)
-    return doubled.cos().float(), doubled.sin().float()
-
-
-def rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Rotate the pairs (d, d + D/2)."""
-    low, high = x_BHTD.chunk(2, dim=-1)
-    return x_BHTD * cos_TD + torch.cat([-high, low], dim=-1) * sin_TD
-
-
-def window_mask(c: Phi3Config, length: int, device: torch.device) -> Tensor | None:
-    """Which keys each query sees where the window cuts in: 0 <= i - j < window."""
-    window = c.window()
-    if window is None or length <= window:
-        return None
-    i = torch.arange(length, device=device)
-    distance = i[:, None] - i[None, :]
-    return (distance >= 0) & (distance < window)
+    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+        """Logits of every position."""
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return functional.linear(self.hidden(tokens_BT, documents_BT), head.weight)

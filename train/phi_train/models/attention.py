@@ -1,0 +1,136 @@
+"""What the architectures share: rotary embedding, what a query sees, and attention itself.
+
+Shapes: B batch, T tokens, H heads, G key-value heads, D head_dim.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from phi_runtime.decoder import Decoder, Layer, visible
+
+try:  # for GPUs, where it is installed; PyTorch's own attention gives the same
+    from flash_attn import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+
+
+class Sight:
+    """What holds for a whole pass: rotations of the positions, and which keys the queries of each layer see.
+
+    documents [B, T]: of which document each token is, where a text is to see no other; None where packed texts see
+    what stands before them, as the papers have it.
+    """
+
+    def __init__(self, decoder: Decoder, length: int, device: torch.device, documents: Tensor | None = None) -> None:
+        self.decoder, self._length, self._device = decoder, length, device
+        self._apart = None if documents is None else documents[:, None, :, None] == documents[:, None, None, :]
+        self._masks: dict[object, Tensor | None] = {}
+        if decoder.rope is not None:
+            self.cos_TD, self.sin_TD = (t.to(device) for t in _tables(decoder, length))
+
+    def mask(self, layer: Layer) -> Tensor | None:
+        """Which keys are seen, bool, to be broadcast to [B, H, T, T]; None where plain causality says it all."""
+        key = (layer.window if self.cuts(layer) else None, layer.sparse)
+        if key not in self._masks:
+            self._masks[key] = self._mask(layer)
+        return self._masks[key]
+
+    def cuts(self, layer: Layer) -> bool:
+        """Whether the layer's window leaves anything out of a text of this length."""
+        return layer.window is not None and layer.window < self._length
+
+    @property
+    def documents_apart(self) -> bool:
+        """Whether documents are kept from each other."""
+        return self._apart is not None
+
+    def _mask(self, layer: Layer) -> Tensor | None:
+        if self._apart is None and layer.sparse is None and not self.cuts(layer):
+            return None
+        at = np.arange(self._length)
+        heads = self.decoder.heads if layer.sparse is not None else 1
+        seen = np.stack([visible(layer, head, at, at) for head in range(heads)])[None]
+        mask = torch.from_numpy(seen).to(self._device)
+        return mask if self._apart is None else mask & self._apart
+
+
+@lru_cache(maxsize=8)
+def _tables(decoder: Decoder, length: int) -> tuple[Tensor, Tensor]:
+    assert decoder.rope is not None
+    cos, sin = decoder.rope.tables(np.arange(length), length)
+    return torch.from_numpy(cos), torch.from_numpy(sin)
+
+
+def rotate(x_BHTD: Tensor, sight: Sight) -> Tensor:
+    """Rotate the pairs (d, d + dims/2) of each head's first `dims` values, in float32; the rest stays."""
+    half = sight.cos_TD.shape[-1]
+    a, b, rest = torch.split(x_BHTD.float(), [half, half, x_BHTD.shape[-1] - 2 * half], dim=-1)
+    cos, sin = sight.cos_TD, sight.sin_TD
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+def attend(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, layer: Layer, sight: Sight) -> Tensor:
+    """Attention, [B, T, H * D]. float16 overflows in phi-2's scores, so that is computed in float32 here."""
+    scale, dtype = sight.decoder.attention_scale, v_BGTD.dtype
+    if dtype == torch.float16 and not _flash(q_BHTD, layer, sight):
+        q_BHTD, k_BGTD, v_BGTD = q_BHTD.float(), k_BGTD.float(), v_BGTD.float()
+    else:
+        q_BHTD, k_BGTD = q_BHTD.to(dtype), k_BGTD.to(dtype)
+    if _flash(q_BHTD, layer, sight):
+        window = (layer.window - 1, 0) if layer.window is not None and sight.cuts(layer) else (-1, -1)
+        heads = (x.transpose(1, 2) for x in (q_BHTD, k_BGTD, v_BGTD))
+        out: Tensor = flash_attn_func(*heads, softmax_scale=scale, causal=True, window_size=window)
+        return out.flatten(2)
+    mask = sight.mask(layer)
+    out = functional.scaled_dot_product_attention(
+        q_BHTD,
+        k_BGTD,
+        v_BGTD,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=k_BGTD.shape[1] < q_BHTD.shape[1],
+    )
+    return out.to(dtype).transpose(1, 2).flatten(2)
+
+
+def _flash(x: Tensor, layer: Layer, sight: Sight) -> bool:
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return flash_attn_func is not None and x.is_cuda and half and layer.sparse is None and not sight.documents_apart
+
+
+def gelu_new(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation, as GPT-2 and the first Phis have it."""
+    return functional.gelu(x, approximate="tanh")
+
+
+def split_heads(x_BTE: Tensor, heads: int) -> Tensor:
+    """[B, T, H * D] to [B, H, T, D]."""
+    B, T, E = x_BTE.shape
+    return x_BTE.view(B, T, heads, E // heads).transpose(1, 2)
+
+
+def check_length(tokens_BT: Tensor, context: int) -> int:
+    """The number of tokens. Raises ValueError for more than the context."""
+    length = tokens_BT.shape[1]
+    if length > context:
+        raise ValueError(f"{length} tokens are more than the context of {context}")
+    return length
+
+
+INIT_STD = 0.02  # initializer_range of every published configuration
+
+
+def init_weights(model: torch.nn.Module, seed: int) -> None:
+    """Matrices from N(0, 0.02), norms one, biases zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 2:
+                p.copy_(torch.empty(p.shape).normal_(0, INIT_STD, generator=generator))
+            else:
+                p.fill_(0.0 if name.endswith(".bias") else 1.0)

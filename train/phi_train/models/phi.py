@@ -1,0 +1,97 @@
+"""`model_type: phi`: phi-1, phi-1.5 and phi-2 (arXiv:2306.11644, 2309.05463); parameter names are Hugging Face's.
+
+Attention and MLP read one norm and are added at once; part of each head is rotated; every linear has a bias.
+Shapes: B batch, T tokens, E hidden_size, V vocab_size.
+"""
+
+from torch import Tensor, nn
+
+from phi_runtime.config import PhiConfig
+from phi_runtime.decoder import Layer
+from phi_train.models.attention import Sight, attend, check_length, gelu_new, rotate, split_heads
+
+
+class PhiAttention(nn.Module):
+    """Causal attention with separate projections."""
+
+    def __init__(self, c: PhiConfig) -> None:
+        super().__init__()
+        self._heads, self._kv_heads = c.num_attention_heads, c.num_key_value_heads
+        kv_size = self._kv_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.hidden_size)
+        self.k_proj = nn.Linear(c.hidden_size, kv_size)
+        self.v_proj = nn.Linear(c.hidden_size, kv_size)
+        self.dense = nn.Linear(c.hidden_size, c.hidden_size)
+
+    def forward(self, x_BTE: Tensor, layer: Layer, sight: Sight) -> Tensor:
+        """Attend."""
+        q = split_heads(self.q_proj(x_BTE), self._heads)
+        k, v = (split_heads(p(x_BTE), self._kv_heads) for p in (self.k_proj, self.v_proj))
+        out: Tensor = self.dense(attend(rotate(q, sight), rotate(k, sight), v, layer, sight))
+        return out
+
+
+class PhiMLP(nn.Module):
+    """fc2(gelu(fc1(x)))."""
+
+    def __init__(self, c: PhiConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
+        self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x_BTE: Tensor) -> Tensor:
+        """One MLP."""
+        out: Tensor = self.fc2(gelu_new(self.fc1(x_BTE)))
+        return out
+
+
+class PhiDecoderLayer(nn.Module):
+    """Attention and MLP side by side."""
+
+    def __init__(self, c: PhiConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.self_attn = PhiAttention(c)
+        self.mlp = PhiMLP(c)
+
+    def forward(self, x_BTE: Tensor, layer: Layer, sight: Sight) -> Tensor:
+        """One layer."""
+        normed = self.input_layernorm(x_BTE)
+        out: Tensor = x_BTE + self.self_attn(normed, layer, sight) + self.mlp(normed)
+        return out
+
+
+class PhiModel(nn.Module):
+    """Embedding, layers and the last norm."""
+
+    def __init__(self, c: PhiConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(PhiDecoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.final_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+
+
+class PhiForCausalLM(nn.Module):
+    """The language model: token ids [B, T] to logits [B, T, V]."""
+
+    def __init__(self, config: PhiConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.decoder = config.decoder()
+        self.model = PhiModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def hidden(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+        """What the head reads, [B, T, E]."""
+        length = check_length(tokens_BT, self.decoder.context)
+        sight = Sight(self.decoder, length, tokens_BT.device, documents_BT)
+        x_BTE = self.model.embed_tokens(tokens_BT)
+        for module, layer in zip(self.model.layers, self.decoder.layers, strict=True):
+            x_BTE = module(x_BTE, layer, sight)
+        out: Tensor = self.model.final_layernorm(x_BTE)
+        return out
+
+    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+        """Logits of every position."""
+        logits: Tensor = self.lm_head(self.hidden(tokens_BT, documents_BT))
+        return logits

@@ -1,0 +1,98 @@
+"""`model_type: phi3small`: phi-3-small (arXiv:2404.14219), by its published definition, with its checkpoints' names.
+
+gegelu with a limit, muP's scales, block-sparse attention but in every n-th layer, the head tied to the embedding.
+transformers has no class for it. Shapes: B batch, T tokens, E hidden_size, V vocab_size.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from phi_runtime.config import Phi3SmallConfig
+from phi_runtime.decoder import Layer
+from phi_train.models.attention import Sight, attend, check_length, rotate
+
+
+class Phi3SmallSelfAttention(nn.Module):
+    """Causal attention; per key-value head the fused projection holds its queries, then its key, then its value."""
+
+    def __init__(self, c: Phi3SmallConfig) -> None:
+        super().__init__()
+        self._kv_heads, self._head_dim = c.num_key_value_heads, c.hidden_size // c.num_attention_heads
+        self.query_key_value = nn.Linear(c.hidden_size, c.hidden_size + 2 * self._kv_heads * self._head_dim)
+        self.dense = nn.Linear(c.hidden_size, c.hidden_size)
+
+    def forward(self, x_BTE: Tensor, layer: Layer, sight: Sight) -> Tensor:
+        """Attend."""
+        groups = self.query_key_value(x_BTE).unflatten(-1, (self._kv_heads, -1, self._head_dim))
+        q = groups[..., :-2, :].flatten(2, 3).transpose(1, 2)
+        k, v = groups[..., -2, :].transpose(1, 2), groups[..., -1, :].transpose(1, 2)
+        out: Tensor = self.dense(attend(rotate(q, sight), rotate(k, sight), v, layer, sight))
+        return out
+
+
+class Phi3SmallMLP(nn.Module):
+    """down(gate * sigmoid(1.702 gate) * (linear + 1)); gate and linear part alternate, and are clipped."""
+
+    def __init__(self, c: Phi3SmallConfig) -> None:
+        super().__init__()
+        self._limit = c.gegelu_limit
+        self.up_proj = nn.Linear(c.hidden_size, 2 * c.ff_intermediate_size)
+        self.down_proj = nn.Linear(c.ff_intermediate_size, c.hidden_size)
+
+    def forward(self, x_BTE: Tensor) -> Tensor:
+        """One MLP."""
+        gate, linear = self.up_proj(x_BTE).unflatten(-1, (-1, 2)).unbind(-1)
+        gate, linear = gate.clamp(max=self._limit), linear.clamp(-self._limit, self._limit)
+        out: Tensor = self.down_proj(gate * (1.702 * gate).sigmoid() * (linear + 1))
+        return out
+
+
+class Phi3SmallDecoderLayer(nn.Module):
+    """Attention, then MLP, each behind a norm and around a residual."""
+
+    def __init__(self, c: Phi3SmallConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_epsilon)
+        self.self_attn = Phi3SmallSelfAttention(c)
+        self.post_attention_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_epsilon)
+        self.mlp = Phi3SmallMLP(c)
+
+    def forward(self, x_BTE: Tensor, layer: Layer, sight: Sight) -> Tensor:
+        """One layer."""
+        x_BTE = x_BTE + self.self_attn(self.input_layernorm(x_BTE), layer, sight)
+        out: Tensor = x_BTE + self.mlp(self.post_attention_layernorm(x_BTE))
+        return out
+
+
+class Phi3SmallModel(nn.Module):
+    """Embedding, layers and the last norm."""
+
+    def __init__(self, c: Phi3SmallConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Phi3SmallDecoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.final_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_epsilon)
+
+
+class Phi3SmallForCausalLM(nn.Module):
+    """The language model: token ids [B, T] to logits [B, T, V]."""
+
+    def __init__(self, config: Phi3SmallConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.decoder = config.decoder()
+        self.model = Phi3SmallModel(config)
+
+    def hidden(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+        """What the head reads, muP's scale included, [B, T, E]."""
+        length = check_length(tokens_BT, self.decoder.context)
+        sight = Sight(self.decoder, length, tokens_BT.device, documents_BT)
+        x_BTE = self.model.embed_tokens(tokens_BT) * self.decoder.embedding_scale
+        for module, layer in zip(self.model.layers, self.decoder.layers, strict=True):
+            x_BTE = module(x_BTE, layer, sight)
+        out: Tensor = self.model.final_layernorm(x_BTE) * self.decoder.logit_scale
+        return out
+
+    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+        """Logits of every position."""
+        return functional.linear(self.hidden(tokens_BT, documents_BT), self.model.embed_tokens.weight)
