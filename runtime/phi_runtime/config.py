@@ -16,6 +16,7 @@ from phi_runtime.families.phi3 import LongRope, Phi3Config
 from phi_runtime.families.phi3small import Phi3SmallConfig
 
 __all__ = [
+    "AnyConfig",
     "Config",
     "GptNeoConfig",
     "LongRope",
@@ -27,6 +28,9 @@ __all__ = [
     "read_config",
     "read_json",
 ]
+
+
+AnyConfig = Phi3Config | Phi3SmallConfig | PhiConfig | GptNeoConfig
 
 
 class Config(Protocol):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from phi_runtime.config import Phi3Config
+from phi_runtime.config import Config
 from phi_runtime.files import write_file
 from phi_runtime.tokenizer import Tokenizer
 
@@ -15,7 +15,7 @@ from phi_runtime.tokenizer import Tokenizer
 _STOPS = ("<|endoftext|>", "<|assistant|>", "<|end|>")
 
 
-def write_checkpoint(out: Path, config: Phi3Config, weights: dict[str, Tensor], tokenizer: Path) -> None:
+def write_checkpoint(out: Path, config: Config, weights: dict[str, Tensor], tokenizer: Path) -> None:
     """Write weights as bfloat16, tokenizer and configs into `out`; config.json last, so that a
     folder that was interrupted is not taken for a checkpoint.
     """

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from phi_runtime.backends import cores
-from phi_runtime.config import Phi3Config, read_json
+from phi_runtime.config import AnyConfig, read_json
 from phi_runtime.errors import OutputExistsError, UsageError
 from phi_runtime.files import disk_full_named, sha256, write_file
 from phi_runtime.tokenizer import FILE, Tokenizer
@@ -35,7 +35,7 @@ from phi_train.checkpoint import write_checkpoint
 from phi_train.data import Data, open_data, write_shards
 from phi_train.models import build
 from phi_train.models.attention import init_weights
-from phi_train.recipes import Recipe
+from phi_train.recipe import Recipe
 from phi_train.state import load_state, save_state
 from phi_train.tokenizer import END_OF_TEXT, train_tokenizer
 
@@ -213,7 +213,7 @@ def _prepare(recipe: Recipe, training: Path, progress: Progress) -> tuple[Path, 
     return tokenizer, data
 
 
-def _with_tokens(config: Phi3Config, folder: Path) -> Phi3Config:
+def _with_tokens(config: AnyConfig, folder: Path) -> AnyConfig:
     """The architecture with the tokenizer's own special tokens."""
     tokenizer = Tokenizer(folder)
     end = tokenizer.id(END_OF_TEXT)

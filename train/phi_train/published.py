@@ -6,7 +6,7 @@ Figures from the models' own `config.json` (microsoft/* and roneneldan/* on Hugg
 from collections.abc import Callable
 from dataclasses import replace
 
-from phi_runtime.config import Config, GptNeoConfig, LongRope, Phi3Config, PhiConfig
+from phi_runtime.config import Config, GptNeoConfig, LongRope, Phi3Config, Phi3SmallConfig, PhiConfig
 
 
 def phi3_mini_4k() -> Phi3Config:
@@ -70,6 +70,45 @@ def phi_1_5() -> PhiConfig:
     )
 
 
+def phi1_small_config() -> PhiConfig:
+    """phi-1-small: 356,794,368 parameters (arXiv:2306.11644)."""
+    return replace(
+        phi_1_5(),
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=20,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+    )
+
+
+def phi3_small_8k() -> Phi3SmallConfig:
+    """phi-3-small-8k-instruct: 7,392,272,384 parameters, its head tied."""
+    return Phi3SmallConfig(
+        vocab_size=100352,
+        hidden_size=4096,
+        ff_intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        layer_norm_epsilon=1e-5,
+        rope_embedding_base=1e6,
+        gegelu_limit=20.0,
+        mup_use_scaling=True,
+        mup_attn_multiplier=1.0,
+        mup_embedding_multiplier=10.0,
+        mup_width_multiplier=8.0,
+        blocksparse_block_size=64,
+        blocksparse_num_local_blocks=16,
+        blocksparse_vert_stride=8,
+        dense_attention_every_n_layers=2,
+        bos_token_id=100257,
+        eos_token_id=100257,
+        pad_token_id=100257,
+    )
+
+
 def phi_2() -> PhiConfig:
     """phi-2: 2,779,683,840 parameters."""
     return replace(
@@ -105,6 +144,8 @@ PUBLISHED: dict[str, Callable[[], Config]] = {
     "phi3-mini-4k": phi3_mini_4k,
     "phi3-mini-128k": phi3_mini_128k,
     "phi3-medium-4k": phi3_medium_4k,
+    "phi3-small-8k": phi3_small_8k,
+    "phi1-small": phi1_small_config,
     "phi1": phi_1_5,
     "phi15": phi_1_5,
     "phi2": phi_2,

@@ -1,0 +1,128 @@
+"""A recipe: one complete, frozen configuration of a training run, and how the command line changes it.
+
+`phi-train RECIPE --set name=value` changes fields; `model.name` changes the architecture's.
+"""
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from phi_runtime.config import AnyConfig, parse_config
+from phi_runtime.errors import PhiError, UsageError
+
+SCHEDULES = ("cosine", "linear", "constant")
+PRECISIONS = ("bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a training run. Counts are in sequences and optimizer steps.
+
+    schedule: how the learning rate falls to `final_learning_rate` after a linear warm-up. dropout: of attention's
+    weights and of what is added to the residual stream. micro_batch_size: sequences that a process takes at a time,
+    None for all of its share. documents_apart: packed documents do not see each other. init_from: the checkpoint to
+    begin with. ours: the fields that the system's paper does not give, so that we chose them.
+    """
+
+    name: str
+    model: AnyConfig
+    steps: int
+    batch_size: int
+    sequence_length: int
+    learning_rate: float
+    final_learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    schedule: str = "cosine"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    gradient_clipping: float = 1.0
+    dropout: float = 0.0
+    precision: str = "bf16"  # matrix products; weights and optimizer stay in float32
+    micro_batch_size: int | None = None
+    zero_stage: int = 0
+    checkpoint_activations: bool = False
+    documents_apart: bool = False
+    init_from: str | None = None
+    seed: int = 0
+    save_every: int = 100
+    eval_windows: int = 32
+    corpus: str = "stdlib"
+    tokenizer: str | None = None  # folder; None trains one on the corpus
+    data: str | None = None  # folder of shards; None tokenises the corpus
+    ours: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it trains on."""
+        return self.steps * self.batch_size * self.sequence_length
+
+
+def apply_settings(recipe: Recipe, settings: list[str]) -> Recipe:
+    """A recipe with `key=value` settings applied, checked. Raises UsageError, with the nearest name."""
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        if not separator:
+            raise UsageError(f"--set {setting!r} should be key=value")
+        if key.startswith("model."):
+            recipe = dataclasses.replace(recipe, model=_replace(recipe.model, key.removeprefix("model."), value))
+        else:
+            recipe = _replace(recipe, key, value)
+    check(recipe)
+    return recipe
+
+
+def _replace(target: Any, key: str, text: str) -> Any:
+    fields = {f.name for f in dataclasses.fields(target)} - {"name", "model", "ours"}
+    if key not in fields:
+        raise UsageError(f"no setting {key!r}{nearest(key, fields)}")
+    hint = get_type_hints(type(target))[key]
+    optional = get_origin(hint) in (Union, types.UnionType)
+    if bool in (hint, *get_args(hint)):
+        if text.lower() not in ("true", "false"):
+            raise UsageError(f"--set {key}={text}: should be true or false")
+        return dataclasses.replace(target, **{key: text.lower() == "true"})
+    if optional and text.lower() == "none":
+        return dataclasses.replace(target, **{key: None})
+    kind = next(t for t in get_args(hint) if t is not type(None)) if optional else hint
+    try:
+        value = kind(text)
+    except (TypeError, ValueError):
+        raise UsageError(f"--set {key}={text}: should be a {kind.__name__}") from None
+    return dataclasses.replace(target, **{key: value})
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """A hint at the closest of some names, nothing where none is close."""
+    close = difflib.get_close_matches(name, list(known), 1, 0.4)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def check(r: Recipe) -> None:
+    """Raise UsageError for what no run can do."""
+    try:
+        parse_config(r.model.to_json(), Path("--set model"))
+    except PhiError as e:
+        raise UsageError(str(e)) from None
+    bounds = {"beta1": 1, "beta2": 1, "weight_decay": 100, "final_learning_rate": 100, "warmup_steps": 2**31}
+    for name, most in (bounds | {"seed": 2**63, "gradient_clipping": 1e9, "dropout": 1, "zero_stage": 4}).items():
+        if not 0 <= getattr(r, name) < most:
+            raise UsageError(f"--set {name}={getattr(r, name)}: should be from 0 to below {most:g}")
+    positive = ("steps", "batch_size", "sequence_length", "learning_rate", "epsilon", "save_every", "eval_windows")
+    for name in positive:
+        if not getattr(r, name) > 0:
+            raise UsageError(f"--set {name}={getattr(r, name)}: should be above 0")
+    if r.sequence_length < 2 or r.sequence_length > r.model.max_position_embeddings:
+        raise UsageError(
+            f"sequence_length {r.sequence_length} is not between 2 and the context of {r.model.max_position_embeddings}"
+        )
+    if r.micro_batch_size is not None and (r.micro_batch_size < 1 or r.batch_size % r.micro_batch_size):
+        raise UsageError(f"micro_batch_size {r.micro_batch_size} does not divide batch_size {r.batch_size}")
+    for name, known in (("precision", PRECISIONS), ("schedule", SCHEDULES)):
+        if getattr(r, name) not in known:
+            raise UsageError(f"{name} {getattr(r, name)!r} is none of {', '.join(known)}")
