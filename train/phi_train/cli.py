@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _USAGE = """phi-train RECIPE --out DIR [--set key=value ...]
        phi-train list
+       phi-train plan RECIPE --gpus N --gpu KIND [--zero STAGE] [--set key=value ...]
        phi-train init NAME --out DIR [--seed N]
        phi-train tokenizer --corpus CORPUS --vocab-size N --out DIR
        phi-train shards --corpus CORPUS --tokenizer DIR --out DIR"""
@@ -27,7 +28,7 @@ def main() -> NoReturn:
 
 
 def _main(argv: list[str]) -> None:
-    commands = {"list": _list, "init": _init, "tokenizer": _tokenizer, "shards": _shards}
+    commands = {"list": _list, "plan": _plan, "init": _init, "tokenizer": _tokenizer, "shards": _shards}
     if argv and argv[0] in commands:
         commands[argv[0]](argv[1:])
     else:
@@ -70,6 +71,37 @@ def _list(argv: list[str]) -> None:
         r = recipe()
         summary = (recipe.__doc__ or "").splitlines()[0]
         print(f"{name:<16} {num_parameters(r.model) / 1e6:8.1f} M parameters  {summary}")
+
+
+def _plan(argv: list[str]) -> None:
+    p = argparse.ArgumentParser("phi-train plan", description="What a recipe takes on some GPUs, before it runs.")
+    p.add_argument("recipe", metavar="RECIPE", help="name of a recipe; `phi-train list` shows them")
+    p.add_argument("--gpus", type=positive, required=True, metavar="N", help="GPUs in all")
+    p.add_argument("--gpu", required=True, metavar="KIND", help="a100-80g, h100-80g, …")
+    p.add_argument("--zero", type=int, choices=range(4), metavar="STAGE", help="one of ZeRO's stages, 0 to 3")
+    p.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that is reached (%(default)s)")
+    p.add_argument("--set", action="append", default=[], metavar="key=value", dest="settings", help="change a field")
+    args = p.parse_args(argv)
+    from phi_train.plan import GPUS, REPORTED, plan
+    from phi_train.recipes import get_recipe
+
+    found = plan(get_recipe(args.recipe, args.settings), args.gpus, args.gpu, args.zero, args.utilisation)
+    r = found.recipe
+    print(f"{r.name}: {found.parameters:,} parameters, {found.embedding:,} of them an embedding")
+    print(f"{found.tokens:,} tokens in {r.steps:,} steps of {r.batch_size:,} x {r.sequence_length:,}")
+    print(f"{found.flops:.3g} floating-point operations, attention included")
+    print(f"{found.gpus} x {found.gpu} at {100 * found.utilisation:.0f} % of their peak: {found.days:.2f} days")
+    if (report := REPORTED.get(r.name)) is not None:
+        peak = report.gpus * GPUS[report.gpu].flops * report.days * 86400
+        print(
+            f"reported: {report.gpus} x {report.gpu}, {report.days:.2f} days, which is "
+            f"{100 * found.flops * report.share / peak:.0f} % of their peak ({report.source})"
+        )
+    for m in found.memory:
+        fits = "fits" if m.total <= GPUS[found.gpu].memory else "does not fit"
+        print(f"ZeRO {m.stage}, {fits}: {found.arithmetic(m.stage)}")
+    if r.ours:
+        print(f"our choice, where the paper gives none: {', '.join(r.ours)}")
 
 
 def _init(argv: list[str]) -> None:

@@ -186,8 +186,8 @@ def phi2() -> Recipe:
     return Recipe(
         name="phi2",
         model=phi_2(),
-        steps=333_786,
-        batch_size=2048,
+        steps=296_699,
+        batch_size=2304,  # divides among the 96 GPUs that it was trained on
         sequence_length=2048,
         learning_rate=2e-4,
         final_learning_rate=2e-5,

@@ -1,0 +1,83 @@
+"""Recipes of the systems, and what they are planned to take."""
+
+import dataclasses
+
+import pytest
+from support import run
+
+from phi_runtime.config import num_parameters
+from phi_runtime.errors import UsageError
+from phi_train.models import build
+from phi_train.plan import GPUS, REPORTED, plan
+from phi_train.recipe import Recipe, check
+from phi_train.recipes import RECIPES, get_recipe
+
+# Tokens that the papers and model cards give, in billions.
+TOKENS = {"phi1-base": 75.5, "phi1": 3.15, "phi15": 150, "phi15-web": 300, "phi2": 1400, "phi3-mini-4k": 3300,
+          "phi3-small-8k": 4800, "phi3-medium-4k": 4800}  # fmt: skip
+COUNTS = {"phi1-small": 356_794_368, "phi1-base": 1_418_270_720, "phi15": 1_418_270_720, "phi2": 2_779_683_840,
+          "phi3-mini-4k": 3_821_079_552, "phi3-mini-128k": 3_821_079_552, "phi3-small-8k": 7_392_272_384,
+          "phi3-medium-4k": 13_960_238_080}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_one_that_could_run(name):
+    recipe = RECIPES[name]()
+    assert recipe.name == name
+    check(recipe)
+    assert set(recipe.ours) <= {f.name for f in dataclasses.fields(Recipe)}
+    assert num_parameters(recipe.model) == COUNTS.get(name, num_parameters(recipe.model))
+    if name in TOKENS:
+        assert recipe.tokens == pytest.approx(1e9 * TOKENS[name], rel=2e-3)
+    if name.endswith("-demo"):
+        assert sum(p.numel() for p in build(recipe.model).parameters()) == num_parameters(recipe.model) < 2e7
+
+
+def test_the_papers_numbers():
+    base, fine, later = get_recipe("phi1-base", []), get_recipe("phi1", []), get_recipe("phi15", [])
+    assert (base.batch_size, base.sequence_length, base.learning_rate, base.warmup_steps) == (1024, 2048, 1e-3, 750)
+    assert (fine.batch_size, fine.learning_rate, fine.warmup_steps, fine.weight_decay) == (256, 1e-4, 50, 0.01)
+    assert (later.schedule, later.learning_rate, later.beta2, later.epsilon) == ("constant", 2e-4, 0.98, 1e-7)
+    assert "learning_rate" in get_recipe("phi2", []).ours and "learning_rate" not in base.ours
+
+
+def test_operations_and_memory_add_up():
+    found = plan(get_recipe("phi3-mini-4k", []), 512, "h100-80g", None, 0.4)
+    whole = found.parameters
+    assert found.flops / (6 * (whole - found.embedding) * found.tokens) == pytest.approx(1.08, abs=0.03)
+    assert found.days == pytest.approx(found.flops / (512 * 989e12 * 0.4 * 86400))
+    by_stage = [(m.weights, m.gradients, m.optimizer) for m in found.memory]
+    assert by_stage[0] == (2 * whole, 2 * whole, 12 * whole)
+    assert by_stage[1] == (2 * whole, 2 * whole, 12 * whole // 512)
+    assert by_stage[2] == (2 * whole, 2 * whole // 512, 12 * whole // 512)
+    assert by_stage[3] == (2 * whole // 512, 2 * whole // 512, 12 * whole // 512)
+    less = plan(get_recipe("phi3-mini-4k", ["checkpoint_activations=true"]), 512, "h100-80g").memory[0]
+    assert less.activations < found.memory[0].activations / 10
+
+
+@pytest.mark.parametrize("name", REPORTED)
+def test_what_was_reported_is_possible(name):
+    report, found = REPORTED[name], plan(get_recipe(name, ["batch_size=1536"]), REPORTED[name].gpus, REPORTED[name].gpu)
+    recipe = RECIPES[name]()
+    flops = found.flops * recipe.batch_size / 1536 * report.share
+    assert 0.1 < flops / (report.gpus * GPUS[report.gpu].flops * report.days * 86400) < 0.8
+
+
+def test_what_cannot_be_planned():
+    with pytest.raises(UsageError, match="did you mean a100-80g"):
+        plan(get_recipe("phi2", []), 8, "a100-80")
+    with pytest.raises(UsageError, match="does not divide among 7 GPUs; take 6"):
+        plan(get_recipe("phi2", []), 7, "a100-80g")
+    with pytest.raises(UsageError, match=r"\(optimizer\).* = 254\.\d GB of 80 GB; take --zero 2"):
+        plan(get_recipe("phi3-medium-4k", []), 512, "h100-80g", 0)
+    with pytest.raises(UsageError, match="utilisation"):
+        plan(get_recipe("phi2", []), 8, "a100-80g", None, 0.0)
+
+
+def test_the_command():
+    done = run("phi-train", "plan", "phi2", "--gpus", "96", "--gpu", "a100-80g", "--zero", "2")
+    assert done.returncode == 0, done.stderr
+    assert "2,779,683,840 parameters" in done.stdout and "14.00 days" in done.stdout
+    assert "ZeRO 3, fits" in done.stdout and "our choice" in done.stdout
+    done = run("phi-train", "plan", "phi22", "--gpus", "96", "--gpu", "a100-80g")
+    assert done.returncode == 2 and "did you mean phi2" in done.stderr
