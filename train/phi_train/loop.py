@@ -8,35 +8,31 @@ where the recipe makes its own.
 import dataclasses
 import json
 import math
-import os
 import shutil
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-
-import deepspeed
 import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 from torch.nn import functional
 
-from phi_runtime.backends import cores
 from phi_runtime.config import AnyConfig, read_json
 from phi_runtime.errors import OutputExistsError, UsageError
 from phi_runtime.files import disk_full_named, sha256, write_file
 from phi_runtime.tokenizer import FILE, Tokenizer
 from phi_train.checkpoint import write_checkpoint
 from phi_train.data import Data, open_data, write_shards
+from phi_train.engine import Ranks, any_of, barrier, join, make_engine, mean, share
 from phi_train.models import build
 from phi_train.models.attention import init_weights
 from phi_train.recipe import Recipe
-from phi_train.state import load_state, save_state
+from phi_train.state import Counters, full_weights, load_state, save_state
 from phi_train.tokenizer import END_OF_TEXT, train_tokenizer
 
 # Told what happens: (what, steps done, steps in all, figures).
@@ -61,112 +57,203 @@ class Summary:
 def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Summary:
     """Run a recipe into `out`, or continue the run that is there; the checkpoint appears at the end.
 
-    Raises UsageError for a recipe or data that do not fit, OutputExistsError for a foreign folder.
+    Under torchrun or the deepspeed launcher every process calls it. A batch whose loss is no number, or far above the
+    last ones', is left out, after going back to the last state where the weights are spoilt too.
+    Raises UsageError for a recipe or data that do not fit, and for a run that goes wrong again and again;
+    OutputExistsError for a foreign folder; Stopped after SIGTERM, the state saved.
     """
+    ranks = join()
+    share(recipe, ranks)
     training = out / "training"
-    _claim(recipe, out, training)
+    if ranks.first:
+        _claim(recipe, out, training)
+    barrier()
     if (training / "summary.json").is_file() and (out / "config.json").is_file():
         return Summary(**read_json(training / "summary.json"))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("this version trains on one process; start it without torchrun or the deepspeed launcher")
+    if ranks.first:
+        _prepare(recipe, training, progress)
+    barrier()
     tokenizer, data = _prepare(recipe, training, progress)
     config = _with_tokens(recipe.model, tokenizer)
-    torch.set_num_threads(cores())
     torch.manual_seed(recipe.seed)
     model = build(config)
     init_weights(model, recipe.seed)
     heldout = torch.from_numpy(data.heldout_windows(recipe.sequence_length, recipe.eval_windows))
-    initial = evaluate(model, heldout, recipe)
-    engine, optimizer = _engine(model, recipe)
-    done, seconds = load_state(training / "state", model, optimizer)
-    log = _Log(training / "log.jsonl", done)
-    began = time.perf_counter() - seconds
-    for step in range(done, recipe.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step)
-        rows = data.batch(step, recipe.batch_size, recipe.sequence_length, recipe.seed)
-        loss = _loss(engine, torch.from_numpy(rows), recipe)
-        engine.backward(loss)
-        engine.step()
-        seconds = time.perf_counter() - began
-        figures = {
-            "loss": loss.item(),
-            "learning_rate": learning_rate(recipe, step),
-            "tokens": (step + 1) * rows.size,
-            "seconds": seconds,
-        }
-        if not math.isfinite(figures["loss"]):
-            raise UsageError(f"{out}: the loss became {figures['loss']} at step {step}; lower learning_rate")
-        log.add(step + 1, figures)
-        progress("training", step + 1, recipe.steps, figures)
-        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
-            save_state(training / "state", step + 1, seconds, model, optimizer)
-    tokens = recipe.steps * recipe.batch_size * recipe.sequence_length
+    engine = make_engine(model.to(ranks.device), recipe, ranks)
+    run = _Run(recipe, out, data, engine, ranks, progress)
+    initial = run.evaluate(heldout)
+    seconds = run.steps()
     summary = Summary(
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(math.prod(shape) for shape in config.tensor_shapes().values()),
         steps=recipe.steps,
-        tokens=tokens,
+        tokens=recipe.tokens,
         seconds=seconds,
-        tokens_per_second=tokens / seconds,
+        tokens_per_second=recipe.tokens / seconds,
         initial_loss=initial,
-        final_loss=evaluate(model, heldout, recipe),
+        final_loss=run.evaluate(heldout),
         unigram_loss=data.unigram_loss(heldout[:, 1:].numpy()),
         heldout_tokens=heldout[:, 1:].numel(),
     )
-    write_file(training / "summary.json", json.dumps(dataclasses.asdict(summary), indent=1) + "\n")
-    write_checkpoint(out, config, dict(model.named_parameters()), tokenizer)
-    shutil.rmtree(training / "state")  # the run is over: nothing will be continued
+    weights = full_weights(engine)
+    if ranks.first:
+        write_file(training / "summary.json", json.dumps(dataclasses.asdict(summary), indent=1) + "\n")
+        write_checkpoint(out, config, weights, tokenizer)
+        shutil.rmtree(training / "state")  # the run is over: nothing will be continued
+    barrier()
     return summary
 
 
+class Stopped(SystemExit):
+    """SIGTERM came: the state was saved, and the same command goes on from there."""
+
+
+class _Run:
+    """The steps of a run on this process."""
+
+    def __init__(self, recipe: Recipe, out: Path, data: Data, engine: Any, ranks: Ranks, progress: Progress) -> None:
+        self.recipe, self.out, self.data, self.engine, self.ranks = recipe, out, data, engine, ranks
+        self._states = out / "training" / "state"
+        self._counters, self._progress = Counters(), progress
+        self._recent: list[float] = []  # losses
+
+    def steps(self) -> float:
+        """Take all that are left; the seconds of all."""
+        r = self.recipe
+        self._counters = load_state(self._states, self.engine)
+        if self._counters.step == 0:
+            save_state(self._states, self._counters, self.engine, self.ranks)  # to go back to
+        log = _Log(self.out / "training" / "log.jsonl", self._counters.step) if self.ranks.first else None
+        with _sigterm() as told:
+            while self._counters.step < r.steps:
+                began = time.perf_counter()
+                step = self._counters.step
+                loss = self._step(step)
+                if loss is None:
+                    continue
+                spent = self._counters.seconds + time.perf_counter() - began
+                self._counters = dataclasses.replace(self._counters, step=step + 1, seconds=spent)
+                figures = {
+                    "loss": loss,
+                    "learning_rate": learning_rate(r, step),
+                    "tokens": (step + 1) * r.batch_size * r.sequence_length,
+                    "seconds": spent,
+                }
+                if log is not None:
+                    log.add(step + 1, figures)
+                    self._progress("training", step + 1, r.steps, figures)
+                stop = any_of(told(), self.ranks.device)
+                if stop or (step + 1) % r.save_every == 0 or step + 1 == r.steps:
+                    save_state(self._states, self._counters, self.engine, self.ranks)
+                if stop:
+                    raise Stopped(128 + signal.SIGTERM)
+        return self._counters.seconds
+
+    def evaluate(self, rows: Tensor) -> float:
+        """Mean next-token loss, nats, over windows [n, T] of tokens; every process computes all of it."""
+        micro, _ = share(self.recipe, self.ranks)
+        self.engine.eval()
+        with torch.no_grad():
+            parts = torch.split(rows, micro)
+            losses = [float(self._loss(part)) for part in parts]
+        self.engine.train()
+        return float(np.average(losses, weights=[len(part) for part in parts]))
+
+    def _step(self, step: int) -> float | None:
+        """One step of the optimizer; its loss, None where its batch was left out."""
+        r, engine, ranks = self.recipe, self.engine, self.ranks
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate(r, step)
+        rows = self.data.batch(_number(step, self._counters.skipped), r.batch_size, r.sequence_length, r.seed)
+        micro, _ = share(r, ranks)
+        own = torch.from_numpy(rows[ranks.rank :: ranks.world])
+        losses: list[float] = []
+        for part in torch.split(own, micro):
+            loss = self._loss(part)
+            found = mean(loss)
+            if not self._good(found):
+                self._leave_out(step, found)
+                if not losses:  # nothing of this batch is in the engine yet
+                    return None
+                loss, found = 0 * self._loss(own[:micro]), losses[-1]
+            losses.append(found)
+            engine.backward(loss)
+            engine.step()
+        self._recent = [*self._recent[-_RECENT + 1 :], float(np.mean(losses))]
+        return self._recent[-1]
+
+    def _good(self, loss: float) -> bool:
+        if not math.isfinite(loss):
+            return False
+        return len(self._recent) < _RECENT or loss < float(np.mean(self._recent)) + self.recipe.spike
+
+    def _leave_out(self, step: int, loss: float) -> None:
+        """Remember the batch as one that is left out; where the weights are spoilt too, go back to the last state."""
+        numbers = {_number(step, self._counters.skipped)}
+        finite = all(bool(p.isfinite().all()) for p in self.engine.module.parameters())
+        self._say(f"the loss was {loss:.4g}: batch {min(numbers)} is left out", step)
+        if any_of(not finite, self.ranks.device):
+            numbers.add(_number(max(0, step - 1), self._counters.skipped))  # what spoilt them
+            back = load_state(self._states, self.engine)
+            self._say(f"the weights are spoilt: back to step {back.step}", step)
+            self._counters = dataclasses.replace(back, skipped=self._counters.skipped)
+            self._recent = []
+        skipped = tuple(sorted({*self._counters.skipped, *numbers}))
+        self._counters = dataclasses.replace(self._counters, skipped=skipped)
+        if len(skipped) > _MOST_SKIPPED:
+            raise UsageError(
+                f"{self.out}: {len(skipped)} batches went wrong, the last one at step {step} with a loss of {loss}; "
+                "lower learning_rate, or look at the data"
+            )
+
+    def _say(self, what: str, step: int) -> None:
+        if self.ranks.first:
+            self._progress(what, step, self.recipe.steps, {})
+
+    def _loss(self, rows_BT: Tensor) -> Tensor:
+        rows_BT = rows_BT.to(self.ranks.device)
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            logits_BTV = self.engine(rows_BT[:, :-1])
+        return functional.cross_entropy(logits_BTV.flatten(0, 1).float(), rows_BT[:, 1:].flatten())
+
+
+_RECENT = 20  # steps that a loss is compared with
+_MOST_SKIPPED = 10
+
+
+def _number(step: int, skipped: tuple[int, ...]) -> int:
+    """Which batch a step takes: the step-th of those that were not left out."""
+    number = step
+    for left_out in sorted(skipped):
+        if left_out <= number:
+            number += 1
+    return number
+
+
+@contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
+    """Says whether SIGTERM came; it does nothing else meanwhile."""
+    came = False
+
+    def remember(number: int, frame: object) -> None:
+        nonlocal came
+        came = True
+
+    before = signal.signal(signal.SIGTERM, remember)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def learning_rate(r: Recipe, step: int) -> float:
-    """Linear warm-up, then a cosine down to `final_learning_rate`."""
+    """Linear warm-up, then down to `final_learning_rate` by the recipe's schedule."""
     if step < r.warmup_steps:
         return r.learning_rate * (step + 1) / r.warmup_steps
-    share = (step - r.warmup_steps) / max(1, r.steps - r.warmup_steps)
-    return r.final_learning_rate + (r.learning_rate - r.final_learning_rate) * (1 + math.cos(math.pi * share)) / 2
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, rows: Tensor, recipe: Recipe) -> float:
-    """Mean next-token loss, nats, over windows [n, T] of tokens."""
-    losses = [_loss(model, rows[i : i + recipe.batch_size], recipe) for i in range(0, len(rows), recipe.batch_size)]
-    sizes = [len(rows[i : i + recipe.batch_size]) for i in range(0, len(rows), recipe.batch_size)]
-    return float(np.average([x.item() for x in losses], weights=sizes))
-
-
-def _loss(model: Any, rows_BT: Tensor, recipe: Recipe) -> Tensor:
-    device = next(model.parameters()).device
-    rows_BT = rows_BT.to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        logits_BTV = model(rows_BT[:, :-1])
-    return functional.cross_entropy(logits_BTV.flatten(0, 1).float(), rows_BT[:, 1:].flatten())
-
-
-def _engine(model: nn.Module, r: Recipe) -> tuple[Any, torch.optim.Optimizer]:
-    """The DeepSpeed engine around the model, on this one process."""
-    # Decay pulls matrices towards zero, norms it would pull off their scale.
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": matrices, "weight_decay": r.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=r.learning_rate, betas=(r.beta1, r.beta2), fused=True)
-    config = {
-        "train_batch_size": r.batch_size,
-        "train_micro_batch_size_per_gpu": r.batch_size,
-        "gradient_clipping": r.gradient_clipping,
-        "zero_optimization": {"stage": 0},
-        "steps_per_print": 10**9,
-    }
-    if not torch.distributed.is_initialized():
-        # One process has nobody to share memory with, so DeepSpeed need not compile its op for it.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        os.environ.setdefault("LOCAL_RANK", "0")
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        # One process meets nobody: no port to be taken, no file to be left.
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # its stub is missing
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    return engine, optimizer
+    if r.schedule == "constant":
+        return r.learning_rate
+    done = (step - r.warmup_steps) / max(1, r.steps - r.warmup_steps)
+    left = 1 - done if r.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return r.final_learning_rate + (r.learning_rate - r.final_learning_rate) * left
 
 
 def _claim(recipe: Recipe, out: Path, training: Path) -> None:

@@ -25,7 +25,8 @@ class Recipe:
     schedule: how the learning rate falls to `final_learning_rate` after a linear warm-up. dropout: of attention's
     weights and of what is added to the residual stream. micro_batch_size: sequences that a process takes at a time,
     None for all of its share. documents_apart: packed documents do not see each other. init_from: the checkpoint to
-    begin with. ours: the fields that the system's paper does not give, so that we chose them.
+    begin with. spike: nats above the mean of the last losses at which a batch is left out. ours: the fields that the
+    system's paper does not give, so that we chose them.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Recipe:
     checkpoint_activations: bool = False
     documents_apart: bool = False
     init_from: str | None = None
+    spike: float = 2.0
     seed: int = 0
     save_every: int = 100
     eval_windows: int = 32
@@ -113,7 +115,16 @@ def check(r: Recipe) -> None:
     for name, most in (bounds | {"seed": 2**63, "gradient_clipping": 1e9, "dropout": 1, "zero_stage": 4}).items():
         if not 0 <= getattr(r, name) < most:
             raise UsageError(f"--set {name}={getattr(r, name)}: should be from 0 to below {most:g}")
-    positive = ("steps", "batch_size", "sequence_length", "learning_rate", "epsilon", "save_every", "eval_windows")
+    positive = (
+        "steps",
+        "batch_size",
+        "sequence_length",
+        "learning_rate",
+        "epsilon",
+        "spike",
+        "save_every",
+        "eval_windows",
+    )
     for name in positive:
         if not getattr(r, name) > 0:
             raise UsageError(f"--set {name}={getattr(r, name)}: should be above 0")

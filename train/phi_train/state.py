@@ -1,69 +1,149 @@
-"""The state of a run on disk: weights and optimizer in safetensors, counters in JSON; never pickle.
+"""The state of a run on disk: weights, optimizer and random numbers in safetensors, counters in JSON; never pickle.
 
-Each state is a folder `step-00000100` that appears whole, with the digest of its files; the
-newest one whose digests hold is the one continued from.
+Each state is a folder `step-00000100` that appears whole, with the digest of its files; the newest one whose digests
+hold is the one continued from. Tensors are whole whatever ZeRO divided them into, so a run goes on with any number
+of processes.
 """
 
 import json
 import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from phi_runtime.config import read_json
 from phi_runtime.errors import CheckpointError
 from phi_runtime.files import sha256, staged_folder
+from phi_train.engine import Ranks, barrier
 
 _KEEP = 2
-_FILES = ("model.safetensors", "optimizer.safetensors")
+_FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save_state(folder: Path, step: int, seconds: float, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Save the state after `step` steps, then delete all but the newest two."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    moments: dict[str, Tensor] = {}
-    for parameter, values in optimizer.state.items():
-        for key, value in values.items():
-            moments[f"{names[id(parameter)]}|{key}"] = torch.as_tensor(value).contiguous()
-    with staged_folder(folder / f"step-{step:08d}") as stage:
-        weights = {n: p.detach().contiguous() for n, p in model.named_parameters()}
-        for name, tensors in zip(_FILES, (weights, moments), strict=True):
-            (stage / name).write_bytes(save(tensors))
-        digests = {name: sha256(stage / name) for name in _FILES}
-        (stage / "state.json").write_text(json.dumps({"step": step, "seconds": seconds, "sha256": digests}) + "\n")
-    for old in sorted(folder.glob("step-*"))[:-_KEEP]:
-        shutil.rmtree(old)
+@dataclass(frozen=True)
+class Counters:
+    """How far a run is: steps done, the seconds they took, and the batches that were left out."""
+
+    step: int = 0
+    seconds: float = 0.0
+    skipped: tuple[int, ...] = ()
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Restore the newest valid state; the steps done and the seconds they took, or (0, 0)."""
+def save_state(folder: Path, counters: Counters, engine: Any, ranks: Ranks) -> None:
+    """Save the state, then delete all but the newest two. All processes call it; the first one writes."""
+    weights, moments = dict(_weights(engine)), dict(_moments(engine))
+    if ranks.first:
+        numbers = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            numbers["cuda"] = torch.cuda.get_rng_state()
+        with staged_folder(folder / f"step-{counters.step:08d}") as stage:
+            for name, tensors in zip(_FILES, (weights, moments, numbers), strict=True):
+                (stage / name).write_bytes(save(tensors))
+            digests = {name: sha256(stage / name) for name in _FILES}
+            (stage / "state.json").write_text(json.dumps({**asdict(counters), "sha256": digests}) + "\n")
+        for old in sorted(folder.glob("step-*"))[:-_KEEP]:
+            shutil.rmtree(old)
+    barrier()
+
+
+def load_state(folder: Path, engine: Any) -> Counters:
+    """Restore the newest valid state; where there is none, nothing is changed."""
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         counters = _read_valid(candidate)
         if counters is None:
             continue
-        weights, moments = (load_file(candidate / name) for name in _FILES)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name])
-        by_parameter: dict[str, dict[str, Tensor]] = {}
-        for key, value in moments.items():
-            name, _, part = key.rpartition("|")
-            by_parameter.setdefault(name, {})[part] = value
-        for name, parameter in model.named_parameters():
-            moved = {part: value.to(parameter.device) for part, value in by_parameter.get(name, {}).items()}
-            optimizer.state[parameter] = moved
-        return int(counters["step"]), float(counters["seconds"])
-    return 0, 0.0
+        weights, moments, numbers = (load_file(candidate / name) for name in _FILES)
+        _restore(engine, weights, moments, counters.step)
+        torch.set_rng_state(numbers["cpu"])
+        if "cuda" in numbers and torch.cuda.is_available():
+            torch.cuda.set_rng_state(numbers["cuda"])
+        return counters
+    return Counters()
 
 
-def _read_valid(folder: Path) -> dict[str, Any] | None:
+def full_weights(engine: Any) -> dict[str, Tensor]:
+    """All weights in float32, whole; all processes call it."""
+    return dict(_weights(engine))
+
+
+def _weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    for name, p in engine.module.named_parameters():
+        whole = p if _plain(engine) else safe_get_full_fp32_param(p)
+        yield name, whole.detach().to("cpu", torch.float32).contiguous()
+
+
+def _moments(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    _begin(engine, 0)
+    for name, p in engine.module.named_parameters():
+        for part in _MOMENTS:
+            whole = _optimizer(engine).state[p][part] if _plain(engine) else safe_get_full_optimizer_state(p, part)
+            yield f"{name}|{part}", whole.detach().to("cpu", torch.float32).contiguous()
+
+
+@torch.no_grad()
+def _restore(engine: Any, weights: dict[str, Tensor], moments: dict[str, Tensor], step: int) -> None:
+    _begin(engine, step, again=True)
+    for name, p in engine.module.named_parameters():
+        if _plain(engine):
+            p.copy_(weights[name])
+            for part in _MOMENTS:
+                _optimizer(engine).state[p][part].copy_(moments[f"{name}|{part}"])
+        else:
+            safe_set_full_fp32_param(p, weights[name].to(engine.device))
+            for part in _MOMENTS:
+                safe_set_full_optimizer_state(p, moments[f"{name}|{part}"].to(engine.device), part)
+
+
+def _begin(engine: Any, step: int, again: bool = False) -> None:
+    """Give the optimizer the state that its own first step would make."""
+    optimizer = _optimizer(engine)
+    for p in _held(engine):
+        if again or not optimizer.state.get(p):
+            made = {part: torch.zeros_like(p) for part in _MOMENTS}
+            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **made}
+    if not _plain(engine) and hasattr(engine.optimizer, "bit16_groups"):  # stages 1 and 2 find a parameter's part by it
+        for group, p in zip(engine.optimizer.bit16_groups, _held(engine), strict=True):
+            lazy_init_hp_params_optimizer_state(group, p, optimizer.state)
+
+
+def _held(engine: Any) -> list[Tensor]:
+    """What the optimizer steps on: the parameters, or ZeRO's partitions of them."""
+    if _plain(engine):
+        return list(engine.module.parameters())
+    zero = engine.optimizer
+    parts = "fp32_partitioned_groups_flat" if hasattr(zero, "fp32_partitioned_groups_flat") else ""
+    return list(getattr(zero, parts or "single_partition_of_fp32_groups"))
+
+
+def _plain(engine: Any) -> bool:
+    """Whether the optimizer holds the model's own parameters, whole."""
+    return isinstance(engine.optimizer, torch.optim.Optimizer)
+
+
+def _optimizer(engine: Any) -> torch.optim.Optimizer:
+    found: torch.optim.Optimizer = engine.optimizer if _plain(engine) else engine.optimizer.optimizer
+    return found
+
+
+def _read_valid(folder: Path) -> Counters | None:
     """The counters of a state whose files are what was written, else None."""
     try:
-        counters = read_json(folder / "state.json")
-        whole = all(sha256(folder / name) == counters["sha256"][name] for name in _FILES)
-    except (CheckpointError, OSError, KeyError, TypeError):
+        said = read_json(folder / "state.json")
+        whole = all(sha256(folder / name) == said["sha256"][name] for name in _FILES)
+        counters = Counters(int(said["step"]), float(said["seconds"]), tuple(int(n) for n in said["skipped"]))
+    except (CheckpointError, OSError, KeyError, TypeError, ValueError):
         return None
     return counters if whole else None
