@@ -1,6 +1,7 @@
 """`phi-train`."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -52,6 +53,8 @@ def _train(argv: list[str]) -> None:
         raise missing_extra(e, "train") from None
     with _progress() as progress:
         s = train(recipe, args.out, progress)
+    if os.environ.get("RANK", "0") != "0":  # one of many processes says it
+        return
     print(
         f"{args.out}: {s.parameters:,} parameters, {s.steps} steps, {s.tokens:,} tokens in {s.seconds:.0f} s "
         f"({s.tokens_per_second:.0f} tokens/s)"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
@@ -97,8 +98,9 @@ def _moments(engine: Any) -> Iterator[tuple[str, Tensor]]:
 def _restore(engine: Any, weights: dict[str, Tensor], moments: dict[str, Tensor], step: int) -> None:
     _begin(engine, step, again=True)
     for name, p in engine.module.named_parameters():
-        if _plain(engine):
+        with GatheredParameters(p, modifier_rank=0, enabled=hasattr(p, "ds_id")):  # ZeRO's stage 3 divides them too
             p.copy_(weights[name])
+        if _plain(engine):
             for part in _MOMENTS:
                 _optimizer(engine).state[p][part].copy_(moments[f"{name}|{part}"])
         else:
