@@ -161,3 +161,29 @@ def test_weights_are_drawn_by_the_seed():
     init_weights(c, 3)
     assert abs(float(c.model.embed_tokens.weight.std()) - 0.02) < 2e-4
     assert not c.lm_head.bias.any() and bool((c.model.final_layernorm.weight == 1).all())
+
+
+@pytest.mark.parametrize(
+    "raw", [PHI3 | {"sliding_window": 40}, PHI, NEO, SMALL], ids=["phi3", "phi", "gpt_neo", "small"]
+)
+def test_checkpointed_activations_give_the_same_gradients(raw):
+    ids = torch.randint(0, 300, (2, 60), generator=torch.Generator().manual_seed(3))
+    found = []
+    for again in (False, True):
+        model = drawn(raw)
+        model.checkpoint_activations, model.dropout = again, 0.1
+        torch.manual_seed(5)
+        model(ids).square().mean().backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("raw", [PHI3, PHI, NEO, SMALL], ids=["phi3", "phi", "gpt_neo", "small"])
+def test_dropout_is_for_training_alone(raw):
+    model = drawn(raw)
+    model.dropout = 0.2
+    ids = torch.randint(0, 300, (1, 60), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert not torch.equal(model(ids), model(ids))
+        model.eval()
+        assert torch.equal(model(ids), model(ids))

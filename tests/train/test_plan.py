@@ -47,10 +47,10 @@ def test_operations_and_memory_add_up():
     assert found.flops / (6 * (whole - found.embedding) * found.tokens) == pytest.approx(1.08, abs=0.03)
     assert found.days == pytest.approx(found.flops / (512 * 989e12 * 0.4 * 86400))
     by_stage = [(m.weights, m.gradients, m.optimizer) for m in found.memory]
-    assert by_stage[0] == (2 * whole, 2 * whole, 12 * whole)
-    assert by_stage[1] == (2 * whole, 2 * whole, 12 * whole // 512)
-    assert by_stage[2] == (2 * whole, 2 * whole // 512, 12 * whole // 512)
-    assert by_stage[3] == (2 * whole // 512, 2 * whole // 512, 12 * whole // 512)
+    assert by_stage[0] == (4 * whole, 4 * whole, 8 * whole)
+    assert by_stage[1] == (4 * whole, 4 * whole, 8 * whole // 512)
+    assert by_stage[2] == (4 * whole, 4 * whole // 512, 8 * whole // 512)
+    assert by_stage[3] == (4 * whole // 512, 4 * whole // 512, 8 * whole // 512)
     less = plan(get_recipe("phi3-mini-4k", ["checkpoint_activations=true"]), 512, "h100-80g").memory[0]
     assert less.activations < found.memory[0].activations / 10
 
@@ -68,7 +68,7 @@ def test_what_cannot_be_planned():
         plan(get_recipe("phi2", []), 8, "a100-80")
     with pytest.raises(UsageError, match="does not divide among 7 GPUs; take 6"):
         plan(get_recipe("phi2", []), 7, "a100-80g")
-    with pytest.raises(UsageError, match=r"\(optimizer\).* = 254\.\d GB of 80 GB; take --zero 2"):
+    with pytest.raises(UsageError, match=r"\(optimizer\).* = 254\.\d GB of 80 GB; take --zero 3"):
         plan(get_recipe("phi3-medium-4k", []), 512, "h100-80g", 0)
     with pytest.raises(UsageError, match="utilisation"):
         plan(get_recipe("phi2", []), 8, "a100-80g", None, 0.0)

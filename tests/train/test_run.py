@@ -78,18 +78,24 @@ def test_a_damaged_state_is_passed_over(tmp_path, checkpoint):
     import torch
 
     from phi_runtime.config import read_config
-    from phi_train.models.phi3 import Phi3ForCausalLM
-    from phi_train.state import load_state, save_state
+    from phi_train.engine import join, make_engine
+    from phi_train.models import build
+    from phi_train.recipes import get_recipe
+    from phi_train.state import Counters, load_state, save_state
 
-    model = Phi3ForCausalLM(read_config(checkpoint))
-    optimizer = torch.optim.AdamW(model.parameters())
+    ranks = join()
+    engine = make_engine(build(read_config(checkpoint)), get_recipe("phi3-demo", []), ranks)
     for step in (3, 6):
-        save_state(tmp_path, step, 1.0, model, optimizer)
-    newest = tmp_path / "step-00000006" / "model.safetensors"
-    content = bytearray(newest.read_bytes())
-    content[-1] ^= 1
-    newest.write_bytes(content)
-    assert load_state(tmp_path, model, optimizer)[0] == 3
+        save_state(tmp_path, Counters(step, 1.0, (2,)), engine, ranks)
+    for name in ("model.safetensors", "random.safetensors"):
+        newest = tmp_path / "step-00000006" / name
+        content = bytearray(newest.read_bytes())
+        content[-1] ^= 1
+        newest.write_bytes(content)
+        with torch.no_grad():
+            next(engine.module.parameters()).zero_()
+        assert load_state(tmp_path, engine) == Counters(3, 1.0, (2,))
+        assert bool(next(engine.module.parameters()).any())
 
 
 @pytest.mark.parametrize(
@@ -105,8 +111,9 @@ def test_a_damaged_state_is_passed_over(tmp_path, checkpoint):
         (["phi3-demo", "--set", "model.vocab_size=-4"], "vocab_size"),
         (["phi3-demo", "--set", "beta1=7"], "beta1"),
         (["phi3-demo", "--set", "model.tie_word_embeddings=1"], "true or false"),
-        (["phi3-demo", "--set", "model.tie_word_embeddings=true"], "training carries"),
-        (["phi3-demo", "--set", "model.partial_rotary_factor=0.5"], "training carries"),
+        (["phi3-demo", "--set", "model.partial_rotary_factor=0.01"], "leaves 0 dimensions"),
+        (["phi3-demo", "--set", "micro_batch_size=3"], "does not divide"),
+        (["phi3-demo", "--set", "schedule=cosin"], "none of cosine"),
         (["phi3-demo", "--set", "model.rope_scaling=su"], "LongRope"),
         (["phi3-demo", "--set", "corpus=/no/such/folder"], "no such folder"),
         (["phi3-demo", "--set", "data=/no/such/folder", "--set", "tokenizer=/no"], "phi-train shards"),

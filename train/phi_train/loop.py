@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from phi_runtime.checkpoint import open_checkpoint
 from phi_runtime.config import AnyConfig, read_json
 from phi_runtime.errors import OutputExistsError, UsageError
 from phi_runtime.files import disk_full_named, sha256, write_file
@@ -29,7 +30,7 @@ from phi_runtime.tokenizer import FILE, Tokenizer
 from phi_train.checkpoint import write_checkpoint
 from phi_train.data import Data, open_data, write_shards
 from phi_train.engine import Ranks, any_of, barrier, join, make_engine, mean, share
-from phi_train.models import build
+from phi_train.models import CausalLM, build
 from phi_train.models.attention import init_weights
 from phi_train.recipe import Recipe
 from phi_train.state import Counters, full_weights, load_state, save_state
@@ -77,7 +78,11 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
     config = _with_tokens(recipe.model, tokenizer)
     torch.manual_seed(recipe.seed)
     model = build(config)
-    init_weights(model, recipe.seed)
+    if recipe.init_from is None:
+        init_weights(model, recipe.seed)
+    else:
+        _load_weights(model, config, Path(recipe.init_from))
+    model.dropout, model.checkpoint_activations = recipe.dropout, recipe.checkpoint_activations
     heldout = torch.from_numpy(data.heldout_windows(recipe.sequence_length, recipe.eval_windows))
     engine = make_engine(model.to(ranks.device), recipe, ranks)
     run = _Run(recipe, out, data, engine, ranks, progress)
@@ -211,8 +216,13 @@ class _Run:
 
     def _loss(self, rows_BT: Tensor) -> Tensor:
         rows_BT = rows_BT.to(self.ranks.device)
+        read_BT = rows_BT[:, :-1]
+        documents_BT = None
+        if self.recipe.documents_apart:  # the token that ends a document belongs to it
+            ends = read_BT == self.engine.module.config.eos_token_id
+            documents_BT = ends.cumsum(1) - ends.long()
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            logits_BTV = self.engine(rows_BT[:, :-1])
+            logits_BTV = self.engine(read_BT, documents_BT)
         return functional.cross_entropy(logits_BTV.flatten(0, 1).float(), rows_BT[:, 1:].flatten())
 
 
@@ -298,6 +308,21 @@ def _prepare(recipe: Recipe, training: Path, progress: Progress) -> tuple[Path, 
             f"a batch takes {recipe.batch_size}; give more data or a smaller batch"
         )
     return tokenizer, data
+
+
+def _load_weights(model: CausalLM, config: AnyConfig, folder: Path) -> None:
+    """Begin with another checkpoint's weights. Raises UsageError for one of another architecture."""
+    checkpoint = open_checkpoint(folder)
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    for name, shape in config.tensor_shapes().items():
+        if shapes.get(name) != shape:
+            raise UsageError(
+                f"{folder}: {name} is {shapes.get(name)}, the recipe's model has {shape}; "
+                "set model.… to its configuration"
+            )
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.from_numpy(np.array(checkpoint.read(name))).view(p.shape))
 
 
 def _with_tokens(config: AnyConfig, folder: Path) -> AnyConfig:

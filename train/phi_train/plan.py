@@ -145,7 +145,7 @@ def plan(recipe: Recipe, gpus: int, gpu: str, zero_stage: int | None = None, uti
 
 
 def _memory(r: Recipe, parameters: int, micro: int, gpus: int, stage: int) -> Memory:
-    """Weights and gradients in 16 bits, a copy and two moments in 32."""
+    """Weights, gradients and two moments in 32 bits, as the engine holds them; activations in 16."""
     d = r.model.decoder()
     tokens = micro * r.sequence_length
     # Per token and layer, in 16 bits: what backward needs of norms, projections, attention but its scores, and MLP.
@@ -156,9 +156,9 @@ def _memory(r: Recipe, parameters: int, micro: int, gpus: int, stage: int) -> Me
     activations = 2 * layers * d.hidden_size + kept if r.checkpoint_activations else layers * kept
     return Memory(
         stage=stage,
-        weights=2 * parameters // (gpus if stage >= 3 else 1),
-        gradients=2 * parameters // (gpus if stage >= 2 else 1),
-        optimizer=12 * parameters // (gpus if stage >= 1 else 1),
+        weights=4 * parameters // (gpus if stage >= 3 else 1),
+        gradients=4 * parameters // (gpus if stage >= 2 else 1),
+        optimizer=8 * parameters // (gpus if stage >= 1 else 1),
         activations=tokens * activations,
         logits=tokens * d.vocab_size * 6,  # in 16 bits, and their softmax in 32
     )

@@ -7,8 +7,9 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from phi_runtime.decoder import Decoder, Layer, visible
 
@@ -25,8 +26,15 @@ class Sight:
     what stands before them, as the papers have it.
     """
 
-    def __init__(self, decoder: Decoder, length: int, device: torch.device, documents: Tensor | None = None) -> None:
-        self.decoder, self._length, self._device = decoder, length, device
+    def __init__(
+        self,
+        decoder: Decoder,
+        length: int,
+        device: torch.device,
+        documents: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        self.decoder, self._length, self._device, self.dropout = decoder, length, device, dropout
         self._apart = None if documents is None else documents[:, None, :, None] == documents[:, None, None, :]
         self._masks: dict[object, Tensor | None] = {}
         if decoder.rope is not None:
@@ -38,6 +46,10 @@ class Sight:
         if key not in self._masks:
             self._masks[key] = self._mask(layer)
         return self._masks[key]
+
+    def drop(self, x: Tensor) -> Tensor:
+        """What is added to the residual stream, with dropout."""
+        return functional.dropout(x, self.dropout) if self.dropout else x
 
     def cuts(self, layer: Layer) -> bool:
         """Whether the layer's window leaves anything out of a text of this length."""
@@ -83,7 +95,7 @@ def attend(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, layer: Layer, sight: 
     if _flash(q_BHTD, layer, sight):
         window = (layer.window - 1, 0) if layer.window is not None and sight.cuts(layer) else (-1, -1)
         heads = (x.transpose(1, 2) for x in (q_BHTD, k_BGTD, v_BGTD))
-        out: Tensor = flash_attn_func(*heads, softmax_scale=scale, causal=True, window_size=window)
+        out: Tensor = flash_attn_func(*heads, sight.dropout, softmax_scale=scale, causal=True, window_size=window)
         return out.flatten(2)
     mask = sight.mask(layer)
     out = functional.scaled_dot_product_attention(
@@ -91,6 +103,7 @@ def attend(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, layer: Layer, sight: 
         k_BGTD,
         v_BGTD,
         attn_mask=mask,
+        dropout_p=sight.dropout,
         is_causal=mask is None,
         scale=scale,
         enable_gqa=k_BGTD.shape[1] < q_BHTD.shape[1],
@@ -101,6 +114,15 @@ def attend(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, layer: Layer, sight: 
 def _flash(x: Tensor, layer: Layer, sight: Sight) -> bool:
     half = x.dtype in (torch.bfloat16, torch.float16)
     return flash_attn_func is not None and x.is_cuda and half and layer.sparse is None and not sight.documents_apart
+
+
+def through(module: nn.Module, x_BTE: Tensor, layer: Layer, sight: Sight, again: bool) -> Tensor:
+    """Take activations through a layer; `again`: keep nothing of its inside for the backward pass."""
+    if again and torch.is_grad_enabled():
+        out: Tensor = checkpoint(module, x_BTE, layer, sight, use_reentrant=False)
+    else:
+        out = module(x_BTE, layer, sight)
+    return out
 
 
 def gelu_new(x: Tensor) -> Tensor:
@@ -125,7 +147,7 @@ def check_length(tokens_BT: Tensor, context: int) -> int:
 INIT_STD = 0.02  # initializer_range of every published configuration
 
 
-def init_weights(model: torch.nn.Module, seed: int) -> None:
+def init_weights(model: nn.Module, seed: int) -> None:
     """Matrices from N(0, 0.02), norms one, biases zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from phi_runtime.config import GptNeoConfig
 from phi_runtime.decoder import Layer
-from phi_train.models.attention import Sight, attend, check_length, gelu_new, split_heads
+from phi_train.models.attention import Sight, attend, check_length, gelu_new, split_heads, through
 
 
 class GPTNeoSelfAttention(nn.Module):
@@ -65,8 +65,8 @@ class GPTNeoBlock(nn.Module):
 
     def forward(self, x_BTE: Tensor, layer: Layer, sight: Sight) -> Tensor:
         """One layer."""
-        x_BTE = x_BTE + self.attn.attention(self.ln_1(x_BTE), layer, sight)
-        out: Tensor = x_BTE + self.mlp(self.ln_2(x_BTE))
+        x_BTE = x_BTE + sight.drop(self.attn.attention(self.ln_1(x_BTE), layer, sight))
+        out: Tensor = x_BTE + sight.drop(self.mlp(self.ln_2(x_BTE)))
         return out
 
 
@@ -84,6 +84,9 @@ class GPTNeoModel(nn.Module):
 class GPTNeoForCausalLM(nn.Module):
     """The language model: token ids [B, T] to logits [B, T, V]."""
 
+    dropout = 0.0  # of attention\'s weights and of what is added to the residual stream, while training
+    checkpoint_activations = False  # compute what is inside a layer again for the backward pass
+
     def __init__(self, config: GptNeoConfig) -> None:
         super().__init__()
         self.config = config
@@ -93,11 +96,11 @@ class GPTNeoForCausalLM(nn.Module):
     def hidden(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """What the head reads, [B, T, E]."""
         length = check_length(tokens_BT, self.decoder.context)
-        sight = Sight(self.decoder, length, tokens_BT.device, documents_BT)
+        sight = Sight(self.decoder, length, tokens_BT.device, documents_BT, self.dropout if self.training else 0.0)
         positions = torch.arange(length, device=tokens_BT.device)
         x_BTE = self.transformer.wte(tokens_BT) + self.transformer.wpe(positions)
         for module, layer in zip(self.transformer.h, self.decoder.layers, strict=True):
-            x_BTE = module(x_BTE, layer, sight)
+            x_BTE = through(module, x_BTE, layer, sight, self.checkpoint_activations)
         out: Tensor = self.transformer.ln_f(x_BTE)
         return out
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from phi_runtime.config import PhiConfig
 from phi_runtime.decoder import Layer
-from phi_train.models.attention import Sight, attend, check_length, gelu_new, rotate, split_heads
+from phi_train.models.attention import Sight, attend, check_length, gelu_new, rotate, split_heads, through
 
 
 class PhiAttention(nn.Module):
@@ -57,7 +57,7 @@ class PhiDecoderLayer(nn.Module):
     def forward(self, x_BTE: Tensor, layer: Layer, sight: Sight) -> Tensor:
         """One layer."""
         normed = self.input_layernorm(x_BTE)
-        out: Tensor = x_BTE + self.self_attn(normed, layer, sight) + self.mlp(normed)
+        out: Tensor = x_BTE + sight.drop(self.self_attn(normed, layer, sight)) + sight.drop(self.mlp(normed))
         return out
 
 
@@ -74,6 +74,9 @@ class PhiModel(nn.Module):
 class PhiForCausalLM(nn.Module):
     """The language model: token ids [B, T] to logits [B, T, V]."""
 
+    dropout = 0.0  # of attention\'s weights and of what is added to the residual stream, while training
+    checkpoint_activations = False  # compute what is inside a layer again for the backward pass
+
     def __init__(self, config: PhiConfig) -> None:
         super().__init__()
         self.config = config
@@ -84,10 +87,10 @@ class PhiForCausalLM(nn.Module):
     def hidden(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """What the head reads, [B, T, E]."""
         length = check_length(tokens_BT, self.decoder.context)
-        sight = Sight(self.decoder, length, tokens_BT.device, documents_BT)
+        sight = Sight(self.decoder, length, tokens_BT.device, documents_BT, self.dropout if self.training else 0.0)
         x_BTE = self.model.embed_tokens(tokens_BT)
         for module, layer in zip(self.model.layers, self.decoder.layers, strict=True):
-            x_BTE = module(x_BTE, layer, sight)
+            x_BTE = through(module, x_BTE, layer, sight, self.checkpoint_activations)
         out: Tensor = self.model.final_layernorm(x_BTE)
         return out
 

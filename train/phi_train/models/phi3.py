@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from phi_runtime.config import Phi3Config
 from phi_runtime.decoder import Layer
-from phi_train.models.attention import Sight, attend, check_length, rotate, split_heads
+from phi_train.models.attention import Sight, attend, check_length, rotate, split_heads, through
 
 
 class Phi3RMSNorm(nn.Module):
@@ -69,8 +69,8 @@ class Phi3DecoderLayer(nn.Module):
 
     def forward(self, x_BTE: Tensor, layer: Layer, sight: Sight) -> Tensor:
         """One layer."""
-        x_BTE = x_BTE + self.self_attn(self.input_layernorm(x_BTE), layer, sight)
-        out: Tensor = x_BTE + self.mlp(self.post_attention_layernorm(x_BTE))
+        x_BTE = x_BTE + sight.drop(self.self_attn(self.input_layernorm(x_BTE), layer, sight))
+        out: Tensor = x_BTE + sight.drop(self.mlp(self.post_attention_layernorm(x_BTE)))
         return out
 
 
@@ -87,6 +87,9 @@ class Phi3Model(nn.Module):
 class Phi3ForCausalLM(nn.Module):
     """The language model: token ids [B, T] to logits [B, T, V]."""
 
+    dropout = 0.0  # of attention\'s weights and of what is added to the residual stream, while training
+    checkpoint_activations = False  # compute what is inside a layer again for the backward pass
+
     def __init__(self, config: Phi3Config) -> None:
         super().__init__()
         self.config = config
@@ -98,10 +101,10 @@ class Phi3ForCausalLM(nn.Module):
     def hidden(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """What the head reads, [B, T, E]."""
         length = check_length(tokens_BT, self.decoder.context)
-        sight = Sight(self.decoder, length, tokens_BT.device, documents_BT)
+        sight = Sight(self.decoder, length, tokens_BT.device, documents_BT, self.dropout if self.training else 0.0)
         x_BTE = self.model.embed_tokens(tokens_BT)
         for module, layer in zip(self.model.layers, self.decoder.layers, strict=True):
-            x_BTE = module(x_BTE, layer, sight)
+            x_BTE = through(module, x_BTE, layer, sight, self.checkpoint_activations)
         out: Tensor = self.model.norm(x_BTE)
         return out
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from phi_runtime.config import Phi3SmallConfig
 from phi_runtime.decoder import Layer
-from phi_train.models.attention import Sight, attend, check_length, rotate
+from phi_train.models.attention import Sight, attend, check_length, rotate, through
 
 
 class Phi3SmallSelfAttention(nn.Module):
@@ -59,8 +59,8 @@ class Phi3SmallDecoderLayer(nn.Module):
 
     def forward(self, x_BTE: Tensor, layer: Layer, sight: Sight) -> Tensor:
         """One layer."""
-        x_BTE = x_BTE + self.self_attn(self.input_layernorm(x_BTE), layer, sight)
-        out: Tensor = x_BTE + self.mlp(self.post_attention_layernorm(x_BTE))
+        x_BTE = x_BTE + sight.drop(self.self_attn(self.input_layernorm(x_BTE), layer, sight))
+        out: Tensor = x_BTE + sight.drop(self.mlp(self.post_attention_layernorm(x_BTE)))
         return out
 
 
@@ -77,6 +77,9 @@ class Phi3SmallModel(nn.Module):
 class Phi3SmallForCausalLM(nn.Module):
     """The language model: token ids [B, T] to logits [B, T, V]."""
 
+    dropout = 0.0  # of attention\'s weights and of what is added to the residual stream, while training
+    checkpoint_activations = False  # compute what is inside a layer again for the backward pass
+
     def __init__(self, config: Phi3SmallConfig) -> None:
         super().__init__()
         self.config = config
@@ -86,10 +89,10 @@ class Phi3SmallForCausalLM(nn.Module):
     def hidden(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """What the head reads, muP's scale included, [B, T, E]."""
         length = check_length(tokens_BT, self.decoder.context)
-        sight = Sight(self.decoder, length, tokens_BT.device, documents_BT)
+        sight = Sight(self.decoder, length, tokens_BT.device, documents_BT, self.dropout if self.training else 0.0)
         x_BTE = self.model.embed_tokens(tokens_BT) * self.decoder.embedding_scale
         for module, layer in zip(self.model.layers, self.decoder.layers, strict=True):
-            x_BTE = module(x_BTE, layer, sight)
+            x_BTE = through(module, x_BTE, layer, sight, self.checkpoint_activations)
         out: Tensor = self.model.final_layernorm(x_BTE) * self.decoder.logit_scale
         return out
 

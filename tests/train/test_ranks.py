@@ -1,0 +1,179 @@
+"""Many processes, ZeRO's stages, and what a run survives."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from support import SCRIPTS, run, settings
+
+from phi_train.loop import _number, learning_rate
+from phi_train.recipes import get_recipe
+
+SMALL = (
+    "model.hidden_size=64", "model.intermediate_size=128", "model.num_hidden_layers=2", "sequence_length=48",
+    "batch_size=8", "steps=16", "save_every=4", "eval_windows=2", "warmup_steps=2", "precision=fp32",
+)  # fmt: skip
+
+
+@pytest.fixture
+def common(checkpoint):
+    training = checkpoint / "training"
+    return (*SMALL, f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}")
+
+
+def command(ranks, out, changes):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launcher = [SCRIPTS / "torchrun", "--nproc-per-node", str(ranks), "--master-port", str(port)] if ranks > 1 else []
+    return [*launcher, SCRIPTS / "phi-train", "phi3-demo", "--out", out, *settings(*changes)]
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "training" / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def alone(tmp_path, common):
+    done = run(*command(1, tmp_path / "alone", common))
+    assert done.returncode == 0, done.stderr
+    return losses(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_processes_learn_as_one(stage, tmp_path, common, alone):
+    done = run(*command(2, tmp_path / "two", (*common, f"zero_stage={stage}", "micro_batch_size=2")))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out loss") == 1
+    assert np.abs(np.subtract(losses(tmp_path / "two"), alone)).max() < 1e-4
+    assert alone[-1] < alone[0] - 0.5
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_killed_on_two_processes_it_goes_on_with_one(stage, tmp_path, common, alone):
+    out = tmp_path / "broken"
+    changes = (*common, f"zero_stage={stage}")
+    process = subprocess.Popen(
+        command(2, out, changes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while not (out / "training" / "state" / "step-00000008").exists() and process.poll() is None:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "config.json").exists(), "it ended before it could be killed"
+    done = run(*command(1, out, changes))
+    assert done.returncode == 0, done.stderr
+    assert len(losses(out)) == 16
+    assert np.abs(np.subtract(losses(out), alone)).max() < 1e-4
+
+
+def test_a_batch_that_does_not_divide(tmp_path, common):
+    done = run(*command(2, tmp_path / "out", (*common, "batch_size=7")))
+    assert done.returncode != 0
+    assert "batch_size 7 does not divide among 2 processes" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_sigterm_saves_and_leaves(tmp_path, common):
+    out = tmp_path / "out"
+    changes = (*common, "steps=4000", "save_every=100000")
+    process = subprocess.Popen(command(1, out, changes), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = out / "training" / "log.jsonl"
+    while not (log.is_file() and len(log.read_text().splitlines()) > 3) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, said
+    newest = sorted((out / "training" / "state").glob("step-*"))[-1]
+    done = json.loads((newest / "state.json").read_text())["step"]
+    assert done == len(losses(out)) > 3
+
+
+_SPOIL = """
+import sys, torch
+import phi_train.loop as loop
+from phi_train.cli import main
+real = loop._Run._loss
+calls, what = 0, sys.argv[1]
+def spoilt(self, rows):
+    global calls
+    loss = real(self, rows)
+    if self.engine.module.training:
+        calls += 1
+        if calls == 7 and what == "loss":
+            loss = loss * float("nan")
+        if calls == 7 and what == "spike":
+            loss = loss + 50
+        if calls == 7 and what == "weights":
+            loss.register_hook(lambda g: g * float("nan"))
+        if what == "always" and calls > 6:
+            loss = loss * float("nan")
+    return loss
+loop._Run._loss = spoilt
+loop._RECENT = 5
+sys.argv = ["phi-train", *sys.argv[2:]]
+main()
+"""
+
+
+@pytest.mark.parametrize(("what", "skipped"), [("loss", [6]), ("spike", [6]), ("weights", [6, 7]), ("always", None)])
+def test_a_batch_that_goes_wrong_is_left_out(what, skipped, tmp_path, common):
+    out = tmp_path / "out"
+    arguments = [str(a) for a in command(1, out, (*common, "save_every=100"))[1:]]
+    done = subprocess.run([sys.executable, "-c", _SPOIL, what, *arguments], capture_output=True, text=True)
+    if what == "always":
+        assert done.returncode == 2
+        assert "11 batches went wrong" in done.stderr and "lower learning_rate" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert f"batch {6 if what != 'weights' else 7} is left out" in done.stderr
+    assert ("back to step 0" in done.stderr) == (what == "weights")
+    found = losses(out)
+    assert len(found) == 16 and np.isfinite(found).all() and max(found) < 9
+
+
+def test_the_batch_of_a_step_passes_over_those_left_out():
+    assert [_number(step, (1, 2, 5)) for step in range(5)] == [0, 3, 4, 6, 7]
+
+
+def test_schedules():
+    linear = get_recipe("phi1-base", [])
+    assert learning_rate(linear, 0) == pytest.approx(1e-3 / 750)
+    assert learning_rate(linear, 750) == pytest.approx(1e-3)
+    assert learning_rate(linear, 750 + (36_000 - 750) // 2) == pytest.approx(5e-4, rel=1e-3)
+    assert learning_rate(get_recipe("phi15", []), 0) == learning_rate(get_recipe("phi15", []), 30_000) == 2e-4
+    cosine = get_recipe("phi3-mini-4k", [])
+    assert learning_rate(cosine, cosine.steps) == pytest.approx(cosine.final_learning_rate)
+
+
+def test_a_run_begins_with_another_checkpoint(tmp_path, checkpoint, common):
+    training = checkpoint / "training"
+    mine = (f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "steps=2", "learning_rate=1e-6")
+    raw = json.loads((checkpoint / "config.json").read_text())
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+              "vocab_size", "max_position_embeddings", "sliding_window")  # fmt: skip
+    same = tuple(f"model.{f}={raw[f]}" for f in fields)
+    before = json.loads((training / "summary.json").read_text())
+    out = tmp_path / "out"
+    changes = (*mine, *same, f"init_from={checkpoint}", "dropout=0.1", "checkpoint_activations=true",
+               "documents_apart=true", "sequence_length=160", "batch_size=4")  # fmt: skip
+    done = run(*command(1, out, changes))
+    assert done.returncode == 0, done.stderr
+    after = json.loads((out / "training" / "summary.json").read_text())
+    assert abs(after["initial_loss"] - before["final_loss"]) < 0.3
+    done = run(*command(1, tmp_path / "other", (*common, f"init_from={checkpoint}")))
+    assert done.returncode == 2
+    assert "the recipe's model has" in done.stderr
+
+
+def test_documents_that_are_kept_apart_train_otherwise(tmp_path, common, alone):
+    done = run(*command(1, tmp_path / "apart", (*common, "documents_apart=true", "micro_batch_size=2")))
+    assert done.returncode == 0, done.stderr
+    found = losses(tmp_path / "apart")
+    assert found != alone and np.abs(np.subtract(found, alone)).max() < 0.5
