@@ -120,6 +120,7 @@ class _Run:
         self._states = out / "training" / "state"
         self._counters, self._progress = Counters(), progress
         self._recent: list[float] = []  # losses
+        self._log: _Log | None = None  # of the first process
 
     def steps(self) -> float:
         """Take all that are left; the seconds of all."""
@@ -127,7 +128,7 @@ class _Run:
         self._counters = load_state(self._states, self.engine)
         if self._counters.step == 0:
             save_state(self._states, self._counters, self.engine, self.ranks)  # to go back to
-        log = _Log(self.out / "training" / "log.jsonl", self._counters.step) if self.ranks.first else None
+        self._open_log()
         with _sigterm() as told:
             while self._counters.step < r.steps:
                 began = time.perf_counter()
@@ -143,8 +144,8 @@ class _Run:
                     "tokens": (step + 1) * r.batch_size * r.sequence_length,
                     "seconds": spent,
                 }
-                if log is not None:
-                    log.add(step + 1, figures)
+                if self._log is not None:
+                    self._log.add(step + 1, figures)
                     self._progress("training", step + 1, r.steps, figures)
                 stop = any_of(told(), self.ranks.device)
                 if stop or (step + 1) % r.save_every == 0 or step + 1 == r.steps:
@@ -202,6 +203,7 @@ class _Run:
             self._say(f"the weights are spoilt: back to step {back.step}", step)
             self._counters = dataclasses.replace(back, skipped=self._counters.skipped)
             self._recent = []
+            self._open_log()
         skipped = tuple(sorted({*self._counters.skipped, *numbers}))
         self._counters = dataclasses.replace(self._counters, skipped=skipped)
         if len(skipped) > _MOST_SKIPPED:
@@ -209,6 +211,11 @@ class _Run:
                 f"{self.out}: {len(skipped)} batches went wrong, the last one at step {step} with a loss of {loss}; "
                 "lower learning_rate, or look at the data"
             )
+
+    def _open_log(self) -> None:
+        """Without the steps that are taken anew."""
+        if self.ranks.first:
+            self._log = _Log(self.out / "training" / "log.jsonl", self._counters.step)
 
     def _say(self, what: str, step: int) -> None:
         if self.ranks.first:
