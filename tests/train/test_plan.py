@@ -1,6 +1,7 @@
 """Recipes of the systems, and what they are planned to take."""
 
 import dataclasses
+import json
 
 import pytest
 from support import run
@@ -72,6 +73,20 @@ def test_what_cannot_be_planned():
         plan(get_recipe("phi3-medium-4k", []), 512, "h100-80g", 0)
     with pytest.raises(UsageError, match="utilisation"):
         plan(get_recipe("phi2", []), 8, "a100-80g", None, 0.0)
+
+
+def test_more_memory_than_there_is(tmp_path):
+    done = run("phi-train", "phi3-medium-4k", "--out", tmp_path / "out", "--set", "batch_size=1")
+    assert done.returncode == 2
+    assert "55.8 weights, 55.8 gradients, 111.7 optimizer" in done.stderr and "GB are free" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_prints_the_configuration(tmp_path):
+    done = run("phi-train", "phi2", "--out", tmp_path / "out", "--dry-run", "--set", "steps=60")
+    said = json.loads(done.stdout)
+    assert (said["steps"], said["model"]["hidden_size"], said["model"]["model_type"]) == (60, 2560, "phi")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command():

@@ -1,6 +1,8 @@
 """`phi-train`."""
 
 import argparse
+import dataclasses
+import json
 import os
 import sys
 import time
@@ -15,7 +17,7 @@ from phi_runtime.errors import missing_extra
 if TYPE_CHECKING:
     from phi_train.loop import Progress
 
-_USAGE = """phi-train RECIPE --out DIR [--set key=value ...]
+_USAGE = """phi-train RECIPE --out DIR [--set key=value ...] [--dry-run]
        phi-train list
        phi-train plan RECIPE --gpus N --gpu KIND [--zero STAGE] [--set key=value ...]
        phi-train init NAME --out DIR [--seed N]
@@ -42,11 +44,15 @@ def _train(argv: list[str]) -> None:
     p.add_argument("recipe", metavar="RECIPE", help="name of a recipe; `phi-train list` shows them")
     p.add_argument("--out", type=Path, metavar="DIR", required=True, help="the run's folder, then the checkpoint")
     p.add_argument("--set", action="append", default=[], metavar="key=value", dest="settings", help="change a field")
+    p.add_argument("--dry-run", action="store_true", help="print the whole configuration and do nothing")
     args = p.parse_args(argv)
 
     from phi_train.recipes import get_recipe
 
     recipe = get_recipe(args.recipe, args.settings)
+    if args.dry_run:
+        print(json.dumps(dataclasses.asdict(recipe) | {"model": recipe.model.to_json()}, indent=1))
+        return
     try:
         from phi_train.loop import train
     except ImportError as e:

@@ -26,12 +26,14 @@ from phi_runtime.checkpoint import open_checkpoint
 from phi_runtime.config import AnyConfig, read_json
 from phi_runtime.errors import OutputExistsError, UsageError
 from phi_runtime.files import disk_full_named, sha256, write_file
+from phi_runtime.memory import available
 from phi_runtime.tokenizer import FILE, Tokenizer
 from phi_train.checkpoint import write_checkpoint
 from phi_train.data import Data, open_data, write_shards
 from phi_train.engine import Ranks, any_of, barrier, join, make_engine, mean, share
 from phi_train.models import CausalLM, build
 from phi_train.models.attention import init_weights
+from phi_train.plan import check_memory
 from phi_train.recipe import Recipe
 from phi_train.state import Counters, full_weights, load_state, save_state
 from phi_train.tokenizer import END_OF_TEXT, train_tokenizer
@@ -64,7 +66,9 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
     OutputExistsError for a foreign folder; Stopped after SIGTERM, the state saved.
     """
     ranks = join()
-    share(recipe, ranks)
+    micro, _ = share(recipe, ranks)
+    free = torch.cuda.mem_get_info(ranks.device)[0] if ranks.device.type == "cuda" else available()
+    check_memory(recipe, micro, ranks.world, ranks.local_world if ranks.device.type == "cpu" else 1, free)
     training = out / "training"
     if ranks.first:
         _claim(recipe, out, training)

@@ -144,6 +144,20 @@ def plan(recipe: Recipe, gpus: int, gpu: str, zero_stage: int | None = None, uti
     return found
 
 
+def check_memory(recipe: Recipe, micro: int, world: int, local: int, available: int) -> None:
+    """Raise UsageError, with the arithmetic, where `local` of `world` processes need more bytes than there are."""
+    m = _memory(recipe, num_parameters(recipe.model), micro, world, recipe.zero_stage)
+    parts = {"weights": m.weights, "gradients": m.gradients, "optimizer": m.optimizer}
+    parts |= {"activations": m.activations, "logits": m.logits}
+    needed = local * sum(parts.values())
+    if needed > available:
+        said = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in parts.items())
+        raise UsageError(
+            f"{recipe.name} needs {needed / 1e9:.1f} GB here ({local} x: {said}), {available / 1e9:.1f} GB are free; "
+            "take a -demo, a smaller micro_batch_size, checkpoint_activations=true, or GPUs (see phi-train plan)"
+        )
+
+
 def _memory(r: Recipe, parameters: int, micro: int, gpus: int, stage: int) -> Memory:
     """Weights, gradients and two moments in 32 bits, as the engine holds them; activations in 16."""
     d = r.model.decoder()
