@@ -142,7 +142,9 @@ def test_a_foreign_folder_is_refused(tmp_path):
 
 def test_too_little_data_is_refused(tmp_path, checkpoint):
     training = checkpoint / "training"
-    common = settings(f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "batch_size=100000")
+    common = settings(
+        f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "batch_size=100000", "micro_batch_size=4"
+    )
     done = run("phi-train", "phi3-demo", "--out", tmp_path / "out", *common)
     assert done.returncode == 2
     assert "a batch takes 100000" in done.stderr
