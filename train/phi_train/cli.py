@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _USAGE = """phi-train RECIPE --out DIR [--set key=value ...] [--dry-run]
        phi-train list
        phi-train plan RECIPE --gpus N --gpu KIND [--zero STAGE] [--set key=value ...]
+       phi-train grow CKPT --into RECIPE --way WAY --out DIR [--noise X] [--set key=value ...]
        phi-train init NAME --out DIR [--seed N]
        phi-train tokenizer --corpus CORPUS --vocab-size N --out DIR
        phi-train shards --corpus CORPUS --tokenizer DIR --out DIR"""
@@ -31,7 +32,7 @@ def main() -> NoReturn:
 
 
 def _main(argv: list[str]) -> None:
-    commands = {"list": _list, "plan": _plan, "init": _init, "tokenizer": _tokenizer, "shards": _shards}
+    commands = {"list": _list, "plan": _plan, "grow": _grow, "init": _init, "tokenizer": _tokenizer, "shards": _shards}
     if argv and argv[0] in commands:
         commands[argv[0]](argv[1:])
     else:
@@ -111,6 +112,27 @@ def _plan(argv: list[str]) -> None:
         print(f"ZeRO {m.stage}, {fits}: {found.arithmetic(m.stage)}")
     if r.ours:
         print(f"our choice, where the paper gives none: {', '.join(r.ours)}")
+
+
+def _grow(argv: list[str]) -> None:
+    p = argparse.ArgumentParser("phi-train grow", description="Begin a larger model with a smaller one's weights.")
+    p.add_argument("checkpoint", type=Path, metavar="CKPT", help="the smaller one's folder")
+    p.add_argument("--into", required=True, metavar="RECIPE", help="whose model it is to become")
+    p.add_argument("--way", required=True, help="random, reuse, tile or preserve")
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write; train with --set init_from=DIR"
+    )
+    p.add_argument("--noise", type=float, default=0.0, metavar="X", help="of preserve, relative to the weights (0)")
+    p.add_argument("--seed", type=int, default=0, help="seed of what is drawn (default %(default)s)")
+    p.add_argument("--set", action="append", default=[], metavar="key=value", dest="settings", help="change a field")
+    args = p.parse_args(argv)
+    from phi_runtime.config import num_parameters
+    from phi_train.grow import grow
+    from phi_train.recipes import get_recipe
+
+    model = get_recipe(args.into, args.settings).model
+    grow(args.checkpoint, model, args.way, args.out, args.noise, args.seed)
+    print(f"{args.out}: {num_parameters(model):,} parameters, begun by {args.way}")
 
 
 def _init(argv: list[str]) -> None:
