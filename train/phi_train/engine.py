@@ -1,7 +1,7 @@
 """DeepSpeed around a model, on one process or many: who we are among them, and the engine with its optimizer.
 
 Weights and optimizer are float32; bf16 is autocast's. ZeRO's stages 1 to 3 divide the optimizer's state, gradients and
-weights among the processes (arXiv:1910.02054). float16 is DeepSpeed's own engine, which scales the loss.
+weights among the processes (arXiv:1910.02054).
 """
 
 import os
@@ -95,8 +95,6 @@ def make_engine(model: nn.Module, r: Recipe, ranks: Ranks) -> Any:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
-    if r.precision == "fp16":
-        config["fp16"] = {"enabled": True, "initial_scale_power": 12}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
 

@@ -65,6 +65,8 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
     Raises UsageError for a recipe or data that do not fit, and for a run that goes wrong again and again;
     OutputExistsError for a foreign folder; Stopped after SIGTERM, the state saved.
     """
+    if recipe.precision == "fp16":
+        raise UsageError("float16, with its scaled loss, is for plans only so far; train with --set precision=bf16")
     ranks = join()
     micro, _ = share(recipe, ranks)
     free = torch.cuda.mem_get_info(ranks.device)[0] if ranks.device.type == "cuda" else available()
