@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from phi_runtime.backends import DEFAULT_CONTEXT, choose_backend, kv_types
-from phi_runtime.backends.llama_cpp import KV_TYPES
+from phi_runtime.backends.llama_cpp import KV_TYPES, PADDED
 from phi_runtime.engine import CHUNK
 from phi_runtime.errors import ContextError, MemoryPlanError, UsageError
 from phi_runtime.package import Package, open_package
@@ -24,7 +24,6 @@ DEVICES = {
     "laptop-16gb": 12_000_000_000,
 }
 _CONTEXTS = (32768, 16384, 8192, 4096, 3072, 2048, 1024, 512)
-_PADDED = 256  # llama.cpp reserves whole multiples
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def predict(package: Package, device: str, context: int, kv: str, limit: int) ->
     chunk = min(CHUNK, context)
     logits = 4 * chunk * shape.vocab_size
     if package.format == "gguf":
-        slots = -(-context // _PADDED) * _PADDED
+        slots = -(-context // PADDED) * PADDED
         cache = int(numbers * slots * KV_TYPES[kv][1] / 8)
         scores = 4 * shape.heads * chunk * slots if kv == "f16" else 0  # flash attention keeps none
         buffers = max(logits + (2 << 20) + 13 * chunk * slots, scores + (1 << 20)) + package.staging

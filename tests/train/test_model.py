@@ -20,18 +20,6 @@ def published(**changes):
     return dataclasses.replace(phi3_mini_4k(), **changes)
 
 
-def test_parameter_counts_are_the_published_ones():
-    medium = published(
-        hidden_size=5120, intermediate_size=17920, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=10
-    )
-    for config, count in ((published(), 3_821_079_552), (medium, 13_960_238_080)):
-        assert num_parameters(config) == count
-        with torch.device("meta"):
-            model = Phi3ForCausalLM(config)
-        assert sum(p.numel() for p in model.parameters()) == count
-        assert {n: tuple(p.shape) for n, p in model.named_parameters()} == config.tensor_shapes()
-
-
 @pytest.mark.parametrize(
     ("name", "count"),
     {

@@ -14,6 +14,7 @@ from phi_runtime.engine import CHUNK
 from phi_runtime.errors import BundleError, ContextError, MissingExtraError, UsageError
 from phi_runtime.tokenizer import check_tokens, check_unicode
 
+PADDED = 256  # a context is a whole multiple of so many tokens
 # Types that the KV cache may have, the default first: ggml's number of each, and bits per number stored.
 KV_TYPES = {
     "f16": (1, 16.0),
@@ -183,7 +184,7 @@ class LlamaCppBatch:
     def __init__(self, backend: LlamaCppBackend, rows: int, slots: int) -> None:
         self._backend = backend
         self._lengths = [0] * rows
-        self._ctx = backend.new_context(-(-slots // 256) * 256, rows)  # llama.cpp gives each row whole multiples
+        self._ctx = backend.new_context(-(-slots // PADDED) * PADDED, rows)
 
     def read(self, row: int, tokens: list[int]) -> F32:
         """Begin a text in a row; the logits [vocab_size] after it."""
