@@ -55,11 +55,13 @@ def _train(argv: list[str]) -> None:
         print(json.dumps(dataclasses.asdict(recipe) | {"model": recipe.model.to_json()}, indent=1))
         return
     try:
+        from phi_train.engine import leave
         from phi_train.loop import train
     except ImportError as e:
         raise missing_extra(e, "train") from None
     with _progress() as progress:
         s = train(recipe, args.out, progress)
+    leave()
     if os.environ.get("RANK", "0") != "0":  # one of many processes says it
         return
     print(

@@ -5,6 +5,7 @@ weights among the processes (arXiv:1910.02054).
 """
 
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,16 @@ def join() -> Ranks:
     return ranks
 
 
+# DeepSpeed calls torch by names that torch has since renamed; nobody who trains can do anything about it.
+warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
 _ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
+def leave() -> None:
+    """Part from the other processes before the interpreter ends, so that none finds a connection broken."""
+    if distributed.is_initialized():
+        barrier()
+        distributed.destroy_process_group()
 
 
 def share(recipe: Recipe, ranks: Ranks) -> tuple[int, int]:
