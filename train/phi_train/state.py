@@ -5,6 +5,7 @@ hold is the one continued from. Tensors are whole whatever ZeRO divided them int
 of processes.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -54,7 +55,8 @@ def save_state(folder: Path, counters: Counters, engine: Any, ranks: Ranks) -> N
             for name, tensors in zip(_FILES, (weights, moments, numbers), strict=True):
                 (stage / name).write_bytes(save(tensors))
             digests = {name: sha256(stage / name) for name in _FILES}
-            (stage / "state.json").write_text(json.dumps({**asdict(counters), "sha256": digests}) + "\n")
+            said = {**asdict(counters), "sha256": digests}
+            (stage / "state.json").write_text(json.dumps(said | {"self": _digest(said)}) + "\n")
         for old in sorted(folder.glob("step-*"))[:-_KEEP]:
             shutil.rmtree(old)
     barrier()
@@ -144,8 +146,13 @@ def _read_valid(folder: Path) -> Counters | None:
     """The counters of a state whose files are what was written, else None."""
     try:
         said = read_json(folder / "state.json")
-        whole = all(sha256(folder / name) == said["sha256"][name] for name in _FILES)
+        whole = said.pop("self") == _digest(said) and all(sha256(folder / name) == said["sha256"][name] for name in _FILES)
         counters = Counters(int(said["step"]), float(said["seconds"]), tuple(int(n) for n in said["skipped"]))
     except (CheckpointError, OSError, KeyError, TypeError, ValueError):
         return None
     return counters if whole else None
+
+
+def _digest(said: dict[str, Any]) -> str:
+    """Of what state.json says, itself left out."""
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
