@@ -1,0 +1,85 @@
+"""Kill a training run at random points, again and again; it must end in the bytes of one that was never stopped.
+
+    python bench/rivals/kills.py --kills 50 --out DIR [--set key=value ...]
+
+After every fifth kill a byte of the newest state is flipped: a state that is not whole may not be continued from.
+After each kill the log so far is compared with the unbroken run's, loss by loss.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    """Print how many of the kills left no trace."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--kills", type=int, default=50)
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--set", action="append", default=[], dest="settings")
+    args = p.parse_args()
+    draw = random.Random(args.seed)
+    shutil.rmtree(args.out, ignore_errors=True)
+    command = [Path(sys.executable).parent / "phi-train", "phi3-demo"]
+    command += [part for setting in args.settings for part in ("--set", setting)]
+    whole, broken = args.out / "whole", args.out / "broken"
+    subprocess.run([*command, "--out", whole], check=True, stderr=subprocess.DEVNULL)
+    expected = losses(whole)
+    kills = flips = exact = 0
+    while not (broken / "config.json").exists():
+        process = subprocess.Popen(
+            [*command, "--out", broken], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        if kills < args.kills:
+            # From the start of the interpreter to some steps into the run.
+            began, patience = time.monotonic(), draw.uniform(0, 3)
+            before = len(losses(broken))
+            late = draw.random() < 0.8
+            while process.poll() is None and time.monotonic() - began < 60:
+                if not late or len(losses(broken)) > before + 2:
+                    break
+                time.sleep(0.01)
+            time.sleep(patience)
+        else:
+            process.wait()
+        if process.poll() is not None:
+            if process.returncode != 0:
+                sys.exit(f"it ended with {process.returncode}, unkilled, after {kills} kills")
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+        found = losses(broken)
+        exact += found == expected[: len(found)]
+        states = sorted((broken / "training" / "state").glob("step-*"))
+        if kills % 5 == 0 and len(states) > 1:
+            file = draw.choice(sorted(states[-1].iterdir()))
+            raw = bytearray(file.read_bytes())
+            raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
+            file.write_bytes(raw)
+            flips += 1
+        print(f"kill {kills} at step {len(found)}, {exact} exact, {flips} states spoilt", flush=True)
+    same = all((whole / n).read_bytes() == (broken / n).read_bytes() for n in ("model.safetensors", "config.json"))
+    print(f"{kills} kills, {exact} with the unbroken run's losses, {flips} spoilt states; same bytes: {same}")
+    print(f"all {len(expected)} losses the same: {losses(broken) == expected}")
+
+
+def losses(run: Path) -> list[float]:
+    """Of the steps taken so far; the line that a kill cut off does not count."""
+    log = run / "training" / "log.jsonl"
+    if not log.is_file():
+        return []
+    lines = log.read_text().split("\n")[:-1]
+    return [json.loads(line)["loss"] for line in lines]
+
+
+if __name__ == "__main__":
+    main()
