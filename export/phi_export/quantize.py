@@ -12,6 +12,7 @@ from phi_export.feedback import Factor, Level, met, palette, round_columns, unif
 from phi_runtime.checkpoint import Tensor
 from phi_runtime.decoder import F32
 from phi_runtime.errors import CheckpointError
+from phi_train.grid import SHRINK
 
 U8 = npt.NDArray[np.uint8]
 I8 = npt.NDArray[np.int8]
@@ -19,9 +20,6 @@ F16 = npt.NDArray[np.float16]
 
 FLOAT16_MAX = 65504.0
 _CACHED = 1 << 16  # weights worked on at a time, so that every step stays in the cache
-# Tried as scales, in units of the one that just reaches a block's largest weight. Clipping it a
-# little often costs less than a coarser grid for the others; the coarser the grid, the sooner.
-_SHRINK = {8: (1.0,), 4: (1.0, 0.9, 0.8), 2: (1.0, 0.75, 0.55, 0.4)}
 _BINS = 2048  # of the histogram that palettes are fitted to
 _ROUNDS = 12  # of Lloyd's algorithm
 
@@ -74,7 +72,7 @@ def _round_cached(x: F32, bits: int, block: int) -> tuple[I8, F16]:
     reach = np.where(upper > -lower, upper, lower)
     rounded = np.empty_like(blocks)
     best, scale = np.zeros(len(blocks), np.float32), np.zeros(len(blocks), np.float32)
-    for shrink in _SHRINK[bits]:
+    for shrink in SHRINK[bits]:
         _to_grid(blocks, reach * np.float32(shrink / low), low, high, rounded)
         # Under the scale that fits these codes best, the error is |x|^2 less this gain.
         dot = np.einsum("ij,ij->i", blocks, rounded)

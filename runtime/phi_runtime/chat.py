@@ -39,11 +39,15 @@ class ChatFormat:
 
         Raises ChatError for a message that is malformed, or of a role that this format has no place for.
         """
+        reply = "" if self.opens_reply else f"<|assistant|>{self.break_}"
+        return self.conversation(messages, bos_token) + reply
+
+    def conversation(self, messages: Messages, bos_token: str = "") -> str:
+        """The messages alone, as they are learnt from. Raises ChatError as `render`."""
         turns = [self._turn(role, content) for role, content in map(_parts, messages)]
         if not turns:
             raise ChatError("the conversation is empty; give at least one message")
-        reply = "" if self.opens_reply else f"<|assistant|>{self.break_}"
-        return (bos_token if self.bos else "") + "".join(turns) + reply
+        return (bos_token if self.bos else "") + "".join(turns)
 
     def _turn(self, role: str, content: str) -> str:
         if role not in self.roles:

@@ -91,6 +91,11 @@ class Tokenizer:
             return bytes([int(piece[3:5], 16)])
         return piece.replace(_SPACE, " ").encode()
 
+    def special_tokens(self, text: str) -> list[str]:
+        """The special tokens that a text spells out."""
+        found = (self._t.id_to_token(t) or "" for t in self.encode(text) if t in self._special)
+        return [piece for piece in found if piece in text]
+
     def id(self, token: str) -> int | None:
         """Id of one token by its spelling, None if there is no such token."""
         return self._t.token_to_id(token)

@@ -12,7 +12,7 @@ from phi_runtime.files import write_file
 from phi_runtime.tokenizer import Tokenizer
 
 # Tokens that end an answer, in phi-3's chat format (its published generation_config.json).
-_STOPS = ("<|endoftext|>", "<|assistant|>", "<|end|>")
+STOPS = ("<|endoftext|>", "<|assistant|>", "<|end|>")
 
 
 def write_checkpoint(out: Path, config: Config, weights: dict[str, Tensor], tokenizer: Path) -> None:
@@ -21,7 +21,7 @@ def write_checkpoint(out: Path, config: Config, weights: dict[str, Tensor], toke
     """
     for name in ("tokenizer.json", "tokenizer_config.json"):
         write_file(out / name, (tokenizer / name).read_bytes())
-    ids = [Tokenizer(tokenizer).id(token) for token in _STOPS]
+    ids = [Tokenizer(tokenizer).id(token) for token in STOPS]
     generation = {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": [i for i in ids if i is not None],

@@ -23,7 +23,9 @@ _USAGE = """phi-train RECIPE --out DIR [--set key=value ...] [--dry-run]
        phi-train grow CKPT --into RECIPE --way WAY --out DIR [--noise X] [--set key=value ...]
        phi-train init NAME --out DIR [--seed N]
        phi-train tokenizer --corpus CORPUS --vocab-size N --out DIR
-       phi-train shards --corpus CORPUS --tokenizer DIR --out DIR"""
+       phi-train shards --corpus CORPUS | --conversations FILE --tokenizer DIR --out DIR
+       phi-train questions --corpus CORPUS --out FILE
+       phi-train reject CKPT --conversations FILE --out FILE"""
 
 
 def main() -> NoReturn:
@@ -33,6 +35,7 @@ def main() -> NoReturn:
 
 def _main(argv: list[str]) -> None:
     commands = {"list": _list, "plan": _plan, "grow": _grow, "init": _init, "tokenizer": _tokenizer, "shards": _shards}
+    commands |= {"questions": _questions, "reject": _reject}
     if argv and argv[0] in commands:
         commands[argv[0]](argv[1:])
     else:
@@ -68,9 +71,10 @@ def _train(argv: list[str]) -> None:
         f"{args.out}: {s.parameters:,} parameters, {s.steps} steps, {s.tokens:,} tokens in {s.seconds:.0f} s "
         f"({s.tokens_per_second:.0f} tokens/s)"
     )
+    compared = "" if s.unigram_loss is None else f"; a unigram model has {s.unigram_loss:.3f}"
     print(
         f"held-out loss over {s.heldout_tokens:,} tokens: {s.initial_loss:.3f} at the start, "
-        f"{s.final_loss:.3f} at the end; a unigram model has {s.unigram_loss:.3f} (nats per token)"
+        f"{s.final_loss:.3f} at the end{compared} (nats {'per pair' if recipe.objective == 'dpo' else 'per token'})"
     )
 
 
@@ -174,16 +178,61 @@ def _tokenizer(argv: list[str]) -> None:
 
 
 def _shards(argv: list[str]) -> None:
-    p = argparse.ArgumentParser("phi-train shards", description="Tokenise a corpus into shards, some files held out.")
+    p = argparse.ArgumentParser(
+        "phi-train shards", description="Tokenise a corpus, or examples, into a folder; some of it is held out."
+    )
     _corpus_and_out(p)
     p.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="folder with tokenizer.json")
+    p.add_argument(
+        "--conversations",
+        type=Path,
+        metavar="FILE",
+        help='instead of a corpus: JSON lines, {"messages": ...} to imitate or {"prompt", "chosen", "rejected"}',
+    )
     args = p.parse_args(argv)
+    if args.conversations is not None:
+        from phi_train.examples import open_examples, write_examples
+
+        print(f"tokenising {args.conversations}", file=sys.stderr)
+        write_examples(args.conversations, args.tokenizer, args.out)
+        found = open_examples(args.out)
+        print(f"{args.out}: {found.kind}, {len(found.train):,} texts to train on, {len(found.held):,} held out")
+        return
     from phi_train.data import open_data, write_shards
 
     print(f"tokenising {args.corpus}", file=sys.stderr)
     write_shards(args.corpus, args.tokenizer, args.out)
     data = open_data(args.out)
     print(f"{args.out}: {sum(len(s) for s in data.shards):,} tokens to train on, {len(data.heldout):,} held out")
+
+
+def _questions(argv: list[str]) -> None:
+    p = argparse.ArgumentParser(
+        "phi-train questions", description="Conversations about the functions of a corpus, to try fine-tuning with."
+    )
+    _corpus_and_out(p)
+    args = p.parse_args(argv)
+    from phi_train.questions import write_questions
+
+    print(f"{args.out}: {write_questions(args.corpus, args.out):,} conversations")
+
+
+def _reject(argv: list[str]) -> None:
+    p = argparse.ArgumentParser(
+        "phi-train reject", description="Preferences: each answer before what the model says instead, for DPO."
+    )
+    p.add_argument("checkpoint", type=Path, metavar="CKPT", help="the model's folder")
+    p.add_argument("--conversations", type=Path, required=True, metavar="FILE", help='JSON lines, {"messages": ...}')
+    p.add_argument("--most", type=positive, default=2000, metavar="N", help="questions asked (default %(default)s)")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
+    args = p.parse_args(argv)
+    from phi_train.questions import write_rejected
+
+    with _progress() as progress:
+        kept, asked = write_rejected(
+            args.checkpoint, args.conversations, args.out, args.most, lambda n, of: progress("asking", n, of, {})
+        )
+    print(f"{args.out}: {kept:,} preferences; of {asked:,} questions the model answers {asked - kept:,} as they stand")
 
 
 def _corpus_and_out(p: argparse.ArgumentParser) -> None:

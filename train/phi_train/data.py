@@ -96,15 +96,6 @@ class Data:
             index -= count
         raise IndexError(index)
 
-    def batch(self, step: int, size: int, length: int, seed: int) -> Tokens:
-        """The batch [size, length] of one step: a function of these arguments alone, so that a
-        continued run sees what an unbroken one would. Each epoch has an order of its own.
-        """
-        count = self.windows(length)
-        places = [divmod(n, count) for n in range(step * size, (step + 1) * size)]
-        orders = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch, _ in places}
-        return np.stack([self.window(int(orders[epoch][place]), length) for epoch, place in places])
-
     def heldout_windows(self, length: int, most: int) -> Tokens:
         """Up to `most` windows [n, length], spread evenly over the held-out tokens."""
         count = len(self.heldout) // length

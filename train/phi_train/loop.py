@@ -20,23 +20,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from phi_runtime.checkpoint import open_checkpoint
-from phi_runtime.config import AnyConfig, read_json
+from phi_runtime.config import AnyConfig, num_parameters, read_config, read_json
 from phi_runtime.errors import OutputExistsError, UsageError
-from phi_runtime.files import disk_full_named, sha256, write_file
+from phi_runtime.files import write_file
 from phi_runtime.memory import available
-from phi_runtime.tokenizer import FILE, Tokenizer
+from phi_runtime.tokenizer import Tokenizer
+from phi_train.batch import Batch, Stream
 from phi_train.checkpoint import write_checkpoint
-from phi_train.data import Data, open_data, write_shards
 from phi_train.engine import Ranks, any_of, barrier, join, make_engine, mean, share
-from phi_train.models import CausalLM, build
+from phi_train.models import CausalLM, build, load_weights
 from phi_train.models.attention import init_weights
+from phi_train.objectives import next_token, preference
 from phi_train.plan import check_memory
 from phi_train.recipe import Recipe
+from phi_train.rounding import train_on_grid
 from phi_train.state import Counters, full_weights, load_state, save_state
-from phi_train.tokenizer import END_OF_TEXT, train_tokenizer
+from phi_train.streams import prepare
+from phi_train.tokenizer import END_OF_TEXT
+from phi_train.watch import Log, continuations, plot_losses, write_samples
 
 # Told what happens: (what, steps done, steps in all, figures).
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -44,7 +47,7 @@ Progress = Callable[[str, int, int, dict[str, float]], None]
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run learned. Losses are nats per held-out token."""
+    """What a finished run learned. Losses are nats per held-out token that is learnt; of DPO its own, per pair."""
 
     parameters: int
     steps: int
@@ -53,7 +56,7 @@ class Summary:
     tokens_per_second: float
     initial_loss: float
     final_loss: float
-    unigram_loss: float
+    unigram_loss: float | None
     heldout_tokens: int
 
 
@@ -70,7 +73,9 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
     ranks = join()
     micro, _ = share(recipe, ranks)
     free = torch.cuda.mem_get_info(ranks.device)[0] if ranks.device.type == "cuda" else available()
-    check_memory(recipe, micro, ranks.world, ranks.local_world if ranks.device.type == "cpu" else 1, free)
+    frozen = _teacher_folder(recipe)
+    others = 0 if frozen is None else num_parameters(read_config(frozen))
+    check_memory(recipe, micro, ranks.world, ranks.local_world if ranks.device.type == "cpu" else 1, free, others)
     training = out / "training"
     if ranks.first:
         _claim(recipe, out, training)
@@ -78,22 +83,24 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
     if (training / "summary.json").is_file() and (out / "config.json").is_file():
         return Summary(**read_json(training / "summary.json"))
     if ranks.first:
-        _prepare(recipe, training, progress)
+        prepare(recipe, training, lambda what: progress(what, 0, recipe.steps, {}))
     barrier()
-    tokenizer, data = _prepare(recipe, training, progress)
+    tokenizer, stream = prepare(recipe, training, lambda what: None)
     config = _with_tokens(recipe.model, tokenizer)
     torch.manual_seed(recipe.seed)
     model = build(config)
     if recipe.init_from is None:
         init_weights(model, recipe.seed)
     else:
-        _load_weights(model, config, Path(recipe.init_from))
+        load_weights(model, open_checkpoint(Path(recipe.init_from)))
     model.dropout, model.checkpoint_activations = recipe.dropout, recipe.checkpoint_activations
-    heldout = torch.from_numpy(data.heldout_windows(recipe.sequence_length, recipe.eval_windows))
+    if recipe.rounding is not None:
+        train_on_grid(model, recipe.rounding)
+    heldout = stream.heldout()
     engine = make_engine(model.to(ranks.device), recipe, ranks)
-    run = _Run(recipe, out, data, engine, ranks, progress)
+    run = _Run(recipe, out, stream, engine, _teacher(recipe, config, ranks), ranks, progress)
     initial = run.evaluate(heldout)
-    seconds = run.steps()
+    seconds = run.steps(Tokenizer(tokenizer), heldout)
     summary = Summary(
         parameters=sum(math.prod(shape) for shape in config.tensor_shapes().values()),
         steps=recipe.steps,
@@ -102,12 +109,13 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
         tokens_per_second=recipe.tokens / seconds,
         initial_loss=initial,
         final_loss=run.evaluate(heldout),
-        unigram_loss=data.unigram_loss(heldout[:, 1:].numpy()),
-        heldout_tokens=heldout[:, 1:].numel(),
+        unigram_loss=stream.unigram_loss(),
+        heldout_tokens=heldout.count,
     )
     weights = full_weights(engine)
     if ranks.first:
         write_file(training / "summary.json", json.dumps(dataclasses.asdict(summary), indent=1) + "\n")
+        plot_losses(training, (summary.initial_loss, summary.final_loss))
         write_checkpoint(out, config, weights, tokenizer)
         shutil.rmtree(training / "state")  # the run is over: nothing will be continued
     barrier()
@@ -121,14 +129,24 @@ class Stopped(SystemExit):
 class _Run:
     """The steps of a run on this process."""
 
-    def __init__(self, recipe: Recipe, out: Path, data: Data, engine: Any, ranks: Ranks, progress: Progress) -> None:
-        self.recipe, self.out, self.data, self.engine, self.ranks = recipe, out, data, engine, ranks
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        stream: Stream,
+        engine: Any,
+        teacher: CausalLM | None,
+        ranks: Ranks,
+        progress: Progress,
+    ) -> None:
+        self.recipe, self.out, self.stream, self.engine, self.ranks = recipe, out, stream, engine, ranks
+        self._teacher = teacher
         self._states = out / "training" / "state"
         self._counters, self._progress = Counters(), progress
         self._recent: list[float] = []  # losses
-        self._log: _Log | None = None  # of the first process
+        self._log: Log | None = None  # of the first process
 
-    def steps(self) -> float:
+    def steps(self, tokenizer: Tokenizer, heldout: Batch) -> float:
         """Take all that are left; the seconds of all."""
         r = self.recipe
         self._counters = load_state(self._states, self.engine)
@@ -142,12 +160,14 @@ class _Run:
                 loss = self._step(step)
                 if loss is None:
                     continue
-                spent = self._counters.seconds + time.perf_counter() - began
+                took = time.perf_counter() - began
+                spent = self._counters.seconds + took
                 self._counters = dataclasses.replace(self._counters, step=step + 1, seconds=spent)
                 figures = {
                     "loss": loss,
                     "learning_rate": learning_rate(r, step),
                     "tokens": (step + 1) * r.batch_size * r.sequence_length,
+                    "tokens_per_second": r.batch_size * r.sequence_length / took,
                     "seconds": spent,
                 }
                 if self._log is not None:
@@ -156,37 +176,57 @@ class _Run:
                 stop = any_of(told(), self.ranks.device)
                 if stop or (step + 1) % r.save_every == 0 or step + 1 == r.steps:
                     save_state(self._states, self._counters, self.engine, self.ranks)
+                    self._sample(step + 1, tokenizer, heldout)
                 if stop:
+                    self._say(
+                        f"stopped by SIGTERM; the state is saved, the same command goes on from step {step + 1}", step
+                    )
                     raise Stopped(128 + signal.SIGTERM)
+        if self._log is not None:
+            self._log.close()
         return self._counters.seconds
 
-    def evaluate(self, rows: Tensor) -> float:
-        """Mean next-token loss, nats, over windows [n, T] of tokens; every process computes all of it."""
+    def _sample(self, step: int, tokenizer: Tokenizer, heldout: Batch) -> None:
+        """Let the model go on with the beginnings of held-out texts."""
+        r = self.recipe
+        if not r.samples:
+            return
+        prompts = heldout.tokens[: r.samples, 0, : min(_PROMPT, r.sequence_length // 2)].to(self.ranks.device)
+        self.engine.eval()
+        with self._autocast():
+            texts = continuations(self.engine, prompts, _NEW, r.model.max_position_embeddings)
+        self.engine.train()
+        if self._log is not None:
+            write_samples(self.out / "training" / "samples.jsonl", self._log, step, tokenizer, prompts, texts)
+
+    def evaluate(self, heldout: Batch) -> float:
+        """Mean loss, nats, over held-out tokens, or over pairs; every process computes all of it."""
         micro, _ = share(self.recipe, self.ranks)
         self.engine.eval()
         with torch.no_grad():
-            parts = torch.split(rows, micro)
-            losses = [float(self._loss(part)) for part in parts]
+            total = sum(float(self._loss(part, 1.0, taught=False)) for part in heldout.split(micro))
         self.engine.train()
-        return float(np.average(losses, weights=[len(part) for part in parts]))
+        return total / self._units(heldout)
 
     def _step(self, step: int) -> float | None:
         """One step of the optimizer; its loss, None where its batch was left out."""
         r, engine, ranks = self.recipe, self.engine, self.ranks
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(r, step)
-        rows = self.data.batch(_number(step, self._counters.skipped), r.batch_size, r.sequence_length, r.seed)
-        micro, _ = share(r, ranks)
-        own = torch.from_numpy(rows[ranks.rank :: ranks.world])
+        batch = self.stream.batch(_number(step, self._counters.skipped))
+        micro, times = share(r, ranks)
+        own = batch[ranks.rank :: ranks.world]
+        # The engine takes the mean over processes and parts; what is wanted is that over all tokens of the batch.
+        weight = ranks.world * times / self._units(batch)
         losses: list[float] = []
-        for part in torch.split(own, micro):
-            loss = self._loss(part)
+        for part in own.split(micro):
+            loss = self._loss(part, weight)
             found = mean(loss)
             if not self._good(found):
                 self._leave_out(step, found)
                 if not losses:  # nothing of this batch is in the engine yet
                     return None
-                loss, found = 0 * self._loss(own[:micro]), losses[-1]
+                loss, found = 0 * self._loss(own[:micro], weight), losses[-1]
             losses.append(found)
             engine.backward(loss)
             engine.step()
@@ -221,26 +261,32 @@ class _Run:
     def _open_log(self) -> None:
         """Without the steps that are taken anew."""
         if self.ranks.first:
-            self._log = _Log(self.out / "training" / "log.jsonl", self._counters.step)
+            self._log = Log(self.out / "training", self._counters.step)
 
     def _say(self, what: str, step: int) -> None:
         if self.ranks.first:
             self._progress(what, step, self.recipe.steps, {})
 
-    def _loss(self, rows_BT: Tensor) -> Tensor:
-        rows_BT = rows_BT.to(self.ranks.device)
-        read_BT = rows_BT[:, :-1]
-        documents_BT = None
-        if self.recipe.documents_apart:  # the token that ends a document belongs to it
-            ends = read_BT == self.engine.module.config.eos_token_id
-            documents_BT = ends.cumsum(1) - ends.long()
-        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            logits_BTV = self.engine(read_BT, documents_BT)
-        return functional.cross_entropy(logits_BTV.flatten(0, 1).float(), rows_BT[:, 1:].flatten())
+    def _units(self, batch: Batch) -> int:
+        """What a loss is the mean over: tokens, or pairs."""
+        return len(batch) if self.recipe.objective == "dpo" else max(1, batch.count)
+
+    def _loss(self, part: Batch, weight: float, taught: bool = True) -> Tensor:
+        """The objective's sum over a part of a batch, times a weight; `taught`: the teacher has its say."""
+        r, part = self.recipe, part.to(self.ranks.device)
+        with self._autocast():
+            if r.objective == "dpo":
+                assert self._teacher is not None
+                return weight * preference(self.engine, part, self._teacher, r.beta)
+            return weight * next_token(self.engine, part, self._teacher if taught else None, r.distillation)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
 
 
 _RECENT = 20  # steps that a loss is compared with
 _MOST_SKIPPED = 10
+_PROMPT, _NEW = 32, 32  # tokens of a sample
 
 
 def _number(step: int, skipped: tuple[int, ...]) -> int:
@@ -297,45 +343,24 @@ def _claim(recipe: Recipe, out: Path, training: Path) -> None:
     write_file(record, json.dumps(wanted, indent=1) + "\n")
 
 
-def _prepare(recipe: Recipe, training: Path, progress: Progress) -> tuple[Path, Data]:
-    """The tokenizer and the data, made first where the recipe names none."""
-    tokenizer = Path(recipe.tokenizer) if recipe.tokenizer else training / "tokenizer"
-    folder = Path(recipe.data) if recipe.data else training / "shards"
-    if not recipe.tokenizer and not tokenizer.exists():
-        progress("training the tokenizer", 0, recipe.steps, {})
-        train_tokenizer(recipe.corpus, recipe.model.vocab_size, tokenizer)
-    if not recipe.data and not folder.exists():
-        progress("tokenising the corpus", 0, recipe.steps, {})
-        write_shards(recipe.corpus, tokenizer, folder)
-    data = open_data(folder)
-    if not (tokenizer / FILE).is_file() or data.tokenizer_sha256 != sha256(tokenizer / FILE):
-        raise UsageError(f"{folder}: was not tokenised with {tokenizer}; make it anew with phi-train shards")
-    if data.vocab_size > recipe.model.vocab_size:
-        raise UsageError(f"{folder}: has {data.vocab_size} token ids, the model {recipe.model.vocab_size}")
-    available = data.windows(recipe.sequence_length)
-    if len(data.heldout) < recipe.sequence_length:
-        raise UsageError(f"{folder}: holds out {len(data.heldout)} tokens, fewer than one sequence; give more data")
-    if available < recipe.batch_size:
+def _teacher_folder(r: Recipe) -> Path | None:
+    folder = r.init_from if r.objective == "dpo" else r.teacher
+    return None if folder is None else Path(folder)
+
+
+def _teacher(r: Recipe, config: AnyConfig, ranks: Ranks) -> CausalLM | None:
+    """The frozen model whose opinion counts: a teacher, or what DPO began with."""
+    folder = _teacher_folder(r)
+    if folder is None:
+        return None
+    its = read_config(folder)
+    if its.vocab_size != config.vocab_size:
         raise UsageError(
-            f"{folder}: holds {available} windows of {recipe.sequence_length} tokens, "
-            f"a batch takes {recipe.batch_size}; give more data or a smaller batch"
+            f"{folder}: has {its.vocab_size} token ids, its pupil {config.vocab_size}; choose another teacher"
         )
-    return tokenizer, data
-
-
-def _load_weights(model: CausalLM, config: AnyConfig, folder: Path) -> None:
-    """Begin with another checkpoint's weights. Raises UsageError for one of another architecture."""
-    checkpoint = open_checkpoint(folder)
-    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    for name, shape in config.tensor_shapes().items():
-        if shapes.get(name) != shape:
-            raise UsageError(
-                f"{folder}: {name} is {shapes.get(name)}, the recipe's model has {shape}; "
-                "set model.… to its configuration"
-            )
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(torch.from_numpy(np.array(checkpoint.read(name))).view(p.shape))
+    model = build(its)
+    load_weights(model, open_checkpoint(folder))
+    return model.to(ranks.device).eval().requires_grad_(False)
 
 
 def _with_tokens(config: AnyConfig, folder: Path) -> AnyConfig:
@@ -343,16 +368,3 @@ def _with_tokens(config: AnyConfig, folder: Path) -> AnyConfig:
     tokenizer = Tokenizer(folder)
     end = tokenizer.id(END_OF_TEXT)
     return dataclasses.replace(config, bos_token_id=tokenizer.id("<s>"), eos_token_id=end, pad_token_id=end)
-
-
-class _Log:
-    """One JSON object a step; lines beyond the step that is continued from are dropped."""
-
-    def __init__(self, path: Path, done: int) -> None:
-        lines = path.read_text().splitlines()[:done] if path.is_file() else []
-        write_file(path, "".join(f"{line}\n" for line in lines))
-        self._path = path
-
-    def add(self, step: int, figures: dict[str, float]) -> None:
-        with disk_full_named(self._path), open(self._path, "a") as f:
-            f.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in figures.items()}}) + "\n")

@@ -144,11 +144,16 @@ def plan(recipe: Recipe, gpus: int, gpu: str, zero_stage: int | None = None, uti
     return found
 
 
-def check_memory(recipe: Recipe, micro: int, world: int, local: int, available: int) -> None:
-    """Raise UsageError, with the arithmetic, where `local` of `world` processes need more bytes than there are."""
+def check_memory(recipe: Recipe, micro: int, world: int, local: int, available: int, frozen: int = 0) -> None:
+    """Raise UsageError, with the arithmetic, where `local` of `world` processes need more bytes than there are.
+
+    frozen: parameters of a teacher, which no stage divides.
+    """
     m = _memory(recipe, num_parameters(recipe.model), micro, world, recipe.zero_stage)
     parts = {"weights": m.weights, "gradients": m.gradients, "optimizer": m.optimizer}
     parts |= {"activations": m.activations, "logits": m.logits}
+    if frozen:
+        parts["teacher"] = 4 * frozen
     needed = local * sum(parts.values())
     if needed > available:
         said = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in parts.items())

@@ -13,9 +13,11 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from phi_runtime.config import AnyConfig, parse_config
 from phi_runtime.errors import PhiError, UsageError
+from phi_train.grid import parse_grid
 
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("bf16", "fp16", "fp32")
+OBJECTIVES = ("pretrain", "sft", "dpo")  # the next token, the assistant's words, the preferred answer
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,12 @@ class Recipe:
     schedule: how the learning rate falls to `final_learning_rate` after a linear warm-up. dropout: of attention's
     weights and of what is added to the residual stream. micro_batch_size: sequences that a process takes at a time,
     None for all of its share. documents_apart: packed documents do not see each other. init_from: the checkpoint to
-    begin with. spike: nats above the mean of the last losses at which a batch is left out. ours: the fields that the
-    system's paper does not give, so that we chose them.
+    begin with. objective: what a step makes small. teacher: a checkpoint whose distributions are learnt, by the share
+    `distillation` of the loss. beta: of DPO. rounding: the grid that weights are rounded to whenever the model computes
+    (`int4-g128`), as the exporter will. then_data: what is learnt from step `then_from` on. offload: the optimizer
+    lives in the processor's memory. samples: texts that each saved state goes on with, to be read. spike: nats above
+    the mean of the last losses at which a batch is left out. ours: the fields that the system's paper does not give,
+    so that we chose them.
     """
 
     name: str
@@ -50,6 +56,16 @@ class Recipe:
     checkpoint_activations: bool = False
     documents_apart: bool = False
     init_from: str | None = None
+    objective: str = "pretrain"
+    teacher: str | None = None
+    distillation: float = 1.0
+    beta: float = 0.1
+    rounding: str | None = None
+    then_data: str | None = None
+    then_from: int = 0
+    offload: bool = False
+    compile: bool = False
+    samples: int = 2
     spike: float = 2.0
     seed: int = 0
     save_every: int = 100
@@ -111,7 +127,14 @@ def check(r: Recipe) -> None:
         parse_config(r.model.to_json(), Path("--set model"))
     except PhiError as e:
         raise UsageError(str(e)) from None
-    bounds = {"beta1": 1, "beta2": 1, "weight_decay": 100, "final_learning_rate": 100, "warmup_steps": 2**31}
+    bounds: dict[str, float] = {
+        "beta1": 1,
+        "beta2": 1,
+        "weight_decay": 100,
+        "final_learning_rate": 100,
+        "warmup_steps": 2**31,
+    }
+    bounds |= {"distillation": 1 + 1e-9, "then_from": r.steps, "samples": 1000}
     for name, most in (bounds | {"seed": 2**63, "gradient_clipping": 1e9, "dropout": 1, "zero_stage": 4}).items():
         if not 0 <= getattr(r, name) < most:
             raise UsageError(f"--set {name}={getattr(r, name)}: should be from 0 to below {most:g}")
@@ -122,6 +145,7 @@ def check(r: Recipe) -> None:
         "learning_rate",
         "epsilon",
         "spike",
+        "beta",
         "save_every",
         "eval_windows",
     )
@@ -134,6 +158,12 @@ def check(r: Recipe) -> None:
         )
     if r.micro_batch_size is not None and (r.micro_batch_size < 1 or r.batch_size % r.micro_batch_size):
         raise UsageError(f"micro_batch_size {r.micro_batch_size} does not divide batch_size {r.batch_size}")
-    for name, known in (("precision", PRECISIONS), ("schedule", SCHEDULES)):
+    for name, known in (("precision", PRECISIONS), ("schedule", SCHEDULES), ("objective", OBJECTIVES)):
         if getattr(r, name) not in known:
             raise UsageError(f"{name} {getattr(r, name)!r} is none of {', '.join(known)}")
+    if r.rounding is not None:
+        parse_grid(r.rounding)
+    if r.objective == "dpo" and (r.init_from is None or r.teacher is not None):
+        raise UsageError("dpo compares with the model it begins with: give init_from, and no teacher")
+    if (r.then_data is None) != (r.then_from == 0):
+        raise UsageError("a second phase has both then_data and then_from")

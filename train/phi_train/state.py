@@ -146,7 +146,9 @@ def _read_valid(folder: Path) -> Counters | None:
     """The counters of a state whose files are what was written, else None."""
     try:
         said = read_json(folder / "state.json")
-        whole = said.pop("self") == _digest(said) and all(sha256(folder / name) == said["sha256"][name] for name in _FILES)
+        whole = said.pop("self") == _digest(said) and all(
+            sha256(folder / name) == said["sha256"][name] for name in _FILES
+        )
         counters = Counters(int(said["step"]), float(said["seconds"]), tuple(int(n) for n in said["skipped"]))
     except (CheckpointError, OSError, KeyError, TypeError, ValueError):
         return None

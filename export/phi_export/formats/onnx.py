@@ -28,6 +28,7 @@ from phi_runtime.decoder import F32, Decoder
 from phi_runtime.errors import BundleError, UnsupportedError
 from phi_runtime.files import write_file
 from phi_runtime.mil.blob import pack, unpack
+from phi_train.grid import BLOCKS, block_of
 
 ARTIFACT = "model.onnx"
 DATA = "model.onnx.data"
@@ -97,13 +98,13 @@ def _grids(options: Options) -> dict[str, Grid]:
 
 def rounding(x: F32) -> F32:
     """onnxruntime rounds activations in blocks as wide as the weights' own: the widest that such rows divide into."""
-    return round_int8(x, next(g for g in (256, 128, 64, 32, 16) if x.shape[-1] % g == 0 or g == 16))
+    return round_int8(x, block_of(x.shape[-1], max(BLOCKS)) or 16)
 
 
 def default(item: Item, options: Options) -> str:
     """Four bits, in the widest block that the rows divide into and that costs no more than an eighth of a bit."""
     widest = 256 if vector_bytes(options) == 4 else 128
-    return next((f"int4-g{g}" for g in (256, 128, 64, 32, 16) if g <= widest and item.columns % g == 0), "int4-g16")
+    return f"int4-g{block_of(item.columns, widest) or 16}"
 
 
 def vector_bytes(options: Options) -> int:

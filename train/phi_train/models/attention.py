@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, H heads, G key-value heads, D head_dim.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -17,6 +18,14 @@ try:  # for GPUs, where it is installed; PyTorch's own attention gives the same
     from flash_attn import flash_attn_func
 except ImportError:
     flash_attn_func = None
+
+
+Rounding = Callable[[Tensor], Tensor]
+
+
+def unrounded(weight: Tensor) -> Tensor:
+    """The weight as it is; `rounding.train_on_grid` puts another in its place."""
+    return weight
 
 
 class Sight:

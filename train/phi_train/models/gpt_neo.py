@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from phi_runtime.config import GptNeoConfig
 from phi_runtime.decoder import Layer
-from phi_train.models.attention import Sight, attend, check_length, gelu_new, split_heads, through
+from phi_train.models.attention import Rounding, Sight, attend, check_length, gelu_new, split_heads, through, unrounded
 
 
 class GPTNeoSelfAttention(nn.Module):
@@ -86,6 +86,7 @@ class GPTNeoForCausalLM(nn.Module):
 
     dropout = 0.0  # of attention\'s weights and of what is added to the residual stream, while training
     checkpoint_activations = False  # compute what is inside a layer again for the backward pass
+    rounding: Rounding = staticmethod(unrounded)  # of the head\'s weight
 
     def __init__(self, config: GptNeoConfig) -> None:
         super().__init__()
@@ -106,4 +107,4 @@ class GPTNeoForCausalLM(nn.Module):
 
     def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """Logits of every position."""
-        return functional.linear(self.hidden(tokens_BT, documents_BT), self.transformer.wte.weight)
+        return functional.linear(self.hidden(tokens_BT, documents_BT), self.rounding(self.transformer.wte.weight))

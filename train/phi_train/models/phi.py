@@ -5,10 +5,21 @@ Shapes: B batch, T tokens, E hidden_size, V vocab_size.
 """
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from phi_runtime.config import PhiConfig
 from phi_runtime.decoder import Layer
-from phi_train.models.attention import Sight, attend, check_length, gelu_new, rotate, split_heads, through
+from phi_train.models.attention import (
+    Rounding,
+    Sight,
+    attend,
+    check_length,
+    gelu_new,
+    rotate,
+    split_heads,
+    through,
+    unrounded,
+)
 
 
 class PhiAttention(nn.Module):
@@ -76,6 +87,7 @@ class PhiForCausalLM(nn.Module):
 
     dropout = 0.0  # of attention\'s weights and of what is added to the residual stream, while training
     checkpoint_activations = False  # compute what is inside a layer again for the backward pass
+    rounding: Rounding = staticmethod(unrounded)  # of the head\'s weight
 
     def __init__(self, config: PhiConfig) -> None:
         super().__init__()
@@ -96,5 +108,6 @@ class PhiForCausalLM(nn.Module):
 
     def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """Logits of every position."""
-        logits: Tensor = self.lm_head(self.hidden(tokens_BT, documents_BT))
+        hidden = self.hidden(tokens_BT, documents_BT)
+        logits: Tensor = functional.linear(hidden, self.rounding(self.lm_head.weight), self.lm_head.bias)
         return logits

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from phi_runtime.config import Phi3Config
 from phi_runtime.decoder import Layer
-from phi_train.models.attention import Sight, attend, check_length, rotate, split_heads, through
+from phi_train.models.attention import Rounding, Sight, attend, check_length, rotate, split_heads, through, unrounded
 
 
 class Phi3RMSNorm(nn.Module):
@@ -89,6 +89,7 @@ class Phi3ForCausalLM(nn.Module):
 
     dropout = 0.0  # of attention\'s weights and of what is added to the residual stream, while training
     checkpoint_activations = False  # compute what is inside a layer again for the backward pass
+    rounding: Rounding = staticmethod(unrounded)  # of the head\'s weight
 
     def __init__(self, config: Phi3Config) -> None:
         super().__init__()
@@ -111,4 +112,4 @@ class Phi3ForCausalLM(nn.Module):
     def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """Logits of every position."""
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return functional.linear(self.hidden(tokens_BT, documents_BT), head.weight)
+        return functional.linear(self.hidden(tokens_BT, documents_BT), self.rounding(head.weight))

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from phi_runtime.config import Phi3SmallConfig
 from phi_runtime.decoder import Layer
-from phi_train.models.attention import Sight, attend, check_length, rotate, through
+from phi_train.models.attention import Rounding, Sight, attend, check_length, rotate, through, unrounded
 
 
 class Phi3SmallSelfAttention(nn.Module):
@@ -79,6 +79,7 @@ class Phi3SmallForCausalLM(nn.Module):
 
     dropout = 0.0  # of attention\'s weights and of what is added to the residual stream, while training
     checkpoint_activations = False  # compute what is inside a layer again for the backward pass
+    rounding: Rounding = staticmethod(unrounded)  # of the head\'s weight
 
     def __init__(self, config: Phi3SmallConfig) -> None:
         super().__init__()
@@ -98,4 +99,4 @@ class Phi3SmallForCausalLM(nn.Module):
 
     def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """Logits of every position."""
-        return functional.linear(self.hidden(tokens_BT, documents_BT), self.model.embed_tokens.weight)
+        return functional.linear(self.hidden(tokens_BT, documents_BT), self.rounding(self.model.embed_tokens.weight))

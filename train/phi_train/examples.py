@@ -1,0 +1,271 @@
+"""Conversations to imitate and preferences to take over: JSON lines in, tokens on disk, batches out.
+
+A line is {"messages": [{"role": ..., "content": ...}, ...]}, of which the assistant's words are learnt, or
+{"prompt": messages or text, "chosen": text, "rejected": text}. A folder of them holds `train.bin`, `heldout.bin`
+(ids), `*.learned.bin` (one byte a token), `*.ends.bin` (where each text ends) and `examples.json`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from phi_runtime.chat import ChatFormat, Messages, chat_name, get_format
+from phi_runtime.config import read_json
+from phi_runtime.errors import NotFoundError, OutputExistsError, PhiError, UsageError
+from phi_runtime.files import sha256, staged_folder
+from phi_runtime.tokenizer import FILE, Tokenizer
+from phi_train.batch import Batch, Order
+from phi_train.corpus import lot
+
+INDEX = "examples.json"
+KINDS = ("conversations", "preferences")
+_HELD_OUT_OF_100 = 4
+_SPLITS = ("train", "heldout")
+
+
+def write_examples(lines: Path, tokenizer_folder: Path, out: Path) -> None:
+    """Tokenise a file of JSON lines in the tokenizer's own chat format into `out`, some lines held out.
+
+    Raises NotFoundError, OutputExistsError, and UsageError for a line that is neither kind or mixes them, that holds
+    special tokens in its text, or for too few of them.
+    """
+    if out.exists():
+        raise OutputExistsError(f"{out}: exists already; choose another --out")
+    if not lines.is_file():
+        raise NotFoundError(f"{lines}: no such file; give one of JSON lines")
+    reader = _Reader(tokenizer_folder)
+    parts: dict[str, list[list[tuple[int, bool]]]] = {split: [] for split in _SPLITS}
+    kinds = set()
+    with open(lines, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                kind, name, texts = reader.read(line)
+            except (PhiError, ValueError, RecursionError) as e:
+                raise UsageError(f"{lines}: line {number}: {e}") from None
+            kinds.add(kind)
+            if len(kinds) > 1:
+                raise UsageError(f"{lines}: line {number}: holds {kind} among others; give one kind a file")
+            parts["heldout" if lot(name) % 100 < _HELD_OUT_OF_100 else "train"] += texts
+    if not all(parts.values()):
+        raise UsageError(f"{lines}: too few lines to learn from some and hold others out")
+    with staged_folder(out) as stage:
+        for split, texts in parts.items():
+            flat = [pair for text in texts for pair in text]
+            (stage / f"{split}.bin").write_bytes(np.array([token for token, _ in flat], np.uint32).tobytes())
+            (stage / f"{split}.learned.bin").write_bytes(np.array([learned for _, learned in flat], np.uint8).tobytes())
+            (stage / f"{split}.ends.bin").write_bytes(np.cumsum([len(t) for t in texts], dtype=np.uint64).tobytes())
+        index = {
+            "kind": kinds.pop(),
+            "tokenizer_sha256": sha256(tokenizer_folder / FILE),
+            "vocab_size": reader.tokenizer.vocab_size,
+        }
+        (stage / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+class _Reader:
+    """Lines to tokens and to which of them are the assistant's words."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = Tokenizer(folder)
+        name = chat_name(folder)
+        if name is None:
+            raise UsageError(f"{folder}: names no chat format that we know; take a Phi-3's tokenizer")
+        self._format: ChatFormat = get_format(name)
+        said, end = self.tokenizer.id("<|assistant|>"), self.tokenizer.id("<|end|>")
+        if said is None or end is None:
+            raise UsageError(f"{folder}: its tokenizer lacks <|assistant|> or <|end|>; take a Phi-3's")
+        self._reply, self._end = said, end
+
+    def read(self, line: str) -> tuple[str, str, list[list[tuple[int, bool]]]]:
+        """Kind, what decides the split, and texts of (token, whether it is learnt): one, or chosen and rejected."""
+        raw = json.loads(line)
+        if isinstance(raw, dict) and isinstance(raw.get("messages"), list):
+            messages = raw["messages"]
+            return "conversations", json.dumps(messages[:1]), [self._tokens(messages, last_only=False)]
+        if isinstance(raw, dict) and {"prompt", "chosen", "rejected"} <= raw.keys():
+            prompt = raw["prompt"]
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            texts = []
+            for side in ("chosen", "rejected"):
+                if not isinstance(raw[side], str) or not isinstance(messages, list):
+                    raise UsageError("prompt is messages or a text, chosen and rejected are texts")
+                answer = {"role": "assistant", "content": raw[side]}
+                texts.append(self._tokens([*messages, answer], last_only=True))
+            return "preferences", json.dumps(messages), texts
+        raise UsageError('is neither {"messages": ...} nor {"prompt": ..., "chosen": ..., "rejected": ...}')
+
+    def _tokens(self, messages: Messages, last_only: bool) -> list[tuple[int, bool]]:
+        for message in messages:
+            content = message.get("content") if isinstance(message, dict) else None
+            if not isinstance(content, str):
+                raise UsageError('a message is {"role": ..., "content": ...}, both of them text')
+            # Written as text they would open or end a turn.
+            if special := self.tokenizer.special_tokens(content):
+                raise UsageError(f"the text holds the special token {special[0]}; take it out")
+        if not messages or messages[-1].get("role") != "assistant":
+            raise UsageError("does not end with the assistant's words")
+        tokens = self.tokenizer.encode(self._format.conversation(messages, "<s>"))
+        learned, inside = [], False
+        for token in tokens:
+            learned.append(inside)
+            inside = token == self._reply or (inside and token != self._end)
+        if last_only:
+            last = len(tokens) - 1 - tokens[::-1].index(self._reply)
+            learned = [flag and i > last for i, flag in enumerate(learned)]
+        return list(zip(tokens, learned, strict=True))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """One split, mapped."""
+
+    tokens: np.memmap
+    learned: np.memmap
+    ends: np.memmap
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        start, end = int(self.ends[i - 1]) if i else 0, int(self.ends[i])
+        return np.asarray(self.tokens[start:end], np.int64), np.asarray(self.learned[start:end], bool)
+
+    def length(self, i: int) -> int:
+        """Tokens of a text."""
+        return int(self.ends[i]) - (int(self.ends[i - 1]) if i else 0)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """An opened folder."""
+
+    kind: str
+    train: Texts
+    held: Texts
+    tokenizer_sha256: str
+    vocab_size: int
+
+
+def open_examples(folder: Path) -> Examples:
+    """Map a folder of examples. Raises NotFoundError, UsageError where it is damaged."""
+    if not (folder / INDEX).is_file():
+        raise NotFoundError(f"{folder}: holds no {INDEX}; make it with phi-train shards --conversations")
+    index = read_json(folder / INDEX)
+    try:
+        vocab_size = int(index["vocab_size"])
+        splits = [_open_split(folder, split, vocab_size) for split in _SPLITS]
+        return Examples(str(index["kind"]), splits[0], splits[1], str(index["tokenizer_sha256"]), vocab_size)
+    except (KeyError, TypeError, ValueError, OSError) as e:
+        raise UsageError(f"{folder}: is damaged ({type(e).__name__}: {e}); make it anew") from None
+
+
+def _open_split(folder: Path, split: str, vocab_size: int) -> Texts:
+    files: dict[str, Any] = {"": np.uint32, ".learned": np.uint8, ".ends": np.uint64}
+    tokens, learned, ends = (np.memmap(folder / f"{split}{n}.bin", t, "r") for n, t in files.items())
+    if len(tokens) != len(learned) or len(tokens) != int(ends[-1]) or (np.diff(ends.astype(np.int64)) <= 0).any():
+        raise ValueError(f"{split}.bin and its ends do not agree")
+    if int(tokens.max()) >= vocab_size:
+        raise ValueError(f"{split}.bin holds a token beyond its vocabulary of {vocab_size}")
+    return Texts(tokens, learned, ends)
+
+
+class Conversations:
+    """Whole conversations packed into windows, none cut, none seeing another; the assistant's words are learnt."""
+
+    def __init__(self, examples: Examples, size: int, length: int, seed: int, most: int, pad: int) -> None:
+        self._train, self._held, self._size, self._length, self._pad = examples.train, examples.held, size, length, pad
+        self._windows = _pack(self._train, length)
+        self._heldout = _pack(self._held, length)[:most]
+        self.left_out = sum(self._train.length(i) > length for i in range(len(self._train)))
+        if len(self._windows) < size or not self._heldout:
+            raise UsageError(
+                f"the conversations fill {len(self._windows)} windows of {length} tokens ({self.left_out} are longer), "
+                f"a batch takes {size}; give more, a smaller batch_size or a longer sequence_length"
+            )
+        self._order = Order(len(self._windows), seed)
+
+    def batch(self, number: int) -> Batch:
+        """Batch number `number`."""
+        return self._batch(self._train, [self._windows[w] for w in self._order.take(number, self._size)])
+
+    def heldout(self) -> Batch:
+        """Windows of held-out conversations."""
+        return self._batch(self._held, self._heldout)
+
+    def unigram_loss(self) -> None:
+        """Says nothing here."""
+
+    def _batch(self, texts: Texts, windows: list[list[int]]) -> Batch:
+        shape = (len(windows), 1, self._length)
+        tokens, learned = np.full(shape, self._pad, np.int64), np.zeros(shape, bool)
+        documents = np.full(shape, -1, np.int64)
+        for window, held in enumerate(windows):
+            at = 0
+            for number, i in enumerate(held):
+                ids, flags = texts[i]
+                part = np.s_[window, 0, at : at + len(ids)]
+                tokens[part], learned[part], documents[part] = ids, flags, number
+                at += len(ids)
+        return Batch(*(torch.from_numpy(a) for a in (tokens, learned, documents)))
+
+
+def _pack(texts: Texts, length: int) -> list[list[int]]:
+    """Texts that fit, one after the other, into as many windows as it takes."""
+    windows: list[list[int]] = []
+    left = 0
+    for i in range(len(texts)):
+        size = texts.length(i)
+        if size > length:
+            continue
+        if size > left:
+            windows.append([])
+            left = length
+        windows[-1].append(i)
+        left -= size
+    return windows
+
+
+class Preferences:
+    """Pairs of a preferred and a rejected answer to the same words."""
+
+    def __init__(self, examples: Examples, size: int, length: int, seed: int, most: int, pad: int) -> None:
+        self._examples, self._size, self._pad = examples, size, pad
+        self._train, self._heldout = (
+            [p for p in range(len(t) // 2) if max(t.length(2 * p), t.length(2 * p + 1)) <= length]
+            for t in (examples.train, examples.held)
+        )
+        self._heldout = self._heldout[:most]
+        self.left_out = len(examples.train) // 2 - len(self._train)
+        if len(self._train) < size or not self._heldout:
+            raise UsageError(
+                f"there are {len(self._train)} pairs of up to {length} tokens ({self.left_out} are longer), a batch "
+                f"takes {size}; give more, a smaller batch_size or a longer sequence_length"
+            )
+        self._order = Order(len(self._train), seed)
+
+    def batch(self, number: int) -> Batch:
+        """Batch number `number`."""
+        return self._batch(self._examples.train, [self._train[p] for p in self._order.take(number, self._size)])
+
+    def heldout(self) -> Batch:
+        """Held-out pairs."""
+        return self._batch(self._examples.held, self._heldout)
+
+    def unigram_loss(self) -> None:
+        """Says nothing here."""
+
+    def _batch(self, texts: Texts, pairs: list[int]) -> Batch:
+        found = [[texts[2 * p], texts[2 * p + 1]] for p in pairs]
+        longest = max(len(ids) for pair in found for ids, _ in pair)
+        tokens = np.full((len(pairs), 2, longest), self._pad, np.int64)
+        learned = np.zeros(tokens.shape, bool)
+        for p, pair in enumerate(found):
+            for side, (ids, flags) in enumerate(pair):
+                tokens[p, side, : len(ids)], learned[p, side, : len(ids)] = ids, flags
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(learned))

@@ -1,0 +1,62 @@
+"""What a step makes small: the loss of the next token, of answers alone, of a preference, of a teacher's opinion.
+
+Shapes: B texts, T tokens, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from phi_train.batch import Batch
+
+# Token ids [B, T] and documents to logits [B, T, V].
+Model = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def next_token(model: Model, batch: Batch, teacher: Model | None, distillation: float) -> Tensor:
+    """Sum over the batch's learned tokens of the negative log-likelihood, nats; with a teacher, `distillation` of it
+    is the divergence from the teacher's distribution instead (arXiv:1503.02531).
+    """
+    read, wanted, documents = _shifted(batch)
+    logits = model(read, documents)
+    learned = _learned(batch)
+    losses = functional.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="none")
+    if teacher is not None:
+        with torch.no_grad():
+            told = teacher(read, documents).flatten(0, 1).float().log_softmax(-1)
+        said = logits.flatten(0, 1).float().log_softmax(-1)
+        apart = functional.kl_div(said, told, reduction="none", log_target=True).sum(-1)
+        losses = distillation * apart + (1 - distillation) * losses
+    return losses.sum() if learned is None else (losses * learned.flatten()).sum()
+
+
+def preference(model: Model, batch: Batch, reference: Model, beta: float) -> Tensor:
+    """Sum over pairs of -log sigmoid(beta * (margin of the model - margin of the reference)), a margin being the
+    log-likelihood of the preferred answer less that of the rejected one (DPO, arXiv:2305.18290).
+    """
+    with torch.no_grad():
+        before = _margins(reference, batch)
+    return -functional.logsigmoid(beta * (_margins(model, batch) - before)).sum()
+
+
+def _margins(model: Model, batch: Batch) -> Tensor:
+    read, wanted, documents = _shifted(batch)
+    logits = model(read, documents).float()
+    likely = -functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
+    learned = _learned(batch)
+    assert learned is not None
+    texts = (likely * learned).sum(-1).view(len(batch), 2)
+    return texts[:, 0] - texts[:, 1]
+
+
+def _shifted(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What is read, what is to be predicted, and the documents of what is read."""
+    tokens_BT = batch.tokens.flatten(0, 1)
+    documents = batch.documents
+    return tokens_BT[:, :-1], tokens_BT[:, 1:], None if documents is None else documents.flatten(0, 1)[:, :-1]
+
+
+def _learned(batch: Batch) -> Tensor | None:
+    return None if batch.learned is None else batch.learned.flatten(0, 1)[:, 1:]

@@ -1,0 +1,132 @@
+"""Conversations to learn from without anybody's data: questions about the functions of a corpus of Python, with their
+answers; and the wrong answers that a model gives to them.
+"""
+
+import ast
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from phi_runtime.chat import chat_name, get_format
+from phi_runtime.checkpoint import open_checkpoint
+from phi_runtime.errors import OutputExistsError, UsageError
+from phi_runtime.files import write_file
+from phi_runtime.tokenizer import Tokenizer
+from phi_train.checkpoint import STOPS
+from phi_train.corpus import documents, lot
+from phi_train.models import build, load_weights
+
+_NAMES, _MOST = ("What is it called?", "What does it take?", "How many arguments does it take?"), 5
+_NEW = 48  # tokens of an answer
+_AT_A_TIME = 64
+
+
+def write_questions(corpus: str, out: Path) -> int:
+    """One conversation a line; how many. Raises UsageError for a corpus without functions."""
+    if out.exists():
+        raise OutputExistsError(f"{out}: exists already; choose another --out")
+    seen = {question: answer for document in documents(corpus) for question, answer in _questions(document.text)}
+    if not seen:
+        raise UsageError(f"corpus {corpus}: holds no Python function; give one with .py files")
+    lines = [
+        json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]})
+        for q, a in seen.items()
+    ]
+    write_file(out, "".join(f"{line}\n" for line in lines))
+    return len(lines)
+
+
+def _questions(source: str) -> Iterator[tuple[str, str]]:
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return  # a text that is no Python asks nothing
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef) or not 1 <= len(node.args.args) <= _MOST:
+            continue
+        signature = f"def {node.name}({ast.unparse(node.args)}):"
+        names = [a.arg for a in node.args.args]
+        answers = (f"It is called {node.name}.", f"It takes {', '.join(names)}.", f"It takes {len(names)} of them.")
+        kind = lot(signature) % len(answers)
+        if len(signature) < 120:
+            yield f"{signature}\n{_NAMES[kind]}", answers[kind]
+
+
+def write_rejected(
+    folder: Path, conversations: Path, out: Path, most: int, say: Callable[[int, int], None]
+) -> tuple[int, int]:
+    """Preferences: each conversation's last answer before what the model says instead; where it says the same there
+    is nothing to prefer. How many lines, and how many questions were asked.
+
+    Raises UsageError for a file that holds no conversations, the errors of reading a checkpoint.
+    """
+    if out.exists():
+        raise OutputExistsError(f"{out}: exists already; choose another --out")
+    asked = _read(conversations)[:most]
+    checkpoint = open_checkpoint(folder)
+    tokenizer, name = Tokenizer(folder), chat_name(folder)
+    if name is None:
+        raise UsageError(f"{folder}: names no chat format that we know; take a Phi-3's")
+    form = get_format(name)
+    model = build(checkpoint.config)
+    load_weights(model, checkpoint)
+    model.eval()
+    prompts = [tokenizer.encode(form.render(messages[:-1], "<s>")) for messages in asked]
+    stops = {i for i in map(tokenizer.id, STOPS) if i is not None}
+    lines = []
+    for start in range(0, len(asked), _AT_A_TIME):
+        said = answers(
+            model, prompts[start : start + _AT_A_TIME], _NEW, stops, checkpoint.config.max_position_embeddings
+        )
+        for messages, tokens in zip(asked[start : start + _AT_A_TIME], said, strict=True):
+            right, wrong = messages[-1]["content"], tokenizer.decode(tokens)
+            if wrong.strip() != right.strip():
+                line = {"prompt": messages[:-1], "chosen": right, "rejected": wrong}
+                lines.append(json.dumps(line, ensure_ascii=False))
+        say(min(start + _AT_A_TIME, len(asked)), len(asked))
+    if not lines:
+        raise UsageError(f"{folder}: answers everything in {conversations} as it stands there; nothing to reject")
+    write_file(out, "".join(f"{line}\n" for line in lines))
+    return len(lines), len(asked)
+
+
+def _read(path: Path) -> list[list[dict[str, str]]]:
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            messages = json.loads(line)["messages"]
+            if messages[-1]["role"] != "assistant" or not all(isinstance(m["content"], str) for m in messages):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+            raise UsageError(
+                f"{path}: line {number}: is no conversation that ends with the assistant's words"
+            ) from None
+        found.append(messages)
+    return found
+
+
+@torch.no_grad()
+def answers(
+    model: Callable[[Tensor], Tensor], prompts: list[list[int]], new: int, stops: set[int], context: int
+) -> list[list[int]]:
+    """Greedy answers of up to `new` tokens, the stop left out; everything is computed again at each token."""
+    rows = [list(p) for p in prompts]
+    going = [i for i, p in enumerate(prompts) if len(p) < context]
+    for _ in range(new):
+        if not going:
+            break
+        longest = max(len(rows[i]) for i in going)
+        # What stands behind a text does not reach back into it.
+        tokens = torch.tensor([rows[i] + [0] * (longest - len(rows[i])) for i in going])
+        ends = torch.tensor([len(rows[i]) - 1 for i in going])
+        chosen = model(tokens)[torch.arange(len(going)), ends].argmax(-1).tolist()
+        for i, token in zip(going, chosen, strict=True):
+            rows[i].append(token)
+        going = [i for i in going if rows[i][-1] not in stops and len(rows[i]) < context]
+    said = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+    return [tokens[:-1] if tokens and tokens[-1] in stops else tokens for tokens in said]

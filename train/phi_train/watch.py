@@ -1,0 +1,78 @@
+"""What can be seen of a run while it goes on: a line a step in JSON and for TensorBoard, samples, a plot at the end."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from phi_runtime.files import disk_full_named, write_file
+from phi_runtime.tokenizer import Tokenizer
+
+_SHOWN = ("loss", "learning_rate", "tokens_per_second")
+
+
+class Log:
+    """`log.jsonl`, one object a step, and TensorBoard's events beside it; lines beyond the step that is continued from
+    are dropped.
+    """
+
+    def __init__(self, training: Path, done: int) -> None:
+        self._path = training / "log.jsonl"
+        lines = self._path.read_text().splitlines()[:done] if self._path.is_file() else []
+        write_file(self._path, "".join(f"{line}\n" for line in lines))
+        # Steps that are taken anew replace the former.
+        self._events = SummaryWriter(str(training / "tensorboard"), purge_step=done + 1)
+
+    def add(self, step: int, figures: dict[str, float]) -> None:
+        """What one step gave."""
+        with disk_full_named(self._path):
+            with open(self._path, "a") as f:
+                f.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in figures.items()}}) + "\n")
+            for name in _SHOWN:
+                self._events.add_scalar(name, figures[name], step)
+
+    def text(self, step: int, said: str) -> None:
+        """What the model writes after a step."""
+        self._events.add_text("sample", said, step)
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        self._events.close()
+
+
+@torch.no_grad()
+def continuations(model: Callable[[Tensor, Tensor | None], Tensor], prompts: Tensor, new: int, context: int) -> Tensor:
+    """Greedy continuations [n, T + new] of prompts [n, T]; every process of a run calls it."""
+    tokens = prompts
+    for _ in range(min(new, context - prompts.shape[1])):
+        tokens = torch.cat([tokens, model(tokens, None)[:, -1:].argmax(-1)], dim=1)
+    return tokens
+
+
+def write_samples(path: Path, log: Log, step: int, tokenizer: Tokenizer, prompts: Tensor, texts: Tensor) -> None:
+    """Add texts to `samples.jsonl`."""
+    length = prompts.shape[1]
+    with disk_full_named(path), open(path, "a", encoding="utf-8") as f:
+        for row in texts.tolist():
+            prompt, text = tokenizer.decode(row[:length]), tokenizer.decode(row[length:])
+            f.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+            log.text(step, f"{prompt} **{text}**")
+
+
+def plot_losses(training: Path, heldout: tuple[float, float]) -> None:
+    """`loss.png`: the loss of every step, and held-out before and after."""
+    from matplotlib.figure import Figure  # half a second that only the end needs
+
+    lines = [json.loads(line) for line in (training / "log.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    steps = [line["step"] for line in lines]
+    axes.plot(steps, [line["loss"] for line in lines], linewidth=0.8, label="each step")
+    axes.plot([0, steps[-1]], heldout, "o", label="held out")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend()
+    figure.savefig(training / "loss.png", dpi=120)
