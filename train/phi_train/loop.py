@@ -277,7 +277,7 @@ class _Run:
         with self._autocast():
             if r.objective == "dpo":
                 assert self._teacher is not None
-                return weight * preference(self.engine, part, self._teacher, r.beta)
+                return weight * preference(self.engine, part, self._teacher, r.beta, r.imitation if taught else 0.0)
             return weight * next_token(self.engine, part, self._teacher if taught else None, r.distillation)
 
     def _autocast(self) -> torch.autocast:

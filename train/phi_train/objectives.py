@@ -32,23 +32,30 @@ def next_token(model: Model, batch: Batch, teacher: Model | None, distillation: 
     return losses.sum() if learned is None else (losses * learned.flatten()).sum()
 
 
-def preference(model: Model, batch: Batch, reference: Model, beta: float) -> Tensor:
+def preference(model: Model, batch: Batch, reference: Model, beta: float, imitation: float) -> Tensor:
     """Sum over pairs of -log sigmoid(beta * (margin of the model - margin of the reference)), a margin being the
-    log-likelihood of the preferred answer less that of the rejected one (DPO, arXiv:2305.18290).
+    log-likelihood of the preferred answer less that of the rejected one (DPO, arXiv:2305.18290); plus `imitation`
+    times the preferred answer's mean negative log-likelihood, nats per token, because DPO alone lets both fall
+    (arXiv:2404.19733).
     """
     with torch.no_grad():
-        before = _margins(reference, batch)
-    return -functional.logsigmoid(beta * (_margins(model, batch) - before)).sum()
+        before = _likelihoods(reference, batch)
+    said = _likelihoods(model, batch)
+    further = (said[:, 0] - said[:, 1]) - (before[:, 0] - before[:, 1])
+    learned = _learned(batch)
+    assert learned is not None
+    each = -said[:, 0] / learned.view(len(batch), 2, -1)[:, 0].sum(-1)
+    return (imitation * each - functional.logsigmoid(beta * further)).sum()
 
 
-def _margins(model: Model, batch: Batch) -> Tensor:
+def _likelihoods(model: Model, batch: Batch) -> Tensor:
+    """Log-likelihoods [N, 2] of the learned tokens of preferred and rejected texts."""
     read, wanted, documents = _shifted(batch)
     logits = model(read, documents).float()
     likely = -functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
     learned = _learned(batch)
     assert learned is not None
-    texts = (likely * learned).sum(-1).view(len(batch), 2)
-    return texts[:, 0] - texts[:, 1]
+    return (likely * learned).sum(-1).view(len(batch), 2)
 
 
 def _shifted(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:

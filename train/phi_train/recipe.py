@@ -28,10 +28,11 @@ class Recipe:
     weights and of what is added to the residual stream. micro_batch_size: sequences that a process takes at a time,
     None for all of its share. documents_apart: packed documents do not see each other. init_from: the checkpoint to
     begin with. objective: what a step makes small. teacher: a checkpoint whose distributions are learnt, by the share
-    `distillation` of the loss. beta: of DPO. rounding: the grid that weights are rounded to whenever the model computes
-    (`int4-g128`), as the exporter will. then_data: what is learnt from step `then_from` on. offload: the optimizer
-    lives in the processor's memory. samples: texts that each saved state goes on with, to be read. spike: nats above
-    the mean of the last losses at which a batch is left out. ours: the fields that the system's paper does not give,
+    `distillation` of the loss. beta: of DPO. imitation: weight of the preferred answer's own loss beside DPO's.
+    rounding: the grid that weights are rounded to whenever the model computes (`int4-g128`), as the exporter will.
+    then_data: what is learnt from step `then_from` on. offload: the optimizer lives in the processor's memory.
+    samples: texts that each saved state goes on with, to be read. spike: nats above the mean of the last losses at
+    which a batch is left out. ours: the fields that the system's paper does not give,
     so that we chose them.
     """
 
@@ -60,6 +61,7 @@ class Recipe:
     teacher: str | None = None
     distillation: float = 1.0
     beta: float = 0.1
+    imitation: float = 0.0
     rounding: str | None = None
     then_data: str | None = None
     then_from: int = 0
@@ -134,7 +136,7 @@ def check(r: Recipe) -> None:
         "final_learning_rate": 100,
         "warmup_steps": 2**31,
     }
-    bounds |= {"distillation": 1 + 1e-9, "then_from": r.steps, "samples": 1000}
+    bounds |= {"distillation": 1 + 1e-9, "imitation": 1e6, "then_from": r.steps, "samples": 1000}
     for name, most in (bounds | {"seed": 2**63, "gradient_clipping": 1e9, "dropout": 1, "zero_stage": 4}).items():
         if not 0 <= getattr(r, name) < most:
             raise UsageError(f"--set {name}={getattr(r, name)}: should be from 0 to below {most:g}")
