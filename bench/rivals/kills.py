@@ -9,13 +9,14 @@ After each kill the log so far is compared with the unbroken run's, loss by loss
 import argparse
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import numpy as np
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--set", action="append", default=[], dest="settings")
     args = p.parse_args()
-    draw = random.Random(args.seed)
+    draw = np.random.default_rng(args.seed)
     shutil.rmtree(args.out, ignore_errors=True)
     command = [Path(sys.executable).parent / "phi-train", "phi3-demo"]
     command += [part for setting in args.settings for part in ("--set", setting)]
@@ -61,9 +62,10 @@ def main() -> None:
         exact += found == expected[: len(found)]
         states = sorted((broken / "training" / "state").glob("step-*"))
         if kills % 5 == 0 and len(states) > 1:
-            file = draw.choice(sorted(states[-1].iterdir()))
+            files = sorted(states[-1].iterdir())
+            file = files[draw.integers(len(files))]
             raw = bytearray(file.read_bytes())
-            raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
+            raw[draw.integers(len(raw))] ^= 1 << int(draw.integers(8))
             file.write_bytes(raw)
             flips += 1
         print(f"kill {kills} at step {len(found)}, {exact} exact, {flips} states spoilt", flush=True)

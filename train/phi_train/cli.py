@@ -21,6 +21,7 @@ _USAGE = """phi-train RECIPE --out DIR [--set key=value ...] [--dry-run]
        phi-train list
        phi-train plan RECIPE --gpus N --gpu KIND [--zero STAGE] [--set key=value ...]
        phi-train grow CKPT --into RECIPE --way WAY --out DIR [--noise X] [--set key=value ...]
+       phi-train extend CKPT --context N --data SHARDS --out DIR [--way WAY]
        phi-train init NAME --out DIR [--seed N]
        phi-train tokenizer --corpus CORPUS --vocab-size N --out DIR
        phi-train shards --corpus CORPUS | --conversations FILE --tokenizer DIR --out DIR
@@ -35,7 +36,7 @@ def main() -> NoReturn:
 
 def _main(argv: list[str]) -> None:
     commands = {"list": _list, "plan": _plan, "grow": _grow, "init": _init, "tokenizer": _tokenizer, "shards": _shards}
-    commands |= {"questions": _questions, "reject": _reject}
+    commands |= {"questions": _questions, "reject": _reject, "extend": _extend}
     if argv and argv[0] in commands:
         commands[argv[0]](argv[1:])
     else:
@@ -139,6 +140,30 @@ def _grow(argv: list[str]) -> None:
     model = get_recipe(args.into, args.settings).model
     grow(args.checkpoint, model, args.way, args.out, args.noise, args.seed)
     print(f"{args.out}: {num_parameters(model):,} parameters, begun by {args.way}")
+
+
+def _extend(argv: list[str]) -> None:
+    p = argparse.ArgumentParser(
+        "phi-train extend", description="Give a phi3 a longer context by LongRoPE; train it there afterwards."
+    )
+    p.add_argument("checkpoint", type=Path, metavar="CKPT", help="the model's folder")
+    p.add_argument("--context", type=positive, required=True, metavar="N", help="positions it is to have")
+    p.add_argument("--data", type=Path, required=True, metavar="SHARDS", help="texts that judge, of its tokenizer")
+    p.add_argument("--way", default="searched", help="searched, yarn, pi or none (default %(default)s)")
+    p.add_argument("--windows", type=positive, default=5, metavar="N", help="texts that judge (default %(default)s)")
+    p.add_argument("--iterations", type=positive, default=40, metavar="N", help="of the search (default %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="seed of the search (default %(default)s)")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    args = p.parse_args(argv)
+    from phi_train.longrope import extend
+
+    with _progress() as progress:
+        yarn, found = extend(
+            args.checkpoint, args.context, args.data, args.out, args.way, args.windows, args.iterations, args.seed,
+            lambda n, of: progress("searching", n, of, {}),
+        )  # fmt: skip
+    print(f"{args.out}: {args.context:,} positions; loss {found:.3f} there, {yarn:.3f} by YaRN (nats per token)")
+    print(f"train it there: phi-train RECIPE --set model={args.out} --set init_from={args.out} --set sequence_length=…")
 
 
 def _init(argv: list[str]) -> None:

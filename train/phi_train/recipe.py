@@ -1,6 +1,7 @@
 """A recipe: one complete, frozen configuration of a training run, and how the command line changes it.
 
-`phi-train RECIPE --set name=value` changes fields; `model.name` changes the architecture's.
+`phi-train RECIPE --set name=value` changes fields; `model.name` changes the architecture's, `model=CKPT` takes that of
+a checkpoint.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from phi_runtime.config import AnyConfig, parse_config
+from phi_runtime.config import AnyConfig, parse_config, read_config
 from phi_runtime.errors import PhiError, UsageError
 from phi_train.grid import parse_grid
 
@@ -89,7 +90,9 @@ def apply_settings(recipe: Recipe, settings: list[str]) -> Recipe:
         key, separator, value = setting.partition("=")
         if not separator:
             raise UsageError(f"--set {setting!r} should be key=value")
-        if key.startswith("model."):
+        if key == "model":
+            recipe = dataclasses.replace(recipe, model=read_config(Path(value)))  # type: ignore[arg-type]
+        elif key.startswith("model."):
             recipe = dataclasses.replace(recipe, model=_replace(recipe.model, key.removeprefix("model."), value))
         else:
             recipe = _replace(recipe, key, value)

@@ -1,0 +1,88 @@
+"""A context eight times as long: loss by position with factors by rule and searched for, before and after training there.
+
+python bench/rivals/longrope.py --tokenizer DIR --data SHARDS --out DIR [--seeds 1]
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from phi_runtime.checkpoint import open_checkpoint
+from phi_train.data import open_data
+from phi_train.longrope import WAYS
+from phi_train.models import build, load_weights
+
+SHORT, LONG = 128, 1024
+MODEL = {
+    "model.vocab_size": 768, "model.hidden_size": 192, "model.intermediate_size": 512, "model.num_hidden_layers": 4,
+    "model.num_attention_heads": 2, "model.num_key_value_heads": 2, "model.max_position_embeddings": SHORT,
+    "model.sliding_window": "none", "samples": 0,
+}  # fmt: skip
+BINS = [0, 64, 128, 256, 512, 768, 1023]
+
+
+def main() -> None:
+    """Print a row a way."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--tokenizer", type=Path, required=True)
+    p.add_argument("--data", type=Path, required=True)
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--seeds", type=int, default=1)
+    args = p.parse_args()
+    shutil.rmtree(args.out, ignore_errors=True)
+    args.out.mkdir()
+    rows = torch.from_numpy(open_data(args.data).heldout_windows(LONG, 48))
+    print(
+        "loss by position:", *(f"{a}-{b}" for a, b in zip(BINS, BINS[1:], strict=False)), "| all | short context alone"
+    )
+    for seed in range(args.seeds):
+        common = {"tokenizer": args.tokenizer, "data": args.data, "seed": seed}
+        base = args.out / f"base-{seed}"
+        train(base, {**common, **MODEL, "sequence_length": SHORT, "batch_size": 16, "steps": 800})
+        show(f"seed {seed}, base", base, rows[:, :SHORT])
+        for way in WAYS:
+            out = args.out / f"{way}-{seed}"
+            phi("extend", base, "--context", LONG, "--data", args.data, "--way", way, "--out", out, "--seed", seed)
+            show(f"seed {seed}, {way}", out, rows)
+        for way in WAYS:
+            out = args.out / f"{way}-{seed}"
+            more = {"model": out, "init_from": out, "sequence_length": LONG, "batch_size": 2, "steps": 100}
+            more |= {"learning_rate": 5e-4, "final_learning_rate": 0, "warmup_steps": 10, "samples": 0}
+            train(args.out / f"{way}-{seed}-trained", {**common, **more})
+            show(f"seed {seed}, {way}, 100 steps there", args.out / f"{way}-{seed}-trained", rows)
+
+
+def train(out: Path, settings: dict[str, object]) -> None:
+    """Run phi-train."""
+    phi("phi3-demo", "--out", out, *(part for k, v in settings.items() for part in ("--set", f"{k}={v}")))
+
+
+def phi(*arguments: object) -> None:
+    """Run a phi-train command."""
+    command = [Path(sys.executable).parent / "phi-train", *map(str, arguments)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@torch.no_grad()
+def show(name: str, folder: Path, rows: torch.Tensor) -> None:
+    """Print the losses of a checkpoint, nats per token."""
+    checkpoint = open_checkpoint(folder)
+    model = build(checkpoint.config).eval()
+    load_weights(model, checkpoint)
+
+    def losses(texts: torch.Tensor) -> torch.Tensor:
+        parts = [torch.nn.functional.cross_entropy(model(t[None, :-1])[0], t[1:], reduction="none") for t in texts]
+        return torch.stack(parts).mean(0)
+
+    by_position, short = losses(rows), losses(rows[:, :SHORT])
+    bins = [float(by_position[a:b].mean()) for a, b in zip(BINS, BINS[1:], strict=False) if a < len(by_position)]
+    said = " ".join(f"{x:.3f}" for x in bins)
+    print(f"{name}: {said} | {float(by_position.mean()):.3f} | {float(short.mean()):.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
