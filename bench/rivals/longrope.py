@@ -1,4 +1,4 @@
-"""A context eight times as long: loss by position with factors by rule and searched for, before and after training there.
+"""A context eight times as long: loss by position, factors by rule and searched for, before and after training there.
 
 python bench/rivals/longrope.py --tokenizer DIR --data SHARDS --out DIR [--seeds 1]
 """
@@ -7,6 +7,7 @@ import argparse
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -36,9 +37,7 @@ def main() -> None:
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir()
     rows = torch.from_numpy(open_data(args.data).heldout_windows(LONG, 48))
-    print(
-        "loss by position:", *(f"{a}-{b}" for a, b in zip(BINS, BINS[1:], strict=False)), "| all | short context alone"
-    )
+    print("loss by position:", *(f"{a}-{b}" for a, b in pairwise(BINS)), "| all | short context alone")
     for seed in range(args.seeds):
         common = {"tokenizer": args.tokenizer, "data": args.data, "seed": seed}
         base = args.out / f"base-{seed}"
@@ -51,7 +50,13 @@ def main() -> None:
         for way in WAYS:
             out = args.out / f"{way}-{seed}"
             more = {"model": out, "init_from": out, "sequence_length": LONG, "batch_size": 2, "steps": 100}
-            more |= {"learning_rate": 5e-4, "final_learning_rate": 0, "warmup_steps": 10, "samples": 0}
+            more |= {
+                "learning_rate": 5e-4,
+                "final_learning_rate": 0,
+                "warmup_steps": 10,
+                "samples": 0,
+                "short_every": 2,
+            }
             train(args.out / f"{way}-{seed}-trained", {**common, **more})
             show(f"seed {seed}, {way}, 100 steps there", args.out / f"{way}-{seed}-trained", rows)
 
@@ -79,7 +84,7 @@ def show(name: str, folder: Path, rows: torch.Tensor) -> None:
         return torch.stack(parts).mean(0)
 
     by_position, short = losses(rows), losses(rows[:, :SHORT])
-    bins = [float(by_position[a:b].mean()) for a, b in zip(BINS, BINS[1:], strict=False) if a < len(by_position)]
+    bins = [float(by_position[a:b].mean()) for a, b in pairwise(BINS) if a < len(by_position)]
     said = " ".join(f"{x:.3f}" for x in bins)
     print(f"{name}: {said} | {float(by_position.mean()):.3f} | {float(short.mean()):.3f}", flush=True)
 

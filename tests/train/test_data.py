@@ -7,6 +7,8 @@ from phi_runtime.errors import UsageError
 from phi_runtime.tokenizer import StreamDecoder, Tokenizer
 from phi_train.corpus import documents
 from phi_train.data import open_data
+from phi_train.recipes import get_recipe
+from phi_train.streams import Packed, Phases
 from phi_train.tokenizer import CHAT_TOKENS, train_tokenizer
 
 STRINGS = [
@@ -86,11 +88,23 @@ def test_shards_hold_the_documents_in_order(corpus, tokenizer, data):
 
 def test_batches_depend_on_the_step_alone_and_cover_an_epoch(data):
     count = data.windows(64)
-    seen = np.concatenate([data.batch(step, 1, 64, seed=3) for step in range(count)])
-    assert np.array_equal(data.batch(5, 1, 64, seed=3), data.batch(5, 1, 64, seed=3))
+    recipe = get_recipe("phi3-demo", ["batch_size=1", "sequence_length=64", "seed=3", "eval_windows=2"])
+    stream = Packed(data, recipe, None)
+    seen = np.concatenate([stream.batch(step).tokens[:, 0] for step in range(count)])
+    assert np.array_equal(Packed(data, recipe, None).batch(5).tokens[0], seen[5:6])
     every = np.stack([data.window(i, 64) for i in range(count)])
     assert np.array_equal(np.sort(seen, axis=0), np.sort(every, axis=0))
     assert not np.array_equal(seen, every)
+
+
+def test_a_second_phase_begins_where_it_is_told(data):
+    first, then = (
+        Packed(data, get_recipe("phi3-demo", ["batch_size=2", "sequence_length=64", f"seed={seed}"]), None)
+        for seed in (1, 2)
+    )
+    both = Phases(first, then, 3)
+    for number, expected in ((0, first.batch(0)), (2, first.batch(2)), (3, then.batch(0)), (5, then.batch(2))):
+        assert np.array_equal(both.batch(number).tokens, expected.tokens)
 
 
 def test_the_same_corpus_gives_the_same_tokenizer(tmp_path, corpus):

@@ -284,7 +284,7 @@ def _progress() -> Iterator["Progress"]:
         def progress(what: str, done: int, total: int, figures: dict[str, float]) -> None:
             note = ""
             if figures:
-                note = f"loss {figures['loss']:.3f}, {figures['tokens'] / figures['seconds']:.0f} tokens/s"
+                note = f"loss {figures['loss']:.3f}, {_rate(figures)}"
             bar.update(task, description=what, completed=done, total=total, note=note)
 
         yield progress
@@ -301,10 +301,14 @@ def _lines(say: Callable[[str], None]) -> "Progress":
             return
         last = (what, now)
         if figures:
-            rate = figures["tokens"] / figures["seconds"]
             left = figures["seconds"] / done * (total - done)
-            say(f"{what}: step {done} of {total}, loss {figures['loss']:.3f}, {rate:.0f} tokens/s, {left:.0f} s left")
+            say(f"{what}: step {done} of {total}, loss {figures['loss']:.3f}, {_rate(figures)}, {left:.0f} s left")
         else:
             say(what)
 
     return progress
+
+
+def _rate(figures: dict[str, float]) -> str:
+    used = figures["utilisation"]
+    return f"{figures['tokens'] / figures['seconds']:.0f} tokens/s, {100 * used:.0f} % of the peak"

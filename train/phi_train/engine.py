@@ -44,11 +44,13 @@ class Ranks:
 
 def join() -> Ranks:
     """Meet the other processes."""
-    said = {name: int(os.environ.get(name, default)) for name, default in _ENVIRONMENT.items()}
-    ranks = Ranks(said["RANK"], said["WORLD_SIZE"], said["LOCAL_RANK"], said["LOCAL_WORLD_SIZE"])
+    told = {name: int(os.environ.get(name, default)) for name, default in _ENVIRONMENT.items()}
+    ranks = Ranks(told["RANK"], told["WORLD_SIZE"], told["LOCAL_RANK"], told["LOCAL_WORLD_SIZE"])
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local)
-    torch.set_num_threads(max(1, cores() // ranks.local_world))
+    # torchrun sets one thread where nothing is said, so among many processes the variable says nothing.
+    said = os.environ.get("OMP_NUM_THREADS", "") if ranks.local_world == 1 else ""
+    torch.set_num_threads(int(said) if said.isdigit() and int(said) else max(1, cores() // ranks.local_world))
     # Processes on processors have gloo; DeepSpeed need not compile its op for shared memory.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -105,22 +107,24 @@ def make_engine(model: nn.Module, r: Recipe, ranks: Ranks) -> Any:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+    if r.offload:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own wants a compiler; torch's is fused too
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
 
 
-def mean(value: Tensor) -> float:
-    """The mean of a number over all processes."""
+def total(values: Tensor) -> list[float]:
+    """The sums of some numbers over all processes."""
+    values = values.detach().clone()
     if distributed.get_world_size() > 1:
-        value = value.detach().clone()
-        distributed.all_reduce(value)
-        value /= distributed.get_world_size()
-    return float(value.detach())
+        distributed.all_reduce(values)
+    return [float(v) for v in values]
 
 
 def any_of(flag: bool, device: torch.device) -> bool:
     """Whether it is so for any process."""
-    return mean(torch.tensor(float(flag), device=device)) > 0
+    return total(torch.tensor([float(flag)], device=device))[0] > 0
 
 
 def barrier() -> None:

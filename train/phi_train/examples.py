@@ -87,7 +87,9 @@ class _Reader:
         raw = json.loads(line)
         if isinstance(raw, dict) and isinstance(raw.get("messages"), list):
             messages = raw["messages"]
-            return "conversations", json.dumps(messages[:1]), [self._tokens(messages, last_only=False)]
+            tokens = self._tokens(messages, last_only=False)
+            asked = [m for m in messages if m["role"] != "assistant"]  # the same question stays on one side
+            return "conversations", json.dumps(asked), [tokens]
         if isinstance(raw, dict) and {"prompt", "chosen", "rejected"} <= raw.keys():
             prompt = raw["prompt"]
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

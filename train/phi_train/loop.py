@@ -12,7 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,15 @@ from phi_runtime.memory import available
 from phi_runtime.tokenizer import Tokenizer
 from phi_train.batch import Batch, Stream
 from phi_train.checkpoint import write_checkpoint
-from phi_train.engine import Ranks, any_of, barrier, join, make_engine, mean, share
+from phi_train.engine import Ranks, any_of, barrier, join, make_engine, share, total
 from phi_train.models import CausalLM, build, load_weights
 from phi_train.models.attention import init_weights
 from phi_train.objectives import next_token, preference
-from phi_train.plan import check_memory
+from phi_train.plan import check_memory, flops_per_token
+from phi_train.rate import peak
 from phi_train.recipe import Recipe
 from phi_train.rounding import train_on_grid
+from phi_train.scaling import LossScale, nothing_learnt
 from phi_train.state import Counters, full_weights, load_state, save_state
 from phi_train.streams import prepare
 from phi_train.tokenizer import END_OF_TEXT
@@ -68,8 +70,6 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
     Raises UsageError for a recipe or data that do not fit, and for a run that goes wrong again and again;
     OutputExistsError for a foreign folder; Stopped after SIGTERM, the state saved.
     """
-    if recipe.precision == "fp16":
-        raise UsageError("float16, with its scaled loss, is for plans only so far; train with --set precision=bf16")
     ranks = join()
     micro, _ = share(recipe, ranks)
     free = torch.cuda.mem_get_info(ranks.device)[0] if ranks.device.type == "cuda" else available()
@@ -97,6 +97,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
     if recipe.rounding is not None:
         train_on_grid(model, recipe.rounding)
     heldout = stream.heldout()
+    _compute_in(recipe.precision, model, ranks.device)
     engine = make_engine(model.to(ranks.device), recipe, ranks)
     run = _Run(recipe, out, stream, engine, _teacher(recipe, config, ranks), ranks, progress)
     initial = run.evaluate(heldout)
@@ -144,12 +145,15 @@ class _Run:
         self._states = out / "training" / "state"
         self._counters, self._progress = Counters(), progress
         self._recent: list[float] = []  # losses
+        self._scale = LossScale(engine.module, ranks.device) if recipe.precision == "fp16" else None
         self._log: Log | None = None  # of the first process
+        # Utilisation is that share of all processes' peak which one token a second takes.
+        self._share = flops_per_token(recipe) / (peak(ranks.device, recipe.precision) * ranks.world)
 
     def steps(self, tokenizer: Tokenizer, heldout: Batch) -> float:
         """Take all that are left; the seconds of all."""
         r = self.recipe
-        self._counters = load_state(self._states, self.engine)
+        self._go_on_from(load_state(self._states, self.engine))
         if self._counters.step == 0:
             save_state(self._states, self._counters, self.engine, self.ranks)  # to go back to
         self._open_log()
@@ -163,11 +167,13 @@ class _Run:
                 took = time.perf_counter() - began
                 spent = self._counters.seconds + took
                 self._counters = dataclasses.replace(self._counters, step=step + 1, seconds=spent)
+                each = r.tokens // r.steps
                 figures = {
                     "loss": loss,
                     "learning_rate": learning_rate(r, step),
-                    "tokens": (step + 1) * r.batch_size * r.sequence_length,
-                    "tokens_per_second": r.batch_size * r.sequence_length / took,
+                    "tokens": (step + 1) * each,
+                    "tokens_per_second": each / took,
+                    "utilisation": each / took * self._share,
                     "seconds": spent,
                 }
                 if self._log is not None:
@@ -193,8 +199,7 @@ class _Run:
             return
         prompts = heldout.tokens[: r.samples, 0, : min(_PROMPT, r.sequence_length // 2)].to(self.ranks.device)
         self.engine.eval()
-        with self._autocast():
-            texts = continuations(self.engine, prompts, _NEW, r.model.max_position_embeddings)
+        texts = continuations(self.engine, prompts, _NEW, r.model.max_position_embeddings)
         self.engine.train()
         if self._log is not None:
             write_samples(self.out / "training" / "samples.jsonl", self._log, step, tokenizer, prompts, texts)
@@ -204,9 +209,9 @@ class _Run:
         micro, _ = share(self.recipe, self.ranks)
         self.engine.eval()
         with torch.no_grad():
-            total = sum(float(self._loss(part, 1.0, taught=False)) for part in heldout.split(micro))
+            losses = [float(self._loss(part, taught=False)) for part in heldout.split(micro)]
         self.engine.train()
-        return total / self._units(heldout)
+        return sum(losses) / self._units(heldout)
 
     def _step(self, step: int) -> float | None:
         """One step of the optimizer; its loss, None where its batch was left out."""
@@ -218,20 +223,40 @@ class _Run:
         own = batch[ranks.rank :: ranks.world]
         # The engine takes the mean over processes and parts; what is wanted is that over all tokens of the batch.
         weight = ranks.world * times / self._units(batch)
-        losses: list[float] = []
+        sums, counts = 0.0, 0.0
         for part in own.split(micro):
-            loss = self._loss(part, weight)
-            found = mean(loss)
-            if not self._good(found):
-                self._leave_out(step, found)
-                if not losses:  # nothing of this batch is in the engine yet
+            loss = self._loss(part)
+            said = torch.stack([loss.detach(), torch.tensor(float(self._units(part)), device=loss.device)])
+            found, count = total(said)
+            if not self._good(found / count):
+                self._leave_out(step, found / count)
+                if not counts:  # nothing of this batch is in the engine yet
                     return None
-                loss, found = 0 * self._loss(own[:micro], weight), losses[-1]
-            losses.append(found)
-            engine.backward(loss)
-            engine.step()
-        self._recent = [*self._recent[-_RECENT + 1 :], float(np.mean(losses))]
+                loss, found, count = 0 * self._loss(own[:micro]), 0.0, 0.0
+            sums, counts = sums + found, counts + count
+            if self._scale is None:
+                engine.backward(loss * weight)
+                engine.step()
+            else:
+                engine.backward(loss * (weight * self._scale.scale))
+                self._scaled_step(self._scale)
+        self._recent = [*self._recent[-_RECENT + 1 :], sums / counts]
         return self._recent[-1]
+
+    def _scaled_step(self, scale: LossScale) -> None:
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+            return
+        overflow = any_of(scale.overflowed(), self.ranks.device)
+        with nothing_learnt(self.engine.optimizer) if overflow else nullcontext():
+            self.engine.step()
+        scale.adapt(overflow)
+        self._counters = dataclasses.replace(self._counters, scale=scale.scale, good=scale.good)
+
+    def _go_on_from(self, counters: Counters) -> None:
+        self._counters = counters
+        if self._scale is not None and counters.step:
+            self._scale.scale, self._scale.good = counters.scale, counters.good
 
     def _good(self, loss: float) -> bool:
         if not math.isfinite(loss):
@@ -247,7 +272,7 @@ class _Run:
             numbers.add(_number(max(0, step - 1), self._counters.skipped))  # what spoilt them
             back = load_state(self._states, self.engine)
             self._say(f"the weights are spoilt: back to step {back.step}", step)
-            self._counters = dataclasses.replace(back, skipped=self._counters.skipped)
+            self._go_on_from(dataclasses.replace(back, skipped=self._counters.skipped))
             self._recent = []
             self._open_log()
         skipped = tuple(sorted({*self._counters.skipped, *numbers}))
@@ -271,17 +296,13 @@ class _Run:
         """What a loss is the mean over: tokens, or pairs."""
         return len(batch) if self.recipe.objective == "dpo" else max(1, batch.count)
 
-    def _loss(self, part: Batch, weight: float, taught: bool = True) -> Tensor:
-        """The objective's sum over a part of a batch, times a weight; `taught`: the teacher has its say."""
+    def _loss(self, part: Batch, taught: bool = True) -> Tensor:
+        """The objective's sum over a part of a batch; `taught`: the teacher has its say."""
         r, part = self.recipe, part.to(self.ranks.device)
-        with self._autocast():
-            if r.objective == "dpo":
-                assert self._teacher is not None
-                return weight * preference(self.engine, part, self._teacher, r.beta, r.imitation if taught else 0.0)
-            return weight * next_token(self.engine, part, self._teacher if taught else None, r.distillation)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
+        if r.objective == "dpo":
+            assert self._teacher is not None
+            return preference(self.engine, part, self._teacher, r.beta, r.imitation if taught else 0.0)
+        return next_token(self.engine, part, self._teacher if taught else None, r.distillation)
 
 
 _RECENT = 20  # steps that a loss is compared with
@@ -343,6 +364,13 @@ def _claim(recipe: Recipe, out: Path, training: Path) -> None:
     write_file(record, json.dumps(wanted, indent=1) + "\n")
 
 
+def _compute_in(precision: str, model: CausalLM, device: torch.device) -> None:
+    """Let a model's products be of 16 bits. Within its forward: DeepSpeed turns off an autocast that is around it."""
+    if precision != "fp32":
+        half = torch.bfloat16 if precision == "bf16" else torch.float16
+        model.forward = torch.autocast(device.type, half)(model.forward)  # type: ignore[method-assign]
+
+
 def _teacher_folder(r: Recipe) -> Path | None:
     folder = r.init_from if r.objective == "dpo" else r.teacher
     return None if folder is None else Path(folder)
@@ -360,6 +388,7 @@ def _teacher(r: Recipe, config: AnyConfig, ranks: Ranks) -> CausalLM | None:
         )
     model = build(its)
     load_weights(model, open_checkpoint(folder))
+    _compute_in(r.precision, model, ranks.device)
     return model.to(ranks.device).eval().requires_grad_(False)
 
 

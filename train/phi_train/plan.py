@@ -119,21 +119,15 @@ def plan(recipe: Recipe, gpus: int, gpu: str, zero_stage: int | None = None, uti
         )
     d = recipe.model.decoder()
     parameters = num_parameters(recipe.model)
-    embedding = d.vocab_size * d.hidden_size
-    # An embedding that is looked up takes no operations; one that is the head too does.
-    used = parameters - (0 if d.tied else embedding)
-    seen = min(recipe.sequence_length, d.window() or recipe.sequence_length)
-    keys = seen * (1 - seen / (2 * recipe.sequence_length))  # that a query sees on average
-    per_token = 6 * used + 12 * len(d.layers) * d.q_size * keys
     micro = min(recipe.micro_batch_size or recipe.batch_size, recipe.batch_size // gpus)
     found = TrainingPlan(
         recipe=recipe,
         gpus=gpus,
         gpu=gpu,
         parameters=parameters,
-        embedding=embedding,
+        embedding=d.vocab_size * d.hidden_size,
         tokens=recipe.tokens,
-        flops=per_token * recipe.tokens,
+        flops=flops_per_token(recipe) * recipe.tokens,
         utilisation=utilisation,
         memory=tuple(_memory(recipe, parameters, micro, gpus, stage) for stage in STAGES),
     )
@@ -142,6 +136,16 @@ def plan(recipe: Recipe, gpus: int, gpu: str, zero_stage: int | None = None, uti
         way = f"--zero {fits[0]}" if fits else "a smaller micro_batch_size, checkpoint_activations=true or more GPUs"
         raise UsageError(f"ZeRO {zero_stage} does not fit: {found.arithmetic(zero_stage)}; take {way}")
     return found
+
+
+def flops_per_token(r: Recipe) -> float:
+    """Floating-point operations of a training step for each of its tokens, attention included."""
+    d = r.model.decoder()
+    # An embedding that is looked up takes no operations; one that is the head too does.
+    used = num_parameters(r.model) - (0 if d.tied else d.vocab_size * d.hidden_size)
+    seen = min(r.sequence_length, d.window() or r.sequence_length)
+    keys = seen * (1 - seen / (2 * r.sequence_length))  # that a query sees on average
+    return 6 * used + 12 * len(d.layers) * d.q_size * keys
 
 
 def check_memory(recipe: Recipe, micro: int, world: int, local: int, available: int, frozen: int = 0) -> None:

@@ -31,7 +31,8 @@ class Recipe:
     begin with. objective: what a step makes small. teacher: a checkpoint whose distributions are learnt, by the share
     `distillation` of the loss. beta: of DPO. imitation: weight of the preferred answer's own loss beside DPO's.
     rounding: the grid that weights are rounded to whenever the model computes (`int4-g128`), as the exporter will.
-    then_data: what is learnt from step `then_from` on. offload: the optimizer lives in the processor's memory.
+    then_data: what is learnt from step `then_from` on. short_every: every such step cuts its windows to the context
+    before LongRoPE, so that it is not forgotten; 0 for none. offload: the optimizer lives in the processor's memory.
     samples: texts that each saved state goes on with, to be read. spike: nats above the mean of the last losses at
     which a batch is left out. ours: the fields that the system's paper does not give,
     so that we chose them.
@@ -66,6 +67,7 @@ class Recipe:
     rounding: str | None = None
     then_data: str | None = None
     then_from: int = 0
+    short_every: int = 0
     offload: bool = False
     compile: bool = False
     samples: int = 2
@@ -80,8 +82,8 @@ class Recipe:
 
     @property
     def tokens(self) -> int:
-        """Tokens that it trains on."""
-        return self.steps * self.batch_size * self.sequence_length
+        """Tokens that it trains on, at most: examples may fill less. Of DPO's pairs, both texts."""
+        return self.steps * self.batch_size * self.sequence_length * (2 if self.objective == "dpo" else 1)
 
 
 def apply_settings(recipe: Recipe, settings: list[str]) -> Recipe:
@@ -139,7 +141,7 @@ def check(r: Recipe) -> None:
         "final_learning_rate": 100,
         "warmup_steps": 2**31,
     }
-    bounds |= {"distillation": 1 + 1e-9, "imitation": 1e6, "then_from": r.steps, "samples": 1000}
+    bounds |= {"distillation": 1 + 1e-9, "imitation": 1e6, "then_from": r.steps, "short_every": 1e9, "samples": 1000}
     for name, most in (bounds | {"seed": 2**63, "gradient_clipping": 1e9, "dropout": 1, "zero_stage": 4}).items():
         if not 0 <= getattr(r, name) < most:
             raise UsageError(f"--set {name}={getattr(r, name)}: should be from 0 to below {most:g}")
@@ -168,6 +170,13 @@ def check(r: Recipe) -> None:
             raise UsageError(f"{name} {getattr(r, name)!r} is none of {', '.join(known)}")
     if r.rounding is not None:
         parse_grid(r.rounding)
+    original = getattr(r.model, "original_max_position_embeddings", None)
+    if r.short_every and (original is None or r.sequence_length % original):
+        raise UsageError(
+            f"short_every cuts {r.sequence_length} tokens to a context before LongRoPE, which is {original}"
+        )
+    if r.offload and r.zero_stage == 0:
+        raise UsageError("offload moves what ZeRO divides; set zero_stage to 1, 2 or 3 too")
     if r.objective == "dpo" and (r.init_from is None or r.teacher is not None):
         raise UsageError("dpo compares with the model it begins with: give init_from, and no teacher")
     if (r.then_data is None) != (r.then_from == 0):

@@ -236,7 +236,8 @@ def phi3_mini_long() -> Recipe:
         micro_batch_size=1,
         zero_stage=3,
         checkpoint_activations=True,
-        ours=(*_UNSAID, "sequence_length"),
+        short_every=10,
+        ours=(*_UNSAID, "sequence_length", "short_every"),
     )
 
 
@@ -259,6 +260,42 @@ def phi3_medium() -> Recipe:
     """phi-3-medium-4k: 4.8 T tokens."""
     return dataclasses.replace(
         phi3_mini(), name="phi3-medium-4k", model=phi3_medium_4k(), steps=572_205, zero_stage=2, micro_batch_size=1
+    )
+
+
+def phi3_sft() -> Recipe:
+    """phi-3-mini fine-tuned on conversations, as the example beside its checkpoint; give init_from and data.
+
+    Rate, schedule and warm-up of a fifth are that example's (sample_finetune.py); phi-3's own are not public.
+    """
+    return dataclasses.replace(
+        phi3_mini(),
+        name="phi3-mini-4k-sft",
+        objective="sft",
+        steps=1000,
+        batch_size=64,
+        sequence_length=2048,
+        learning_rate=5e-6,
+        final_learning_rate=0.0,
+        warmup_steps=200,
+        checkpoint_activations=True,
+        save_every=200,
+        ours=tuple(n for n in _UNSAID if n not in ("learning_rate", "final_learning_rate", "warmup_steps")),
+    )
+
+
+def phi3_dpo() -> Recipe:
+    """phi-3-mini after its preferences, its own bad answers rejected; give init_from and data. Numbers are ours."""
+    return dataclasses.replace(
+        phi3_sft(),
+        name="phi3-mini-4k-dpo",
+        objective="dpo",
+        steps=500,
+        batch_size=32,
+        learning_rate=5e-7,
+        warmup_steps=50,
+        micro_batch_size=1,
+        ours=(*_UNSAID, "beta", "sequence_length"),
     )
 
 
@@ -309,6 +346,13 @@ def _demo(whole: Callable[[], Recipe]) -> Recipe:
     )
 
 
+def _tuning_demo(whole: Callable[[], Recipe], steps: int, learning_rate: float) -> Recipe:
+    """What follows pre-training, on the demo of phi-3-mini: rates that move so small a model."""
+    return dataclasses.replace(
+        _demo(whole), steps=steps, learning_rate=learning_rate, objective=whole().objective, warmup_steps=10
+    )
+
+
 _SYSTEMS: dict[str, Callable[[], Recipe]] = {
     **{
         f"tinystories-{name}": partial(tinystories_recipe, width, layers, f"tinystories-{name}")
@@ -329,6 +373,12 @@ _SYSTEMS: dict[str, Callable[[], Recipe]] = {
     "phi3-medium-4k": phi3_medium,
 }  # fmt: skip
 # TinyStories' grid of depths and widths (its section on what each is for): tinystories-grid-L2-d256 and so on.
+_TUNINGS: dict[str, Callable[[], Recipe]] = {
+    "phi3-mini-4k-sft": phi3_sft,
+    "phi3-mini-4k-dpo": phi3_dpo,
+    "phi3-mini-4k-sft-demo": partial(_tuning_demo, phi3_sft, 200, 1e-3),
+    "phi3-mini-4k-dpo-demo": partial(_tuning_demo, phi3_dpo, 60, 1e-4),
+}
 _GRID: dict[str, Callable[[], Recipe]] = {
     f"tinystories-grid-L{layers}-d{width}": partial(
         tinystories_recipe, width, layers, f"tinystories-grid-L{layers}-d{width}"
@@ -342,6 +392,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "phi3-proxy": phi3_proxy,
     **_SYSTEMS,
     **{f"{name}-demo": partial(_demo, whole) for name, whole in _SYSTEMS.items()},
+    **_TUNINGS,
     **_GRID,
 }
 

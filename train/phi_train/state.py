@@ -37,11 +37,13 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Counters:
-    """How far a run is: steps done, the seconds they took, and the batches that were left out."""
+    """How far a run is: steps done, the seconds they took, the batches that were left out, and float16's loss scale."""
 
     step: int = 0
     seconds: float = 0.0
     skipped: tuple[int, ...] = ()
+    scale: float = 0.0
+    good: int = 0
 
 
 def save_state(folder: Path, counters: Counters, engine: Any, ranks: Ranks) -> None:
@@ -149,7 +151,13 @@ def _read_valid(folder: Path) -> Counters | None:
         whole = said.pop("self") == _digest(said) and all(
             sha256(folder / name) == said["sha256"][name] for name in _FILES
         )
-        counters = Counters(int(said["step"]), float(said["seconds"]), tuple(int(n) for n in said["skipped"]))
+        counters = Counters(
+            int(said["step"]),
+            float(said["seconds"]),
+            tuple(int(n) for n in said["skipped"]),
+            float(said["scale"]),
+            int(said["good"]),
+        )
     except (CheckpointError, OSError, KeyError, TypeError, ValueError):
         return None
     return counters if whole else None

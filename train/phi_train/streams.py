@@ -25,6 +25,8 @@ class Packed:
     def __init__(self, data: Data, r: Recipe, end: int | None) -> None:
         self._data, self._size, self._length, self._most = data, r.batch_size, r.sequence_length, r.eval_windows
         self._end = end if r.documents_apart else None
+        self._short_every = r.short_every
+        self._short = getattr(r.model, "original_max_position_embeddings", None) or r.sequence_length
         available = data.windows(r.sequence_length)
         if len(data.heldout) < r.sequence_length:
             raise UsageError(
@@ -40,18 +42,20 @@ class Packed:
     def batch(self, number: int) -> Batch:
         """Batch number `number`."""
         chosen = self._order.take(number, self._size)
-        return self._batch(np.stack([self._data.window(i, self._length) for i in chosen]))
+        rows = np.stack([self._data.window(i, self._length) for i in chosen])
+        short = self._short_every and number % self._short_every == 0
+        return self._batch(rows.reshape(self._size, -1, self._short if short else self._length))
 
     def heldout(self) -> Batch:
         """Windows spread evenly over the held-out tokens."""
-        return self._batch(self._data.heldout_windows(self._length, self._most))
+        return self._batch(self._data.heldout_windows(self._length, self._most)[:, None])
 
     def unigram_loss(self) -> float | None:
         """Of a model that knows the tokens' frequencies alone."""
         return self._data.unigram_loss(self._data.heldout_windows(self._length, self._most)[:, 1:])
 
     def _batch(self, rows: np.ndarray) -> Batch:
-        tokens = torch.from_numpy(rows)[:, None]
+        tokens = torch.from_numpy(rows)
         if self._end is None:
             return Batch(tokens)
         ends = tokens == self._end  # the token that ends a document belongs to it

@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from phi_runtime.files import disk_full_named, write_file
 from phi_runtime.tokenizer import Tokenizer
 
-_SHOWN = ("loss", "learning_rate", "tokens_per_second")
+_SHOWN = ("loss", "learning_rate", "tokens_per_second", "utilisation")
 
 
 class Log:
