@@ -19,6 +19,7 @@ import torch
 from phi_train.plan import plan
 from phi_train.recipes import get_recipe
 
+RECIPE = "phi3-proxy-small"  # 27 M parameters
 WARM, STEPS = 4, 16
 
 
@@ -39,7 +40,7 @@ def main() -> None:
         return
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir()
-    r = get_recipe("phi3-demo", settings)
+    r = get_recipe(RECIPE, settings)
     flops = plan(r, 1, "h200").flops / r.tokens
     ratios, shares = [], []
     for n in range(args.rounds):
@@ -73,7 +74,7 @@ def products() -> float:
 
 def ours(out: Path, settings: list[str], tokens: int) -> float:
     """Tokens per second of phi-train."""
-    command = [Path(sys.executable).parent / "phi-train", "phi3-demo", "--out", out]
+    command = [Path(sys.executable).parent / "phi-train", RECIPE, "--out", out]
     command += [part for s in settings for part in ("--set", s)]
     subprocess.run(command, check=True, capture_output=True)
     lines = [json.loads(line) for line in (out / "training" / "log.jsonl").read_text().splitlines()]
@@ -86,7 +87,7 @@ def theirs(settings: list[str], data: Path) -> float:
 
     from phi_train.data import open_data
 
-    r = get_recipe("phi3-demo", settings)
+    r = get_recipe(RECIPE, settings)
     model = Phi3ForCausalLM(Phi3Config(**{**r.model.to_json(), "pad_token_id": 0, "attn_implementation": "sdpa"}))
     opened = open_data(data)
     rows = [torch.from_numpy(opened.window(i, r.sequence_length)) for i in range(STEPS * r.batch_size)]

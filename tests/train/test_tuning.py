@@ -1,0 +1,211 @@
+"""What comes after pre-training, by the commands a user types; and what can be seen of a run."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from support import SCRIPTS, run, settings
+
+from phi_train.questions import answers
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory, corpus):
+    out = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    done = run("phi-train", "questions", "--corpus", corpus, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory, questions, checkpoint):
+    out = tmp_path_factory.mktemp("talks") / "talks"
+    done = run("phi-train", "shards", "--conversations", questions, "--tokenizer", checkpoint, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, checkpoint, talks):
+    out = tmp_path_factory.mktemp("tuned") / "tuned"
+    done = tune(out, checkpoint, talks, "objective=sft", "steps=60")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def tune(out, begin, data, *changes):
+    """phi-train from a checkpoint, on some data."""
+    common = [f"model={begin}", f"init_from={begin}", f"tokenizer={begin}", f"data={data}", "sequence_length=160"]
+    common += ["batch_size=8", "warmup_steps=5", "learning_rate=2e-3", "save_every=30", *changes]
+    return run("phi-train", "phi3-demo", "--out", out, *(part for c in common for part in ("--set", c)))
+
+
+def summary(out):
+    return json.loads((out / "training" / "summary.json").read_text())
+
+
+def test_questions_are_about_functions(questions):
+    lines = [json.loads(line)["messages"] for line in questions.read_text().splitlines()]
+    assert len(lines) > 300
+    plain = 0
+    for question, answer in lines:
+        signature, asked = question["content"].splitlines()
+        found = re.fullmatch(r"def (\w+)\(([\w, ]*)\):", signature)
+        if found:  # no defaults, annotations or stars
+            plain += 1
+            names = found[2].split(", ")
+            expected = {
+                "What is it called?": f"It is called {found[1]}.",
+                "What does it take?": f"It takes {', '.join(names)}.",
+                "How many arguments does it take?": f"It takes {len(names)} of them.",
+            }[asked]
+            assert answer["content"] == expected
+    assert plain > 100
+
+
+def test_it_learns_to_answer(tuned):
+    said = summary(tuned)
+    assert said["final_loss"] < said["initial_loss"] - 1.5
+    assert said["unigram_loss"] is None
+
+
+def test_it_learns_not_to_say_what_it_said(tmp_path, tuned, questions):
+    pairs = tmp_path / "pairs.jsonl"
+    done = run("phi-train", "reject", tuned, "--conversations", questions, "--most", 300, "--out", pairs)
+    assert done.returncode == 0, done.stderr
+    assert all(line["chosen"] != line["rejected"] for line in map(json.loads, pairs.read_text().splitlines()))
+    done = run("phi-train", "shards", "--conversations", pairs, "--tokenizer", tuned, "--out", tmp_path / "pairs")
+    assert done.returncode == 0, done.stderr
+    done = tune(tmp_path / "out", tuned, tmp_path / "pairs", "objective=dpo", "steps=20", "learning_rate=3e-4")
+    assert done.returncode == 0, done.stderr
+    assert summary(tmp_path / "out")["initial_loss"] == pytest.approx(0.6931, abs=2e-3)
+    assert summary(tmp_path / "out")["final_loss"] < 0.6
+    assert "nats per pair" in done.stdout
+
+
+def test_a_pupil_comes_nearer_to_its_teacher(tmp_path, checkpoint, text):
+    training = checkpoint / "training"
+    common = settings(
+        f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "steps=40", f"teacher={checkpoint}",
+        "model.num_hidden_layers=1", "samples=0", "rounding=int4-g64",
+    )  # fmt: skip
+    done = run("phi-train", "phi3-demo", "--out", tmp_path / "out", *common)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(s)["loss"] for s in (tmp_path / "out" / "training" / "log.jsonl").read_text().splitlines()]
+    assert lines[-1] < lines[0] - 1  # of divergence
+    assert summary(tmp_path / "out")["final_loss"] < summary(tmp_path / "out")["initial_loss"] - 1
+    done = run("phi-train", "phi3-demo", "--out", tmp_path / "other", *common, "--set", "model.vocab_size=800")
+    assert done.returncode == 2 and "has 768 token ids, its pupil 800" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["objective=sft"], "holds a corpus, phi3-demo learns from conversations"),
+        (["objective=dpo"], "holds a corpus, phi3-demo learns from preferences"),
+        (["objective=dpo", "init_from=none"], "give init_from"),
+        (["objective=rlhf"], "is none of pretrain, sft, dpo"),
+        (["then_from=3"], "both then_data and then_from"),
+        (["offload=true"], "set zero_stage"),
+        (["short_every=2"], "a context before LongRoPE"),
+        (["data=TALKS"], "holds conversations, phi3-demo learns from a corpus"),
+        (["model=/nowhere"], "/nowhere"),
+    ],
+)
+def test_what_does_not_go_together(changes, said, tmp_path, checkpoint, talks):
+    changes = [c.replace("TALKS", str(talks)) for c in changes]
+    done = tune(tmp_path / "out", checkpoint, checkpoint / "training" / "shards", *changes)
+    assert done.returncode == 2 and said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_answers_end_where_they_should():
+    # Says the number of what it reads, and 3 after 2.
+    def model(tokens):
+        logits = __import__("torch").zeros(*tokens.shape, 9)
+        return logits.scatter_(-1, (tokens[..., None] + 1) % 9, 1)
+
+    said = answers(model, [[0], [5, 1], [7]], 4, {3}, 100)
+    assert said == [[1, 2], [2], [8, 0, 1, 2]]
+    assert answers(model, [[0] * 5, [4] * 6], 4, set(), 6) == [[1], []]
+
+
+def test_a_run_can_be_watched(tuned):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    training = tuned / "training"
+    logged = [json.loads(line) for line in (training / "log.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(training / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("loss")] == list(range(1, 61))
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([line["loss"] for line in logged], abs=1e-5)
+    assert all(0 < line["utilisation"] < 2 and line["tokens_per_second"] > 0 for line in logged)
+    samples = [json.loads(line) for line in (training / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [30, 30, 60, 60] and all(s["text"] for s in samples)
+    assert (training / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+_OVERFLOWING = """
+import sys
+import phi_train.scaling as scaling
+import phi_train.loop as loop
+from phi_train.cli import main
+from phi_train.state import full_weights
+scaling.BEGIN = 2.0**60
+real = loop._Run._scaled_step
+def watched(self, scale):
+    before = full_weights(self.engine)
+    before = {name: weight.clone() for name, weight in before.items()}
+    was = scale.scale
+    real(self, scale)
+    same = all((before[name] == weight).all() for name, weight in full_weights(self.engine).items())
+    assert same == (scale.scale < was), (was, scale.scale)
+    print("overflow" if same else "step", file=sys.stderr)
+loop._Run._scaled_step = watched
+sys.argv = ["phi-train", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_float16_takes_no_step_where_it_overflows(stage, tmp_path, checkpoint):
+    training = checkpoint / "training"
+    common = settings(
+        f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "precision=fp16", "steps=60",
+        f"zero_stage={stage}", "sequence_length=48", "samples=0", "save_every=1000", "model.num_hidden_layers=1",
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", _OVERFLOWING, "phi3-demo", "--out", tmp_path / "out", *common],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 5 < done.stderr.count("overflow\n") < 55 and done.stderr.count("step\n") > 4
+    said = summary(tmp_path / "out")
+    assert said["final_loss"] < said["initial_loss"] - 0.3
+
+
+def test_a_worker_that_dies_is_started_again(tmp_path, checkpoint):
+    training = checkpoint / "training"
+    common = settings(
+        f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "sequence_length=48", "steps=60",
+        "save_every=5", "precision=fp32", "zero_stage=1", "samples=0",
+    )  # fmt: skip
+    out = tmp_path / "out"
+    launcher = [SCRIPTS / "torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    process = subprocess.Popen(
+        [*launcher, SCRIPTS / "phi-train", "phi3-demo", "--out", out, *common],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (out / "training" / "state" / "step-00000010").exists() and process.poll() is None:
+        time.sleep(0.02)
+    workers = [c for c in psutil.Process(process.pid).children() if "phi-train" in " ".join(c.cmdline())]
+    os.kill(workers[-1].pid, signal.SIGKILL)
+    said = process.communicate(timeout=200)
+    assert process.returncode == 0, said[1][-3000:]
+    steps = [json.loads(line)["step"] for line in (out / "training" / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 61))
