@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from phi_runtime.decoder import Decoder, Layer, visible
+from phi_train.models.fused import causal_attention, rotate_pairs
 
 try:  # for GPUs, where it is installed; PyTorch's own attention gives the same
     from flash_attn import flash_attn_func
@@ -87,11 +88,8 @@ def _tables(decoder: Decoder, length: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x_BHTD: Tensor, sight: Sight) -> Tensor:
-    """Rotate the pairs (d, d + dims/2) of each head's first `dims` values, in float32; the rest stays."""
-    half = sight.cos_TD.shape[-1]
-    a, b, rest = torch.split(x_BHTD.float(), [half, half, x_BHTD.shape[-1] - 2 * half], dim=-1)
-    cos, sin = sight.cos_TD, sight.sin_TD
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+    """Rotate each head's first values by their positions; the rest stays."""
+    return rotate_pairs(x_BHTD, sight.cos_TD, sight.sin_TD)
 
 
 def attend(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, layer: Layer, sight: Sight) -> Tensor:
@@ -107,6 +105,10 @@ def attend(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, layer: Layer, sight: 
         out: Tensor = flash_attn_func(*heads, sight.dropout, softmax_scale=scale, causal=True, window_size=window)
         return out.flatten(2)
     mask = sight.mask(layer)
+    if mask is None and _short(q_BHTD, sight):
+        G = q_BHTD.shape[1] // k_BGTD.shape[1]
+        each = causal_attention(q_BHTD, k_BGTD.repeat_interleave(G, 1), v_BGTD.repeat_interleave(G, 1), scale)
+        return each.transpose(1, 2).flatten(2)
     out = functional.scaled_dot_product_attention(
         q_BHTD,
         k_BGTD,
@@ -118,6 +120,15 @@ def attend(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, layer: Layer, sight: 
         enable_gqa=k_BGTD.shape[1] < q_BHTD.shape[1],
     )
     return out.to(dtype).transpose(1, 2).flatten(2)
+
+
+def _short(x_BHTD: Tensor, sight: Sight) -> bool:
+    """Whether weights of attention are few enough to be kept, on a processor, where that is twice as fast."""
+    few = x_BHTD.numel() // x_BHTD.shape[-1] * x_BHTD.shape[2] * x_BHTD.element_size() <= _KEPT
+    return few and x_BHTD.device.type == "cpu" and x_BHTD.dtype == torch.bfloat16 and not sight.dropout
+
+
+_KEPT = 1 << 26  # bytes
 
 
 def _flash(x: Tensor, layer: Layer, sight: Sight) -> bool:

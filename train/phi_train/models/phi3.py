@@ -11,6 +11,7 @@ from torch.nn import functional
 from phi_runtime.config import Phi3Config
 from phi_runtime.decoder import Layer
 from phi_train.models.attention import Rounding, Sight, attend, check_length, rotate, split_heads, through, unrounded
+from phi_train.models.fused import rms_norm, swiglu
 
 
 class Phi3RMSNorm(nn.Module):
@@ -23,7 +24,7 @@ class Phi3RMSNorm(nn.Module):
 
     def forward(self, x_BTE: Tensor) -> Tensor:
         """Normalise the last axis."""
-        return functional.rms_norm(x_BTE.float(), self.weight.shape, self.weight, self.eps)
+        return rms_norm(x_BTE, self.weight, self.eps)
 
 
 class Phi3Attention(nn.Module):
@@ -52,8 +53,7 @@ class Phi3MLP(nn.Module):
 
     def forward(self, x_BTE: Tensor) -> Tensor:
         """down(silu(gate) * up)."""
-        gate, up = self.gate_up_proj(x_BTE).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(functional.silu(gate) * up)
+        out: Tensor = self.down_proj(swiglu(self.gate_up_proj(x_BTE)))
         return out
 
 

@@ -1,0 +1,175 @@
+"""The same mathematics in fewer passes over memory, which is what training on processors waits for.
+
+Shapes: B batch, H heads, T tokens, D head_dim, E hidden_size, V vocabulary, N rows of any of them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+_ROWS = 128  # of logits at a time, so that they stay in the cache
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TD, sin_TD)
+        return _rotated(x_BHTD, cos_TD, sin_TD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos_TD, sin_TD = ctx.saved_tensors
+        return _rotated(gradient, cos_TD, -sin_TD), None, None
+
+
+def rotate_pairs(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Rotate the pairs (d, d + half) of each head's first dimensions; in float32, given back in the input's type."""
+    out: Tensor = _Rotate.apply(x_BHTD, cos_TD, sin_TD)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for text, into in zip(x, out, strict=True):  # one at a time stays in the cache
+        a, b = text[..., :half].float(), text[..., half : 2 * half].float()
+        into[..., :half] = (a * cos).addcmul_(b, sin, value=-1)
+        into[..., half : 2 * half] = (b * cos).addcmul_(a, sin)
+        into[..., 2 * half :] = text[..., 2 * half :]
+    return out
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_E: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        rows_NE = x.reshape(-1, x.shape[-1])
+        out, scales_N = torch.empty(rows_NE.shape, dtype=dtype, device=x.device), torch.empty_like(rows_NE[:, 0])
+        for i in range(0, len(rows_NE), _ROWS):
+            part = rows_NE[i : i + _ROWS].float()
+            scale = torch.rsqrt(part.square().mean(1, keepdim=True) + eps)
+            out[i : i + _ROWS] = (part * scale).mul_(weight_E)
+            scales_N[i : i + _ROWS] = scale[:, 0]
+        ctx.save_for_backward(rows_NE, weight_E, scales_N)
+        return out.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows_NE, weight_E, scales_N = ctx.saved_tensors
+        flat = gradient.reshape(rows_NE.shape)
+        out, of_weight = torch.empty_like(rows_NE), torch.zeros_like(weight_E)
+        for i in range(0, len(rows_NE), _ROWS):
+            x, g, scale = rows_NE[i : i + _ROWS].float(), flat[i : i + _ROWS].float(), scales_N[i : i + _ROWS, None]
+            x = x * scale
+            of_weight += (g * x).sum(0)
+            g = g * weight_E
+            out[i : i + _ROWS] = g.addcmul_(x, (g * x).mean(1, keepdim=True), value=-1).mul_(scale)
+        return out.view(gradient.shape), of_weight, None, None
+
+
+def rms_norm(x_BTE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+    """The root-mean-square norm of the last axis, computed in float32; in the products' type where autocast is on."""
+    kind = x_BTE.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTE.dtype
+    out: Tensor = _RmsNorm.apply(x_BTE, weight_E, eps, dtype)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        rows = both.reshape(-1, both.shape[-1])
+        half = rows.shape[1] // 2
+        out = torch.empty((len(rows), half), dtype=both.dtype, device=both.device)
+        for i in range(0, len(rows), _ROWS):
+            gate, up = rows[i : i + _ROWS, :half].float(), rows[i : i + _ROWS, half:]
+            out[i : i + _ROWS] = functional.silu(gate).mul_(up)
+        ctx.save_for_backward(rows)
+        return out.view(*both.shape[:-1], half)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        half = rows.shape[1] // 2
+        flat = gradient.reshape(-1, half)
+        out = torch.empty_like(rows)
+        for i in range(0, len(rows), _ROWS):
+            gate, up = rows[i : i + _ROWS, :half].float(), rows[i : i + _ROWS, half:].float()
+            g = flat[i : i + _ROWS].float()
+            out[i : i + _ROWS, half:] = functional.silu(gate).mul_(g)
+            out[i : i + _ROWS, :half] = torch.ops.aten.silu_backward(g * up, gate)
+        return out.view(*gradient.shape[:-1], 2 * half)
+
+
+def swiglu(both: Tensor) -> Tensor:
+    """silu(gate) * up of [..., gate then up]."""
+    out: Tensor = _SwiGlu.apply(both)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        seen = torch.full((q.shape[1], q.shape[1]), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
+        p = torch.baddbmm(seen, q, k.transpose(1, 2), alpha=scale)
+        torch.softmax(p, -1, out=p)
+        ctx.save_for_backward(q, k, v, p)
+        ctx.scale = scale
+        return torch.bmm(p, v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, p = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        dv = torch.bmm(p.transpose(1, 2), gradient)
+        ds = torch._softmax_backward_data(torch.bmm(gradient, v.transpose(1, 2)), p, -1, p.dtype)
+        dq = torch.bmm(ds, k).mul_(ctx.scale)
+        dk = torch.bmm(ds.transpose(1, 2), q).mul_(ctx.scale)
+        return dq, dk, dv, None
+
+
+def causal_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, scale: float) -> Tensor:
+    """Attention of each token over those up to it, its weights kept for the backward pass."""
+    flat = [x.reshape(-1, *x.shape[2:]) for x in (q_BHTD, k_BHTD, v_BHTD)]
+    out: Tensor = _CausalAttention.apply(*flat, scale)  # type: ignore[no-untyped-call]
+    return out.view_as(q_BHTD)
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, wanted_N: Tensor) -> Tensor:
+        losses = torch.empty(len(logits_NV), dtype=torch.float32, device=logits_NV.device)
+        keep = ctx.needs_input_grad[0]
+        gradients = torch.empty_like(logits_NV) if keep else None
+        for i in range(0, len(logits_NV), _ROWS):
+            part = logits_NV[i : i + _ROWS].to(torch.float32, copy=True)
+            chosen = wanted_N[i : i + _ROWS, None]
+            part -= part.amax(1, keepdim=True)
+            least = part.gather(1, chosen)
+            part.exp_()
+            total = part.sum(1, keepdim=True)
+            losses[i : i + _ROWS] = (total.log() - least)[:, 0]
+            if gradients is not None:
+                part /= total
+                part.scatter_add_(1, chosen, torch.full_like(least, -1))
+                gradients[i : i + _ROWS] = part
+        ctx.save_for_backward(gradients)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None]:
+        (gradients,) = ctx.saved_tensors
+        return gradients.mul_(gradient_N[:, None].to(gradients.dtype)), None
+
+
+def token_losses(logits_NV: Tensor, wanted_N: Tensor) -> Tensor:
+    """Negative log-likelihoods [N], nats, in float32; logits are never held in float32 as a whole."""
+    out: Tensor = _TokenLosses.apply(logits_NV, wanted_N)  # type: ignore[no-untyped-call]
+    return out
