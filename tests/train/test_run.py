@@ -114,7 +114,6 @@ def test_a_damaged_state_is_passed_over(tmp_path, checkpoint):
         (["phi3-demo", "--set", "model.partial_rotary_factor=0.01"], "leaves 0 dimensions"),
         (["phi3-demo", "--set", "micro_batch_size=3"], "does not divide"),
         (["phi3-demo", "--set", "schedule=cosin"], "none of cosine"),
-        (["phi3-demo", "--set", "precision=fp16"], "precision=bf16"),
         (["phi3-demo", "--set", "model.rope_scaling=su"], "LongRope"),
         (["phi3-demo", "--set", "corpus=/no/such/folder"], "no such folder"),
         (["phi3-demo", "--set", "data=/no/such/folder", "--set", "tokenizer=/no"], "phi-train shards"),

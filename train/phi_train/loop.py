@@ -372,6 +372,8 @@ def _compute_in(precision: str, model: CausalLM, device: torch.device) -> None:
 
 
 def _teacher_folder(r: Recipe) -> Path | None:
+    if r.objective == "dpo" and r.init_from is None:
+        raise UsageError(f"{r.name} compares with the model it begins with: give init_from")
     folder = r.init_from if r.objective == "dpo" else r.teacher
     return None if folder is None else Path(folder)
 

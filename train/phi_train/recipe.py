@@ -141,7 +141,13 @@ def check(r: Recipe) -> None:
         "final_learning_rate": 100,
         "warmup_steps": 2**31,
     }
-    bounds |= {"distillation": 1 + 1e-9, "imitation": 1e6, "then_from": r.steps, "short_every": 1e9, "samples": 1000}
+    bounds |= {
+        "distillation": 1 + 1e-9,
+        "imitation": 1e6,
+        "then_from": max(1, r.steps),
+        "short_every": 1e9,
+        "samples": 1000,
+    }
     for name, most in (bounds | {"seed": 2**63, "gradient_clipping": 1e9, "dropout": 1, "zero_stage": 4}).items():
         if not 0 <= getattr(r, name) < most:
             raise UsageError(f"--set {name}={getattr(r, name)}: should be from 0 to below {most:g}")
@@ -177,7 +183,7 @@ def check(r: Recipe) -> None:
         )
     if r.offload and r.zero_stage == 0:
         raise UsageError("offload moves what ZeRO divides; set zero_stage to 1, 2 or 3 too")
-    if r.objective == "dpo" and (r.init_from is None or r.teacher is not None):
-        raise UsageError("dpo compares with the model it begins with: give init_from, and no teacher")
+    if r.objective == "dpo" and r.teacher is not None:
+        raise UsageError("dpo compares with the model it begins with: give no teacher")
     if (r.then_data is None) != (r.then_from == 0):
         raise UsageError("a second phase has both then_data and then_from")

@@ -116,7 +116,7 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         seen = torch.full((q.shape[1], q.shape[1]), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
-        p = torch.baddbmm(seen, q, k.transpose(1, 2), alpha=scale)
+        p = torch.bmm(q * scale, k.transpose(1, 2)).add_(seen)
         torch.softmax(p, -1, out=p)
         ctx.save_for_backward(q, k, v, p)
         ctx.scale = scale
