@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from phi_runtime.files import disk_full_named, write_file
 from phi_runtime.tokenizer import Tokenizer
 
+_MEAN = 20  # steps
 _SHOWN = ("loss", "learning_rate", "tokens_per_second", "utilisation")
 
 
@@ -70,9 +71,12 @@ def plot_losses(training: Path, heldout: tuple[float, float]) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     steps = [line["step"] for line in lines]
-    axes.plot(steps, [line["loss"] for line in lines], linewidth=0.8, label="each step")
-    axes.plot([0, steps[-1]], heldout, "o", label="held out")
+    losses = [line["loss"] for line in lines]
+    axes.plot(steps, losses, linewidth=0.6, alpha=0.5, label="each step")
+    means = [sum(losses[max(0, i - _MEAN) : i]) / min(i, _MEAN) for i in range(1, len(losses) + 1)]
+    axes.plot(steps, means, color="C0", linewidth=1.6, label=f"mean of {_MEAN}")
+    axes.plot([0, steps[-1]], heldout, "oC1", label="held out")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss")
+    axes.set_ylabel("loss (nats)")
     axes.legend()
     figure.savefig(training / "loss.png", dpi=120)
