@@ -69,7 +69,6 @@ class Recipe:
     then_from: int = 0
     short_every: int = 0
     offload: bool = False
-    compile: bool = False
     samples: int = 2
     spike: float = 2.0
     seed: int = 0
