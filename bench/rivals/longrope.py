@@ -1,6 +1,6 @@
 """A context eight times as long: loss by position, factors by rule and searched for, before and after training there.
 
-python bench/rivals/longrope.py --tokenizer DIR --data SHARDS --out DIR [--seeds 1]
+python bench/rivals/longrope.py --tokenizer DIR --data SHARDS --out DIR [--seeds 0 1]
 """
 
 import argparse
@@ -32,13 +32,13 @@ def main() -> None:
     p.add_argument("--tokenizer", type=Path, required=True)
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--seeds", type=int, default=1)
+    p.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = p.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir()
     rows = torch.from_numpy(open_data(args.data).heldout_windows(LONG, 48))
     print("loss by position:", *(f"{a}-{b}" for a, b in pairwise(BINS)), "| all | short context alone")
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         common = {"tokenizer": args.tokenizer, "data": args.data, "seed": seed}
         base = args.out / f"base-{seed}"
         train(base, {**common, **MODEL, "sequence_length": SHORT, "batch_size": 16, "steps": 800})
