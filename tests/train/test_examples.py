@@ -9,7 +9,7 @@ from support import run
 from phi_runtime.chat import FORMATS
 from phi_runtime.errors import UsageError
 from phi_runtime.tokenizer import Tokenizer
-from phi_train.examples import Conversations, Preferences, open_examples, write_examples
+from phi_train.examples import Conversations, Preferences, Reader, open_examples, write_examples
 
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -61,6 +61,23 @@ def test_only_the_assistants_words_are_learnt(tmp_path, file, tokenizer):
     learnt = [r for r in runs if r[-1] == t.id("<|end|>") and len(r) > 1][-2:]
     assert sum(found[1]) == sum(map(len, learnt))
     assert [t.decode(r.tolist()).strip() for r in learnt] == ["It is called f.", "No, that is not one."]
+
+
+def test_a_question_stays_on_its_side(tokenizer):
+    """Whatever is learnt about it, and however its line is written: what is held out was never trained on."""
+    reader = Reader(tokenizer)
+    ask = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "2?"},
+    ]
+    lines = (
+        {"messages": [*ask, {"role": "assistant", "content": "2"}]},
+        {"messages": [*ask, {"content": "two", "role": "assistant"}], "id": 3},
+        {"messages": [{**m, "name": "x"} for m in [*ask, {"role": "assistant", "content": "2"}]]},
+        {"prompt": ask, "chosen": "2", "rejected": "3"},
+    )
+    assert len({reader.read(json.dumps(line).encode())[1] for line in lines}) == 1
 
 
 def test_windows_hold_whole_conversations_and_an_epoch_all_of_them(talks):
@@ -127,7 +144,8 @@ def test_too_few_lines_and_damaged_folders(tmp_path, file, tokenizer):
     with pytest.raises(UsageError, match="too few lines"):
         write_examples(file({"messages": talk(0)}), tokenizer, tmp_path / "few")
     write_examples(file(*({"messages": talk(n)} for n in range(200))), tokenizer, tmp_path / "out")
-    for name, content in (("train.bin", b""), ("train.bin", b"\xff" * 8), ("train.ends.bin", b"\x00" * 16)):
+    for name, content in (("train.bin", b""), ("train.bin", b"\xff" * 8), ("train.ends.bin", b"\x00" * 16),
+                          ("examples.json", b'{"vocab_size": 1e999}')):  # fmt: skip
         kept = (tmp_path / "out" / name).read_bytes()
         (tmp_path / "out" / name).write_bytes(content)
         with pytest.raises(UsageError, match="is damaged"):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,58 @@ def test_what_does_not_go_together(changes, said, tmp_path, checkpoint, talks):
     done = tune(tmp_path / "out", checkpoint, checkpoint / "training" / "shards", *changes)
     assert done.returncode == 2 and said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(tmp_path, checkpoint):
+    for wrong in ("data=/nowhere", "init_from=/nowhere", "teacher=/nowhere"):
+        done = tune(tmp_path / "out", checkpoint, checkpoint / "training" / "shards", wrong)
+        assert done.returncode == 2 and "/nowhere" in done.stderr
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_on_two_processes_is_told_once(tmp_path, checkpoint):
+    common = settings(f"tokenizer={checkpoint}", "data=/nowhere")
+    launcher = ["--standalone", "--nproc-per-node", "2", SCRIPTS / "phi-train"]
+    done = run("torchrun", *launcher, "phi3-demo", "--out", tmp_path / "out", *common)
+    assert done.returncode == 1  # torchrun's own
+    assert done.stderr.count("error: /nowhere") == 1 and "Connection closed" not in done.stderr
+
+
+def test_teachers_that_do_not_fit(tmp_path, checkpoint):
+    shards = checkpoint / "training" / "shards"
+    short = tmp_path / "short"
+    shutil.copytree(checkpoint, short, ignore=shutil.ignore_patterns("training"))
+    raw = json.loads((short / "config.json").read_text())
+    raw |= {"max_position_embeddings": 64, "original_max_position_embeddings": 64}
+    (short / "config.json").write_text(json.dumps(raw))
+    done = tune(tmp_path / "out", checkpoint, shards, f"teacher={short}")
+    assert done.returncode == 2 and "has 64 positions" in done.stderr
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other, ignore=shutil.ignore_patterns("training"))
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
+    for field in ("teacher", "init_from"):
+        done = tune(tmp_path / "out", checkpoint, shards, f"{field}={other}")
+        assert done.returncode == 2 and "has another tokenizer" in done.stderr
+
+
+def test_what_a_model_is_asked(tmp_path, tuned):
+    """Lines as shards reads them; and what could not be asked is no mistake."""
+    talks = tmp_path / "talks.jsonl"
+    ask = {"role": "user", "content": "def f(x):\u2028What is it called?"}
+    long = {"role": "user", "content": "x = 1\n" * 200}
+    lines = [{"messages": [q, {"role": "assistant", "content": "No."}]} for q in (ask, long)]
+    talks.write_text("\n" + "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    done = run("phi-train", "reject", tuned, "--conversations", talks, "--out", tmp_path / "pairs.jsonl")
+    assert done.returncode == 0, done.stderr
+    (pair,) = map(json.loads, (tmp_path / "pairs.jsonl").read_text().split("\n")[:-1])
+    assert pair["prompt"] == [ask] and pair["rejected"] not in ("", "No.")
+    for content in (b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}',
+                    b"\xff\xfe", b'{"messages": [{"content": "x"}]}'):  # fmt: skip
+        talks.write_bytes(b"\n" + content)
+        for command in (("reject", tuned), ("shards", "--tokenizer", tuned)):
+            done = run("phi-train", *command, "--conversations", talks, "--out", tmp_path / "out")
+            assert done.returncode == 2 and "line 2: " in done.stderr and "Traceback" not in done.stderr
+            assert done.stderr.count("error: ") == 1
 
 
 def test_answers_end_where_they_should():

@@ -86,7 +86,7 @@ def _list(argv: list[str]) -> None:
 
     for name, recipe in RECIPES.items():
         r = recipe()
-        summary = (recipe.__doc__ or "").splitlines()[0]
+        summary = (getattr(recipe, "func", recipe).__doc__ or "").splitlines()[0]
         print(f"{name:<16} {num_parameters(r.model) / 1e6:8.1f} M parameters  {summary}")
 
 
@@ -163,7 +163,10 @@ def _extend(argv: list[str]) -> None:
             lambda n, of: progress("searching", n, of, {}),
         )  # fmt: skip
     print(f"{args.out}: {args.context:,} positions; loss {found:.3f} there, {yarn:.3f} by YaRN (nats per token)")
-    print(f"train it there: phi-train RECIPE --set model={args.out} --set init_from={args.out} --set sequence_length=…")
+    print(
+        f"train it there: phi-train RECIPE --set model={args.out} --set init_from={args.out} "
+        f"--set tokenizer={args.out} --set data={args.data} --set sequence_length={args.context} --out …"
+    )
 
 
 def _init(argv: list[str]) -> None:

@@ -120,7 +120,7 @@ def open_data(folder: Path) -> Data:
         shards = tuple(np.memmap(folder / Path(name).name, dtype, "r") for name in index["train"])
         heldout = np.memmap(folder / "heldout.bin", dtype, "r")
         vocab_size, digest = int(index["vocab_size"]), str(index["tokenizer_sha256"])
-    except (KeyError, TypeError, ValueError, OSError) as e:
+    except (KeyError, TypeError, ValueError, OSError, OverflowError) as e:
         raise UsageError(
             f"{folder}: is damaged ({type(e).__name__}: {e}); make it anew with phi-train shards"
         ) from None

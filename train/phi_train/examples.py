@@ -6,6 +6,8 @@ A line is {"messages": [{"role": ..., "content": ...}, ...]}, of which the assis
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,23 +37,16 @@ def write_examples(lines: Path, tokenizer_folder: Path, out: Path) -> None:
     """
     if out.exists():
         raise OutputExistsError(f"{out}: exists already; choose another --out")
-    if not lines.is_file():
-        raise NotFoundError(f"{lines}: no such file; give one of JSON lines")
-    reader = _Reader(tokenizer_folder)
+    reader = Reader(tokenizer_folder)
     parts: dict[str, list[list[tuple[int, bool]]]] = {split: [] for split in _SPLITS}
     kinds = set()
-    with open(lines, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                kind, name, texts = reader.read(line)
-            except (PhiError, ValueError, RecursionError) as e:
-                raise UsageError(f"{lines}: line {number}: {e}") from None
-            kinds.add(kind)
-            if len(kinds) > 1:
-                raise UsageError(f"{lines}: line {number}: holds {kind} among others; give one kind a file")
-            parts["heldout" if lot(name) % 100 < _HELD_OUT_OF_100 else "train"] += texts
+    for number, line in numbered_lines(lines):
+        with named(lines, number):
+            kind, name, texts = reader.read(line)
+        kinds.add(kind)
+        if len(kinds) > 1:
+            raise UsageError(f"{lines}: line {number}: holds {kind} among others; give one kind a file")
+        parts["heldout" if lot(name) % 100 < _HELD_OUT_OF_100 else "train"] += texts
     if not all(parts.values()):
         raise UsageError(f"{lines}: too few lines to learn from some and hold others out")
     with staged_folder(out) as stage:
@@ -68,7 +63,27 @@ def write_examples(lines: Path, tokenizer_folder: Path, out: Path) -> None:
         (stage / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
-class _Reader:
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank, and their numbers. Raises NotFoundError."""
+    if not path.is_file():
+        raise NotFoundError(f"{path}: no such file; give one of JSON lines")
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                yield number, line
+
+
+@contextmanager
+def named(path: Path, number: int) -> Iterator[None]:
+    """What is wrong with a line, with its file and number."""
+    try:
+        yield
+    except (PhiError, ValueError, RecursionError) as e:
+        said = str(e) or type(e).__name__
+        raise UsageError(f"{path}: line {number}: {said.splitlines()[0]}") from None
+
+
+class Reader:
     """Lines to tokens and to which of them are the assistant's words."""
 
     def __init__(self, folder: Path) -> None:
@@ -76,20 +91,18 @@ class _Reader:
         name = chat_name(folder)
         if name is None:
             raise UsageError(f"{folder}: names no chat format that we know; take a Phi-3's tokenizer")
-        self._format: ChatFormat = get_format(name)
+        self.format: ChatFormat = get_format(name)
         said, end = self.tokenizer.id("<|assistant|>"), self.tokenizer.id("<|end|>")
         if said is None or end is None:
             raise UsageError(f"{folder}: its tokenizer lacks <|assistant|> or <|end|>; take a Phi-3's")
         self._reply, self._end = said, end
 
-    def read(self, line: str) -> tuple[str, str, list[list[tuple[int, bool]]]]:
+    def read(self, line: bytes) -> tuple[str, str, list[list[tuple[int, bool]]]]:
         """Kind, what decides the split, and texts of (token, whether it is learnt): one, or chosen and rejected."""
         raw = json.loads(line)
         if isinstance(raw, dict) and isinstance(raw.get("messages"), list):
             messages = raw["messages"]
-            tokens = self._tokens(messages, last_only=False)
-            asked = [m for m in messages if m["role"] != "assistant"]  # the same question stays on one side
-            return "conversations", json.dumps(asked), [tokens]
+            return "conversations", _asked(messages), [self._tokens(messages, last_only=False)]
         if isinstance(raw, dict) and {"prompt", "chosen", "rejected"} <= raw.keys():
             prompt = raw["prompt"]
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -99,20 +112,24 @@ class _Reader:
                     raise UsageError("prompt is messages or a text, chosen and rejected are texts")
                 answer = {"role": "assistant", "content": raw[side]}
                 texts.append(self._tokens([*messages, answer], last_only=True))
-            return "preferences", json.dumps(messages), texts
+            return "preferences", _asked(messages), texts
         raise UsageError('is neither {"messages": ...} nor {"prompt": ..., "chosen": ..., "rejected": ...}')
 
-    def _tokens(self, messages: Messages, last_only: bool) -> list[tuple[int, bool]]:
+    def check(self, messages: Any) -> None:
+        """Raise UsageError for what is no conversation that ends with the assistant's words."""
         for message in messages:
-            content = message.get("content") if isinstance(message, dict) else None
-            if not isinstance(content, str):
+            role, content = (message.get(k) if isinstance(message, dict) else None for k in ("role", "content"))
+            if not isinstance(content, str) or not isinstance(role, str):
                 raise UsageError('a message is {"role": ..., "content": ...}, both of them text')
             # Written as text they would open or end a turn.
             if special := self.tokenizer.special_tokens(content):
                 raise UsageError(f"the text holds the special token {special[0]}; take it out")
-        if not messages or messages[-1].get("role") != "assistant":
+        if not messages or messages[-1]["role"] != "assistant":
             raise UsageError("does not end with the assistant's words")
-        tokens = self.tokenizer.encode(self._format.conversation(messages, "<s>"))
+
+    def _tokens(self, messages: Messages, last_only: bool) -> list[tuple[int, bool]]:
+        self.check(messages)
+        tokens = self.tokenizer.encode(self.format.conversation(messages, "<s>"))
         learned, inside = [], False
         for token in tokens:
             learned.append(inside)
@@ -121,6 +138,12 @@ class _Reader:
             last = len(tokens) - 1 - tokens[::-1].index(self._reply)
             learned = [flag and i > last for i, flag in enumerate(learned)]
         return list(zip(tokens, learned, strict=True))
+
+
+def _asked(messages: Any) -> str:
+    """What others say in a conversation: the same question stays on one side, whatever is learnt about it."""
+    said = [[m.get("role"), m.get("content")] for m in messages if isinstance(m, dict)]
+    return json.dumps([pair for pair in said if pair[0] != "assistant"])
 
 
 @dataclass(frozen=True)
@@ -163,14 +186,18 @@ def open_examples(folder: Path) -> Examples:
         vocab_size = int(index["vocab_size"])
         splits = [_open_split(folder, split, vocab_size) for split in _SPLITS]
         return Examples(str(index["kind"]), splits[0], splits[1], str(index["tokenizer_sha256"]), vocab_size)
-    except (KeyError, TypeError, ValueError, OSError) as e:
+    except (KeyError, TypeError, ValueError, OSError, OverflowError) as e:
         raise UsageError(f"{folder}: is damaged ({type(e).__name__}: {e}); make it anew") from None
 
 
 def _open_split(folder: Path, split: str, vocab_size: int) -> Texts:
     files: dict[str, Any] = {"": np.uint32, ".learned": np.uint8, ".ends": np.uint64}
     tokens, learned, ends = (np.memmap(folder / f"{split}{n}.bin", t, "r") for n, t in files.items())
-    if len(tokens) != len(learned) or len(tokens) != int(ends[-1]) or (np.diff(ends.astype(np.int64)) <= 0).any():
+    if (
+        len(tokens) != len(learned)
+        or len(tokens) != int(ends[-1])
+        or (np.diff(ends.astype(np.int64), prepend=0) <= 0).any()
+    ):
         raise ValueError(f"{split}.bin and its ends do not agree")
     if int(tokens.max()) >= vocab_size:
         raise ValueError(f"{split}.bin holds a token beyond its vocabulary of {vocab_size}")

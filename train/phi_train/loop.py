@@ -21,23 +21,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phi_runtime.checkpoint import open_checkpoint
-from phi_runtime.config import AnyConfig, num_parameters, read_config, read_json
-from phi_runtime.errors import OutputExistsError, UsageError
+from phi_runtime.config import AnyConfig, read_json
+from phi_runtime.errors import PhiError, UsageError
 from phi_runtime.files import write_file
 from phi_runtime.memory import available
 from phi_runtime.tokenizer import Tokenizer
 from phi_train.batch import Batch, Stream
 from phi_train.checkpoint import write_checkpoint
 from phi_train.engine import Ranks, any_of, barrier, join, make_engine, share, total
-from phi_train.models import CausalLM, build, load_weights
-from phi_train.models.attention import init_weights
+from phi_train.models import CausalLM
 from phi_train.objectives import next_token, preference
 from phi_train.plan import check_memory, flops_per_token
 from phi_train.rate import peak
 from phi_train.recipe import Recipe
-from phi_train.rounding import train_on_grid
 from phi_train.scaling import LossScale, nothing_learnt
+from phi_train.setup import claim, first_alone, make_model, make_teacher, unclaim
 from phi_train.state import Counters, full_weights, load_state, save_state
 from phi_train.streams import prepare
 from phi_train.tokenizer import END_OF_TEXT
@@ -70,36 +68,34 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
     Raises UsageError for a recipe or data that do not fit, and for a run that goes wrong again and again;
     OutputExistsError for a foreign folder; Stopped after SIGTERM, the state saved.
     """
+    if recipe.objective == "dpo" and recipe.init_from is None:
+        raise UsageError(f"{recipe.name} compares with the model it begins with: give init_from")
     ranks = join()
     micro, _ = share(recipe, ranks)
     free = torch.cuda.mem_get_info(ranks.device)[0] if ranks.device.type == "cuda" else available()
-    frozen = _teacher_folder(recipe)
-    others = 0 if frozen is None else num_parameters(read_config(frozen))
-    check_memory(recipe, micro, ranks.world, ranks.local_world if ranks.device.type == "cpu" else 1, free, others)
-    training = out / "training"
-    if ranks.first:
-        _claim(recipe, out, training)
-    barrier()
+    check_memory(recipe, micro, ranks.world, ranks.local_world if ranks.device.type == "cpu" else 1, free)
+    training, new = out / "training", False
+
+    def begin() -> None:
+        nonlocal new
+        new = claim(recipe, out)
+
+    first_alone(ranks, begin)
     if (training / "summary.json").is_file() and (out / "config.json").is_file():
         return Summary(**read_json(training / "summary.json"))
-    if ranks.first:
-        prepare(recipe, training, lambda what: progress(what, 0, recipe.steps, {}))
-    barrier()
-    tokenizer, stream = prepare(recipe, training, lambda what: None)
-    config = _with_tokens(recipe.model, tokenizer)
-    torch.manual_seed(recipe.seed)
-    model = build(config)
-    if recipe.init_from is None:
-        init_weights(model, recipe.seed)
-    else:
-        load_weights(model, open_checkpoint(Path(recipe.init_from)))
-    model.dropout, model.checkpoint_activations = recipe.dropout, recipe.checkpoint_activations
-    if recipe.rounding is not None:
-        train_on_grid(model, recipe.rounding)
+    try:
+        first_alone(ranks, lambda: _prepared(recipe, training, progress))
+        tokenizer, stream = prepare(recipe, training, lambda what: None)
+        config = _with_tokens(recipe.model, tokenizer)
+        model = make_model(recipe, config, tokenizer, ranks)
+        teacher = make_teacher(recipe, config, tokenizer, ranks)
+    except PhiError:
+        if new:
+            unclaim(out)
+        raise
     heldout = stream.heldout()
-    _compute_in(recipe.precision, model, ranks.device)
-    engine = make_engine(model.to(ranks.device), recipe, ranks)
-    run = _Run(recipe, out, stream, engine, _teacher(recipe, config, ranks), ranks, progress)
+    engine = make_engine(model, recipe, ranks)
+    run = _Run(recipe, out, stream, engine, teacher, ranks, progress)
     initial = run.evaluate(heldout)
     seconds = run.steps(Tokenizer(tokenizer), heldout)
     summary = Summary(
@@ -144,7 +140,7 @@ class _Run:
         self._teacher = teacher
         self._states = out / "training" / "state"
         self._counters, self._progress = Counters(), progress
-        self._recent: list[float] = []  # losses
+        self._cut = 0  # parts of batches left out in this process's time
         self._scale = LossScale(engine.module, ranks.device) if recipe.precision == "fp16" else None
         self._log: Log | None = None  # of the first process
         # Utilisation is that share of all processes' peak which one token a second takes.
@@ -229,9 +225,10 @@ class _Run:
             said = torch.stack([loss.detach(), torch.tensor(float(self._units(part)), device=loss.device)])
             found, count = total(said)
             if not self._good(found / count):
-                self._leave_out(step, found / count)
                 if not counts:  # nothing of this batch is in the engine yet
+                    self._leave_out(step, found / count)
                     return None
+                self._leave_out_part(step, found / count)
                 loss, found, count = 0 * self._loss(own[:micro]), 0.0, 0.0
             sums, counts = sums + found, counts + count
             if self._scale is None:
@@ -240,8 +237,9 @@ class _Run:
             else:
                 engine.backward(loss * (weight * self._scale.scale))
                 self._scaled_step(self._scale)
-        self._recent = [*self._recent[-_RECENT + 1 :], sums / counts]
-        return self._recent[-1]
+        recent = (*self._counters.recent[-_RECENT + 1 :], sums / counts)
+        self._counters = dataclasses.replace(self._counters, recent=recent)
+        return sums / counts
 
     def _scaled_step(self, scale: LossScale) -> None:
         if not self.engine.is_gradient_accumulation_boundary():
@@ -261,7 +259,8 @@ class _Run:
     def _good(self, loss: float) -> bool:
         if not math.isfinite(loss):
             return False
-        return len(self._recent) < _RECENT or loss < float(np.mean(self._recent)) + self.recipe.spike
+        recent = self._counters.recent
+        return len(recent) < _RECENT or loss < float(np.mean(recent)) + self.recipe.spike
 
     def _leave_out(self, step: int, loss: float) -> None:
         """Remember the batch as one that is left out; where the weights are spoilt too, go back to the last state."""
@@ -273,13 +272,22 @@ class _Run:
             back = load_state(self._states, self.engine)
             self._say(f"the weights are spoilt: back to step {back.step}", step)
             self._go_on_from(dataclasses.replace(back, skipped=self._counters.skipped))
-            self._recent = []
             self._open_log()
         skipped = tuple(sorted({*self._counters.skipped, *numbers}))
         self._counters = dataclasses.replace(self._counters, skipped=skipped)
-        if len(skipped) > _MOST_SKIPPED:
+        self._check_patience(step, loss)
+
+    def _leave_out_part(self, step: int, loss: float) -> None:
+        """The other parts of the batch are learnt from all the same."""
+        self._say(f"the loss was {loss:.4g}: a part of the batch of step {step + 1} is left out", step)
+        self._cut += 1
+        self._check_patience(step, loss)
+
+    def _check_patience(self, step: int, loss: float) -> None:
+        wrong = len(self._counters.skipped) + self._cut
+        if wrong > _MOST_SKIPPED:
             raise UsageError(
-                f"{self.out}: {len(skipped)} batches went wrong, the last one at step {step} with a loss of {loss}; "
+                f"{self.out}: {wrong} batches went wrong, the last one at step {step} with a loss of {loss}; "
                 "lower learning_rate, or look at the data"
             )
 
@@ -346,52 +354,8 @@ def learning_rate(r: Recipe, step: int) -> float:
     return r.final_learning_rate + (r.learning_rate - r.final_learning_rate) * left
 
 
-def _claim(recipe: Recipe, out: Path, training: Path) -> None:
-    """Make the folder this recipe's own, or see that it already is."""
-    record = training / "recipe.json"
-    wanted = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    if record.is_file():
-        there = read_json(record)
-        changed = sorted(k for k in wanted if there.get(k) != wanted[k])
-        if changed:
-            k = changed[0]
-            raise UsageError(
-                f"{out}: holds a run with {k}={there.get(k)}, not {wanted[k]}; choose another --out, or its settings"
-            )
-        return
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise OutputExistsError(f"{out}: is there already and holds no run of ours; choose another --out")
-    write_file(record, json.dumps(wanted, indent=1) + "\n")
-
-
-def _compute_in(precision: str, model: CausalLM, device: torch.device) -> None:
-    """Let a model's products be of 16 bits. Within its forward: DeepSpeed turns off an autocast that is around it."""
-    if precision != "fp32":
-        half = torch.bfloat16 if precision == "bf16" else torch.float16
-        model.forward = torch.autocast(device.type, half)(model.forward)  # type: ignore[method-assign]
-
-
-def _teacher_folder(r: Recipe) -> Path | None:
-    if r.objective == "dpo" and r.init_from is None:
-        raise UsageError(f"{r.name} compares with the model it begins with: give init_from")
-    folder = r.init_from if r.objective == "dpo" else r.teacher
-    return None if folder is None else Path(folder)
-
-
-def _teacher(r: Recipe, config: AnyConfig, ranks: Ranks) -> CausalLM | None:
-    """The frozen model whose opinion counts: a teacher, or what DPO began with."""
-    folder = _teacher_folder(r)
-    if folder is None:
-        return None
-    its = read_config(folder)
-    if its.vocab_size != config.vocab_size:
-        raise UsageError(
-            f"{folder}: has {its.vocab_size} token ids, its pupil {config.vocab_size}; choose another teacher"
-        )
-    model = build(its)
-    load_weights(model, open_checkpoint(folder))
-    _compute_in(r.precision, model, ranks.device)
-    return model.to(ranks.device).eval().requires_grad_(False)
+def _prepared(recipe: Recipe, training: Path, progress: Progress) -> None:
+    prepare(recipe, training, lambda what: progress(what, 0, recipe.steps, {}))
 
 
 def _with_tokens(config: AnyConfig, folder: Path) -> AnyConfig:

@@ -6,8 +6,9 @@ activations.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from phi_runtime.config import num_parameters
+from phi_runtime.config import num_parameters, read_config
 from phi_runtime.errors import UsageError
 from phi_train.recipe import Recipe, nearest
 
@@ -63,11 +64,13 @@ class Memory:
     optimizer: int
     activations: int
     logits: int
+    teacher: int  # that is learnt from or compared with; no stage divides it
 
     @property
     def total(self) -> int:
         """All of it, what the driver and the network take included."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + _RESERVED
+        kept = self.weights + self.gradients + self.optimizer + self.teacher
+        return kept + self.activations + self.logits + _RESERVED
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ class TrainingPlan:
             "weights": m.weights, "gradients": m.gradients, "optimizer": m.optimizer, "activations": m.activations,
             "logits": m.logits, "reserved": _RESERVED,
         }  # fmt: skip
+        if m.teacher:
+            parts["teacher"] = m.teacher
         said = " + ".join(f"{size / 1e9:.1f} ({name})" for name, size in parts.items())
         return f"{said} = {m.total / 1e9:.1f} GB of {GPUS[self.gpu].memory / 1e9:.0f} GB"
 
@@ -148,16 +153,13 @@ def flops_per_token(r: Recipe) -> float:
     return 6 * used + 12 * len(d.layers) * d.q_size * keys
 
 
-def check_memory(recipe: Recipe, micro: int, world: int, local: int, available: int, frozen: int = 0) -> None:
-    """Raise UsageError, with the arithmetic, where `local` of `world` processes need more bytes than there are.
-
-    frozen: parameters of a teacher, which no stage divides.
-    """
+def check_memory(recipe: Recipe, micro: int, world: int, local: int, available: int) -> None:
+    """Raise UsageError, with the arithmetic, where `local` of `world` processes need more bytes than there are."""
     m = _memory(recipe, num_parameters(recipe.model), micro, world, recipe.zero_stage)
     parts = {"weights": m.weights, "gradients": m.gradients, "optimizer": m.optimizer}
     parts |= {"activations": m.activations, "logits": m.logits}
-    if frozen:
-        parts["teacher"] = 4 * frozen
+    if m.teacher:
+        parts["teacher"] = m.teacher
     needed = local * sum(parts.values())
     if needed > available:
         said = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in parts.items())
@@ -167,10 +169,18 @@ def check_memory(recipe: Recipe, micro: int, world: int, local: int, available: 
         )
 
 
+def teacher_folder(r: Recipe) -> Path | None:
+    """Where the model lies that a recipe learns from or is compared with."""
+    folder = r.init_from if r.objective == "dpo" else r.teacher
+    return None if folder is None else Path(folder)
+
+
 def _memory(r: Recipe, parameters: int, micro: int, gpus: int, stage: int) -> Memory:
     """Weights, gradients and two moments in 32 bits, as the engine holds them; activations in 16."""
     d = r.model.decoder()
-    tokens = micro * r.sequence_length
+    tokens = micro * r.sequence_length * r.texts
+    folder = teacher_folder(r)
+    frozen = 0 if folder is None else parameters if r.objective == "dpo" else num_parameters(read_config(folder))
     # Per token and layer, in 16 bits: what backward needs of norms, projections, attention but its scores, and MLP.
     wide = d.intermediate_size * (3 if d.gated else 2)
     kept = 2 * (4 * d.hidden_size + 2 * d.q_size + 2 * d.kv_size + wide)
@@ -184,4 +194,5 @@ def _memory(r: Recipe, parameters: int, micro: int, gpus: int, stage: int) -> Me
         optimizer=8 * parameters // (gpus if stage >= 1 else 1),
         activations=tokens * activations,
         logits=tokens * d.vocab_size * 6,  # in 16 bits, and their softmax in 32
+        teacher=4 * frozen,
     )

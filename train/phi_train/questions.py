@@ -6,18 +6,18 @@ import ast
 import json
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from phi_runtime.chat import chat_name, get_format
 from phi_runtime.checkpoint import open_checkpoint
 from phi_runtime.errors import OutputExistsError, UsageError
 from phi_runtime.files import write_file
-from phi_runtime.tokenizer import Tokenizer
 from phi_train.checkpoint import STOPS
 from phi_train.corpus import documents, lot
+from phi_train.examples import Reader, named, numbered_lines
 from phi_train.models import build, load_weights
 
 _NAMES, _MOST = ("What is it called?", "What does it take?", "How many arguments does it take?"), 5
@@ -63,51 +63,50 @@ def write_rejected(
     """Preferences: each conversation's last answer before what the model says instead; where it says the same there
     is nothing to prefer. How many lines, and how many questions were asked.
 
+    Questions that leave no room for an answer in the context are not asked.
     Raises UsageError for a file that holds no conversations, the errors of reading a checkpoint.
     """
     if out.exists():
         raise OutputExistsError(f"{out}: exists already; choose another --out")
-    asked = _read(conversations)[:most]
+    reader = Reader(folder)
+    asked = list(islice(_read(reader, conversations), most))
     checkpoint = open_checkpoint(folder)
-    tokenizer, name = Tokenizer(folder), chat_name(folder)
-    if name is None:
-        raise UsageError(f"{folder}: names no chat format that we know; take a Phi-3's")
-    form = get_format(name)
     model = build(checkpoint.config)
     load_weights(model, checkpoint)
     model.eval()
-    prompts = [tokenizer.encode(form.render(messages[:-1], "<s>")) for messages in asked]
-    stops = {i for i in map(tokenizer.id, STOPS) if i is not None}
+    prompts = [reader.tokenizer.encode(reader.format.render(messages[:-1], "<s>")) for messages in asked]
+    context = checkpoint.config.max_position_embeddings
+    fits = [i for i, prompt in enumerate(prompts) if len(prompt) + _NEW <= context]
+    stops = {i for i in map(reader.tokenizer.id, STOPS) if i is not None}
     lines = []
-    for start in range(0, len(asked), _AT_A_TIME):
-        said = answers(
-            model, prompts[start : start + _AT_A_TIME], _NEW, stops, checkpoint.config.max_position_embeddings
-        )
-        for messages, tokens in zip(asked[start : start + _AT_A_TIME], said, strict=True):
-            right, wrong = messages[-1]["content"], tokenizer.decode(tokens)
-            if wrong.strip() != right.strip():
-                line = {"prompt": messages[:-1], "chosen": right, "rejected": wrong}
+    for start in range(0, len(fits), _AT_A_TIME):
+        part = fits[start : start + _AT_A_TIME]
+        said = answers(model, [prompts[i] for i in part], _NEW, stops, context)
+        for i, tokens in zip(part, said, strict=True):
+            right, wrong = asked[i][-1]["content"], reader.tokenizer.decode(tokens)
+            # What is cut off after so many tokens may have been on its way to the answer.
+            if right.strip() != wrong.strip() and not (len(tokens) == _NEW and right.strip().startswith(wrong.strip())):
+                line = {"prompt": asked[i][:-1], "chosen": right, "rejected": wrong}
                 lines.append(json.dumps(line, ensure_ascii=False))
-        say(min(start + _AT_A_TIME, len(asked)), len(asked))
+        say(min(start + _AT_A_TIME, len(fits)), len(fits))
     if not lines:
-        raise UsageError(f"{folder}: answers everything in {conversations} as it stands there; nothing to reject")
+        raise UsageError(
+            f"{folder}: of {len(asked)} questions in {conversations}, {len(fits)} fit its context and none is answered "
+            "otherwise than there; nothing to reject"
+        )
     write_file(out, "".join(f"{line}\n" for line in lines))
-    return len(lines), len(asked)
+    return len(lines), len(fits)
 
 
-def _read(path: Path) -> list[list[dict[str, str]]]:
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            messages = json.loads(line)["messages"]
-            if messages[-1]["role"] != "assistant" or not all(isinstance(m["content"], str) for m in messages):
-                raise ValueError
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-            raise UsageError(
-                f"{path}: line {number}: is no conversation that ends with the assistant's words"
-            ) from None
-        found.append(messages)
-    return found
+def _read(reader: Reader, path: Path) -> Iterator[list[dict[str, str]]]:
+    for number, line in numbered_lines(path):
+        with named(path, number):
+            raw = json.loads(line)
+            messages = raw.get("messages") if isinstance(raw, dict) else None
+            if not isinstance(messages, list):
+                raise UsageError('is no {"messages": ...}')
+            reader.check(messages)
+        yield messages
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ a checkpoint.
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -82,7 +83,12 @@ class Recipe:
     @property
     def tokens(self) -> int:
         """Tokens that it trains on, at most: examples may fill less. Of DPO's pairs, both texts."""
-        return self.steps * self.batch_size * self.sequence_length * (2 if self.objective == "dpo" else 1)
+        return self.steps * self.batch_size * self.sequence_length * self.texts
+
+    @property
+    def texts(self) -> int:
+        """Of a unit of the batch: one, or a preferred and a rejected one."""
+        return 2 if self.objective == "dpo" else 1
 
 
 def apply_settings(recipe: Recipe, settings: list[str]) -> Recipe:
@@ -150,6 +156,8 @@ def check(r: Recipe) -> None:
     for name, most in (bounds | {"seed": 2**63, "gradient_clipping": 1e9, "dropout": 1, "zero_stage": 4}).items():
         if not 0 <= getattr(r, name) < most:
             raise UsageError(f"--set {name}={getattr(r, name)}: should be from 0 to below {most:g}")
+    if not 0 <= r.distillation <= 1:
+        raise UsageError(f"--set distillation={r.distillation}: should be from 0 to 1")
     positive = (
         "steps",
         "batch_size",
@@ -162,8 +170,8 @@ def check(r: Recipe) -> None:
         "eval_windows",
     )
     for name in positive:
-        if not getattr(r, name) > 0:
-            raise UsageError(f"--set {name}={getattr(r, name)}: should be above 0")
+        if not 0 < getattr(r, name) < math.inf:
+            raise UsageError(f"--set {name}={getattr(r, name)}: should be above 0, and a number")
     if r.sequence_length < 2 or r.sequence_length > r.model.max_position_embeddings:
         raise UsageError(
             f"sequence_length {r.sequence_length} is not between 2 and the context of {r.model.max_position_embeddings}"
@@ -182,6 +190,12 @@ def check(r: Recipe) -> None:
         )
     if r.offload and r.zero_stage == 0:
         raise UsageError("offload moves what ZeRO divides; set zero_stage to 1, 2 or 3 too")
+    if r.short_every and r.objective != "pretrain":
+        raise UsageError("short_every cuts a corpus's windows; examples keep their own lengths")
+    if r.distillation != 1 and r.teacher is None:
+        raise UsageError("distillation is a teacher's share of the loss; give teacher too")
+    if r.imitation and r.objective != "dpo":
+        raise UsageError("imitation stands beside dpo's loss; set objective=dpo too")
     if r.objective == "dpo" and r.teacher is not None:
         raise UsageError("dpo compares with the model it begins with: give no teacher")
     if (r.then_data is None) != (r.then_from == 0):

@@ -37,13 +37,16 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Counters:
-    """How far a run is: steps done, the seconds they took, the batches that were left out, and float16's loss scale."""
+    """How far a run is: steps done, the seconds they took, the batches that were left out, float16's loss scale, and
+    the last steps' losses.
+    """
 
     step: int = 0
     seconds: float = 0.0
     skipped: tuple[int, ...] = ()
     scale: float = 0.0
     good: int = 0
+    recent: tuple[float, ...] = ()
 
 
 def save_state(folder: Path, counters: Counters, engine: Any, ranks: Ranks) -> None:
@@ -152,11 +155,12 @@ def _read_valid(folder: Path) -> Counters | None:
             sha256(folder / name) == said["sha256"][name] for name in _FILES
         )
         counters = Counters(
-            int(said["step"]),
-            float(said["seconds"]),
-            tuple(int(n) for n in said["skipped"]),
-            float(said["scale"]),
-            int(said["good"]),
+            step=int(said["step"]),
+            seconds=float(said["seconds"]),
+            skipped=tuple(int(n) for n in said["skipped"]),
+            scale=float(said["scale"]),
+            good=int(said["good"]),
+            recent=tuple(float(x) for x in said["recent"]),
         )
     except (CheckpointError, OSError, KeyError, TypeError, ValueError):
         return None
