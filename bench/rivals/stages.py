@@ -19,7 +19,7 @@ from phi_runtime.checkpoint import open_checkpoint
 from phi_train.data import open_data
 from phi_train.examples import Preferences, open_examples
 from phi_train.models import build, load_weights
-from phi_train.objectives import _likelihoods
+from phi_train.objectives import likelihoods
 from phi_train.questions import write_questions
 from phi_train.rounding import train_on_grid
 
@@ -114,7 +114,7 @@ def model_of(checkpoint: Path) -> torch.nn.Module:
 def likelier(checkpoint: Path, pairs: Path) -> float:
     """Share of the held-out pairs whose preferred answer the model finds likelier."""
     batch = Preferences(open_examples(pairs), 1, 256, 0, 1000, 0).heldout()
-    said = _likelihoods(model_of(checkpoint), batch)
+    said = likelihoods(model_of(checkpoint), batch)
     return float((said[:, 0] > said[:, 1]).float().mean())
 
 

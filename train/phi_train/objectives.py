@@ -39,15 +39,15 @@ def preference(model: Model, batch: Batch, reference: Model, beta: float, imitat
     (arXiv:2404.19733).
     """
     with torch.no_grad():
-        before = _likelihoods(reference, batch)
-    said = _likelihoods(model, batch)
+        before = likelihoods(reference, batch)
+    said = likelihoods(model, batch)
     further = (said[:, 0] - said[:, 1]) - (before[:, 0] - before[:, 1])
     assert batch.learned is not None
     each = -said[:, 0] / batch.learned[:, 0, 1:].sum(-1)
     return (imitation * each - functional.logsigmoid(beta * further)).sum()
 
 
-def _likelihoods(model: Model, batch: Batch) -> Tensor:
+def likelihoods(model: Model, batch: Batch) -> Tensor:
     """Log-likelihoods [N, 2] of the learned tokens of preferred and rejected texts."""
     read, wanted, learned, documents = _shifted(batch)
     likely = -token_losses(model(read, documents).flatten(0, 1), wanted.flatten()).view(wanted.shape)
