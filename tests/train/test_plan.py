@@ -96,3 +96,11 @@ def test_the_command():
     assert "ZeRO 3, fits" in done.stdout and "our choice" in done.stdout
     done = run("phi-train", "plan", "phi22", "--gpus", "96", "--gpu", "a100-80g")
     assert done.returncode == 2 and "did you mean phi2" in done.stderr
+
+
+def test_pairs_and_what_they_are_compared_with_take_memory():
+    sft, dpo = (plan(get_recipe(name, s), 8, "h100-80g").memory[0] for name, s in (
+        ("phi3-mini-4k-sft", ["micro_batch_size=1"]), ("phi3-mini-4k-dpo", ["micro_batch_size=1", "init_from=base"]),
+    ))  # fmt: skip
+    assert (dpo.activations, dpo.logits) == (2 * sft.activations, 2 * sft.logits)
+    assert sft.teacher == 0 and dpo.teacher == dpo.weights

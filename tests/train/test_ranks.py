@@ -89,8 +89,9 @@ def test_sigterm_saves_and_leaves(tmp_path, common):
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 143, said
     newest = sorted((out / "training" / "state").glob("step-*"))[-1]
-    done = json.loads((newest / "state.json").read_text())["step"]
-    assert done == len(losses(out)) > 3
+    saved = json.loads((newest / "state.json").read_text())
+    assert saved["step"] == len(losses(out)) > 3
+    assert saved["recent"] == pytest.approx(losses(out)[-20:], abs=1e-6)  # what the next loss is compared with
 
 
 _SPOIL = """
