@@ -83,7 +83,7 @@ def open_bundle(folder: Path, manifest: Manifest) -> Package:
         shape=manifest.config().decoder().cache_shape(),
         stop_tokens=manifest.stop_tokens,
         chat=None if manifest.chat is None else get_format(manifest.chat),
-        bos_token=_bos_token(folder),
+        bos_token=bos_token(folder),
         weights=sum(q.bytes for q in manifest.quantization.values()),
         staging=staging,
         digest=hashlib.sha256(said.encode()).hexdigest(),
@@ -92,7 +92,8 @@ def open_bundle(folder: Path, manifest: Manifest) -> Package:
     )
 
 
-def _bos_token(folder: Path) -> str:
+def bos_token(folder: Path) -> str:
+    """The spelling of the token that a text may begin with, by its tokenizer_config.json; "" where there is none."""
     try:
         said = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("bos_token")
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -237,7 +238,7 @@ def _genai(folder: Path) -> Package:
         shape=shape,
         stop_tokens=stops,
         chat=None if template is None else recognise(template),
-        bos_token=_bos_token(folder),
+        bos_token=bos_token(folder),
         weights=sum(p.stat().st_size for p in files),
         staging=0,
         digest=hashlib.sha256(said.encode()).hexdigest(),

@@ -24,7 +24,12 @@ class Document:
     @property
     def held_out(self) -> bool:
         """Whether the document is kept from training and calibration; it depends on its name alone."""
-        return lot(self.name) % 100 < _HELD_OUT_OF_100
+        return held_out(self.name)
+
+
+def held_out(name: str) -> bool:
+    """Whether what goes by a name is kept from training."""
+    return lot(name) % 100 < _HELD_OUT_OF_100
 
 
 def lot(name: str) -> int:

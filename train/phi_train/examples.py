@@ -6,6 +6,7 @@ A line is {"messages": [{"role": ..., "content": ...}, ...]}, of which the assis
 """
 
 import json
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,14 +20,16 @@ from phi_runtime.chat import ChatFormat, Messages, chat_name, get_format
 from phi_runtime.config import read_json
 from phi_runtime.errors import NotFoundError, OutputExistsError, PhiError, UsageError
 from phi_runtime.files import sha256, staged_folder
+from phi_runtime.package import bos_token
 from phi_runtime.tokenizer import FILE, Tokenizer
 from phi_train.batch import Batch, Order
-from phi_train.corpus import lot
+from phi_train.corpus import held_out
 
 INDEX = "examples.json"
-KINDS = ("conversations", "preferences")
-_HELD_OUT_OF_100 = 4
 _SPLITS = ("train", "heldout")
+_FILES: dict[str, Any] = {"": np.uint32, ".learned": np.uint8, ".ends": np.uint64}
+# Token ids of a text, and which of them are learnt.
+_Text = tuple[list[int], list[bool]]
 
 
 def write_examples(lines: Path, tokenizer_folder: Path, out: Path) -> None:
@@ -38,7 +41,7 @@ def write_examples(lines: Path, tokenizer_folder: Path, out: Path) -> None:
     if out.exists():
         raise OutputExistsError(f"{out}: exists already; choose another --out")
     reader = Reader(tokenizer_folder)
-    parts: dict[str, list[list[tuple[int, bool]]]] = {split: [] for split in _SPLITS}
+    parts = {split: _Part() for split in _SPLITS}
     kinds = set()
     for number, line in numbered_lines(lines):
         with named(lines, number):
@@ -46,21 +49,33 @@ def write_examples(lines: Path, tokenizer_folder: Path, out: Path) -> None:
         kinds.add(kind)
         if len(kinds) > 1:
             raise UsageError(f"{lines}: line {number}: holds {kind} among others; give one kind a file")
-        parts["heldout" if lot(name) % 100 < _HELD_OUT_OF_100 else "train"] += texts
-    if not all(parts.values()):
+        for tokens, learned in texts:
+            parts["heldout" if held_out(name) else "train"].add(tokens, learned)
+    if not all(part.ends for part in parts.values()):
         raise UsageError(f"{lines}: too few lines to learn from some and hold others out")
     with staged_folder(out) as stage:
-        for split, texts in parts.items():
-            flat = [pair for text in texts for pair in text]
-            (stage / f"{split}.bin").write_bytes(np.array([token for token, _ in flat], np.uint32).tobytes())
-            (stage / f"{split}.learned.bin").write_bytes(np.array([learned for _, learned in flat], np.uint8).tobytes())
-            (stage / f"{split}.ends.bin").write_bytes(np.cumsum([len(t) for t in texts], dtype=np.uint64).tobytes())
+        for split, part in parts.items():
+            for suffix, values in (("", part.tokens), (".learned", part.learned), (".ends", part.ends)):
+                (stage / f"{split}{suffix}.bin").write_bytes(np.array(values, _FILES[suffix]).tobytes())
         index = {
             "kind": kinds.pop(),
             "tokenizer_sha256": sha256(tokenizer_folder / FILE),
             "vocab_size": reader.tokenizer.vocab_size,
         }
         (stage / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+class _Part:
+    """One split while it is read, five bytes a token."""
+
+    def __init__(self) -> None:
+        self.tokens, self.learned, self.ends = array("I"), array("B"), array("Q")
+
+    def add(self, tokens: list[int], learned: list[bool]) -> None:
+        """One text."""
+        self.tokens.extend(tokens)
+        self.learned.extend(learned)
+        self.ends.append(len(self.tokens))
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -95,10 +110,10 @@ class Reader:
         said, end = self.tokenizer.id("<|assistant|>"), self.tokenizer.id("<|end|>")
         if said is None or end is None:
             raise UsageError(f"{folder}: its tokenizer lacks <|assistant|> or <|end|>; take a Phi-3's")
-        self._reply, self._end = said, end
+        self._reply, self._end, self._bos = said, end, bos_token(folder)
 
-    def read(self, line: bytes) -> tuple[str, str, list[list[tuple[int, bool]]]]:
-        """Kind, what decides the split, and texts of (token, whether it is learnt): one, or chosen and rejected."""
+    def read(self, line: bytes) -> tuple[str, str, list[_Text]]:
+        """Kind, what decides the split, and its texts: one, or chosen and rejected."""
         raw = json.loads(line)
         if isinstance(raw, dict) and isinstance(raw.get("messages"), list):
             messages = raw["messages"]
@@ -127,9 +142,13 @@ class Reader:
         if not messages or messages[-1]["role"] != "assistant":
             raise UsageError("does not end with the assistant's words")
 
-    def _tokens(self, messages: Messages, last_only: bool) -> list[tuple[int, bool]]:
+    def prompt(self, messages: Messages) -> list[int]:
+        """Tokens of a prompt for the next reply."""
+        return self.tokenizer.encode(self.format.render(messages, self._bos))
+
+    def _tokens(self, messages: Messages, last_only: bool) -> _Text:
         self.check(messages)
-        tokens = self.tokenizer.encode(self.format.conversation(messages, "<s>"))
+        tokens = self.tokenizer.encode(self.format.conversation(messages, self._bos))
         learned, inside = [], False
         for token in tokens:
             learned.append(inside)
@@ -137,7 +156,7 @@ class Reader:
         if last_only:
             last = len(tokens) - 1 - tokens[::-1].index(self._reply)
             learned = [flag and i > last for i, flag in enumerate(learned)]
-        return list(zip(tokens, learned, strict=True))
+        return tokens, learned
 
 
 def _asked(messages: Any) -> str:
@@ -161,9 +180,10 @@ class Texts:
         start, end = int(self.ends[i - 1]) if i else 0, int(self.ends[i])
         return np.asarray(self.tokens[start:end], np.int64), np.asarray(self.learned[start:end], bool)
 
-    def length(self, i: int) -> int:
-        """Tokens of a text."""
-        return int(self.ends[i]) - (int(self.ends[i - 1]) if i else 0)
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text."""
+        return np.diff(self.ends.astype(np.int64), prepend=0)
 
 
 @dataclass(frozen=True)
@@ -185,14 +205,15 @@ def open_examples(folder: Path) -> Examples:
     try:
         vocab_size = int(index["vocab_size"])
         splits = [_open_split(folder, split, vocab_size) for split in _SPLITS]
+        if index["kind"] == "preferences" and any(len(texts) % 2 for texts in splits):
+            raise ValueError("a preference is two texts, one is missing")
         return Examples(str(index["kind"]), splits[0], splits[1], str(index["tokenizer_sha256"]), vocab_size)
     except (KeyError, TypeError, ValueError, OSError, OverflowError) as e:
         raise UsageError(f"{folder}: is damaged ({type(e).__name__}: {e}); make it anew") from None
 
 
 def _open_split(folder: Path, split: str, vocab_size: int) -> Texts:
-    files: dict[str, Any] = {"": np.uint32, ".learned": np.uint8, ".ends": np.uint64}
-    tokens, learned, ends = (np.memmap(folder / f"{split}{n}.bin", t, "r") for n, t in files.items())
+    tokens, learned, ends = (np.memmap(folder / f"{split}{n}.bin", t, "r") for n, t in _FILES.items())
     if (
         len(tokens) != len(learned)
         or len(tokens) != int(ends[-1])
@@ -211,7 +232,7 @@ class Conversations:
         self._train, self._held, self._size, self._length, self._pad = examples.train, examples.held, size, length, pad
         self._windows = _pack(self._train, length)
         self._heldout = _pack(self._held, length)[:most]
-        self.left_out = sum(self._train.length(i) > length for i in range(len(self._train)))
+        self.left_out = int((self._train.lengths > length).sum())
         if len(self._windows) < size or not self._heldout:
             raise UsageError(
                 f"the conversations fill {len(self._windows)} windows of {length} tokens ({self.left_out} are longer), "
@@ -248,8 +269,7 @@ def _pack(texts: Texts, length: int) -> list[list[int]]:
     """Texts that fit, one after the other, into as many windows as it takes."""
     windows: list[list[int]] = []
     left = 0
-    for i in range(len(texts)):
-        size = texts.length(i)
+    for i, size in enumerate(texts.lengths.tolist()):
         if size > length:
             continue
         if size > left:
@@ -266,8 +286,7 @@ class Preferences:
     def __init__(self, examples: Examples, size: int, length: int, seed: int, most: int, pad: int) -> None:
         self._examples, self._size, self._pad = examples, size, pad
         self._train, self._heldout = (
-            [p for p in range(len(t) // 2) if max(t.length(2 * p), t.length(2 * p + 1)) <= length]
-            for t in (examples.train, examples.held)
+            np.flatnonzero(t.lengths.reshape(-1, 2).max(1) <= length).tolist() for t in (examples.train, examples.held)
         )
         self._heldout = self._heldout[:most]
         self.left_out = len(examples.train) // 2 - len(self._train)

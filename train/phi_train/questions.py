@@ -74,7 +74,7 @@ def write_rejected(
     model = build(checkpoint.config)
     load_weights(model, checkpoint)
     model.eval()
-    prompts = [reader.tokenizer.encode(reader.format.render(messages[:-1], "<s>")) for messages in asked]
+    prompts = [reader.prompt(messages[:-1]) for messages in asked]
     context = checkpoint.config.max_position_embeddings
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) + _NEW <= context]
     stops = {i for i in map(reader.tokenizer.id, STOPS) if i is not None}
