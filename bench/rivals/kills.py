@@ -7,7 +7,6 @@ After each kill the log so far is compared with the unbroken run's, loss by loss
 """
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from runs import log
 
 
 def main() -> None:
@@ -75,12 +75,8 @@ def main() -> None:
 
 
 def losses(run: Path) -> list[float]:
-    """Of the steps taken so far; the line that a kill cut off does not count."""
-    log = run / "training" / "log.jsonl"
-    if not log.is_file():
-        return []
-    lines = log.read_text().split("\n")[:-1]
-    return [json.loads(line)["loss"] for line in lines]
+    """Of the steps taken so far."""
+    return [line["loss"] for line in log(run)]
 
 
 if __name__ == "__main__":

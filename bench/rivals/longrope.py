@@ -5,17 +5,16 @@ python bench/rivals/longrope.py --tokenizer DIR --data SHARDS --out DIR [--seeds
 
 import argparse
 import shutil
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from runs import phi, train
 
 from phi_runtime.checkpoint import open_checkpoint
 from phi_train.data import open_data
 from phi_train.longrope import WAYS
-from phi_train.models import build, load_weights
+from phi_train.models import load_model
 
 SHORT, LONG = 128, 1024
 MODEL = {
@@ -41,7 +40,7 @@ def main() -> None:
     for seed in args.seeds:
         common = {"tokenizer": args.tokenizer, "data": args.data, "seed": seed}
         base = args.out / f"base-{seed}"
-        train(base, {**common, **MODEL, "sequence_length": SHORT, "batch_size": 16, "steps": 800})
+        train("phi3-demo", base, {**common, **MODEL, "sequence_length": SHORT, "batch_size": 16, "steps": 800})
         show(f"seed {seed}, base", base, rows[:, :SHORT])
         for way in WAYS:
             out = args.out / f"{way}-{seed}"
@@ -57,27 +56,14 @@ def main() -> None:
                 "samples": 0,
                 "short_every": 2,
             }
-            train(args.out / f"{way}-{seed}-trained", {**common, **more})
+            train("phi3-demo", args.out / f"{way}-{seed}-trained", {**common, **more})
             show(f"seed {seed}, {way}, 100 steps there", args.out / f"{way}-{seed}-trained", rows)
-
-
-def train(out: Path, settings: dict[str, object]) -> None:
-    """Run phi-train."""
-    phi("phi3-demo", "--out", out, *(part for k, v in settings.items() for part in ("--set", f"{k}={v}")))
-
-
-def phi(*arguments: object) -> None:
-    """Run a phi-train command."""
-    command = [Path(sys.executable).parent / "phi-train", *map(str, arguments)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 @torch.no_grad()
 def show(name: str, folder: Path, rows: torch.Tensor) -> None:
     """Print the losses of a checkpoint, nats per token."""
-    checkpoint = open_checkpoint(folder)
-    model = build(checkpoint.config).eval()
-    load_weights(model, checkpoint)
+    model = load_model(open_checkpoint(folder)).eval()
 
     def losses(texts: torch.Tensor) -> torch.Tensor:
         parts = [torch.nn.functional.cross_entropy(model(t[None, :-1])[0], t[1:], reduction="none") for t in texts]

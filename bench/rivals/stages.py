@@ -9,16 +9,15 @@ wrong answers (DPO); and goes on with and without its weights rounded to int4, t
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from runs import phi, train
 
 from phi_runtime.checkpoint import open_checkpoint
 from phi_train.data import open_data
 from phi_train.examples import Preferences, open_examples
-from phi_train.models import build, load_weights
+from phi_train.models import load_model
 from phi_train.objectives import likelihoods
 from phi_train.questions import write_questions
 from phi_train.rounding import train_on_grid
@@ -57,17 +56,17 @@ def one(args: argparse.Namespace, seed: int, learnt: Path, asked: Path) -> dict[
     out = args.out / str(seed)
     out.mkdir()
     common = {**MODEL, "seed": seed, "tokenizer": args.tokenizer}
-    train(out / "base", {**common, "data": args.data, "steps": 600})
+    train("phi3-demo", out / "base", {**common, "data": args.data, "steps": 600})
     found: dict[str, float] = {}
 
     sft = {"data": args.out / "sft-data", "objective": "sft", "init_from": out / "base", "steps": 200}
-    tuned = train(out / "sft", {**common, **sft, "learning_rate": 1e-3})
+    tuned = train("phi3-demo", out / "sft", {**common, **sft, "learning_rate": 1e-3})
     found |= {"sft before": tuned["initial_loss"], "sft after": tuned["final_loss"]}
 
     phi("reject", out / "sft", "--conversations", learnt, "--most", 2000, "--out", out / "pairs.jsonl")
     phi("shards", "--conversations", out / "pairs.jsonl", "--tokenizer", args.tokenizer, "--out", out / "pairs")
     dpo = {"data": out / "pairs", "objective": "dpo", "init_from": out / "sft", "steps": 60, "batch_size": 16}
-    preferred = train(out / "dpo", {**common, **dpo, "learning_rate": 1e-4, "eval_windows": 200})
+    preferred = train("phi3-demo", out / "dpo", {**common, **dpo, "learning_rate": 1e-4, "eval_windows": 200})
     found |= {"dpo before": preferred["initial_loss"], "dpo after": preferred["final_loss"]}
     for name in ("sft", "dpo"):
         found[f"preferred is likelier, {name}"] = likelier(out / name, out / "pairs")
@@ -75,25 +74,12 @@ def one(args: argparse.Namespace, seed: int, learnt: Path, asked: Path) -> dict[
 
     more = {**common, "data": args.data, "init_from": out / "base", "steps": 200, "warmup_steps": 10}
     more |= {"learning_rate": 3e-4, "final_learning_rate": 1e-5}
-    train(out / "without", more)
-    train(out / "with", {**more, "rounding": GRID})
+    train("phi3-demo", out / "without", more)
+    train("phi3-demo", out / "with", {**more, "rounding": GRID})
     for name in ("without", "with"):
         found[f"16 bits, {name}"] = loss(out / name, args.data, None)
         found[f"int4, {name}"] = loss(out / name, args.data, GRID)
     return {k: round(v, 4) for k, v in found.items()}
-
-
-def train(out: Path, settings: dict[str, object]) -> dict[str, float]:
-    """Run phi-train; its summary."""
-    phi("phi3-demo", "--out", out, *(part for k, v in settings.items() for part in ("--set", f"{k}={v}")))
-    summary: dict[str, float] = json.loads((out / "training" / "summary.json").read_text())
-    return summary
-
-
-def phi(*arguments: object) -> str:
-    """Run a phi-train command; what it says at its end."""
-    command = [Path(sys.executable).parent / "phi-train", *map(str, arguments)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
 
 
 def right(checkpoint: Path, asked: Path, out: Path) -> float:
@@ -102,26 +88,18 @@ def right(checkpoint: Path, asked: Path, out: Path) -> float:
     return float(said.split("the model answers ")[1].split()[0])
 
 
-def model_of(checkpoint: Path) -> torch.nn.Module:
-    """A checkpoint's model."""
-    opened = open_checkpoint(checkpoint)
-    model = build(opened.config)
-    load_weights(model, opened)
-    return model.eval()
-
-
 @torch.no_grad()
 def likelier(checkpoint: Path, pairs: Path) -> float:
     """Share of the held-out pairs whose preferred answer the model finds likelier."""
     batch = Preferences(open_examples(pairs), 1, 256, 0, 1000, 0).heldout()
-    said = likelihoods(model_of(checkpoint), batch)
+    said = likelihoods(load_model(open_checkpoint(checkpoint)), batch)
     return float((said[:, 0] > said[:, 1]).float().mean())
 
 
 @torch.no_grad()
 def loss(checkpoint: Path, data: Path, grid: str | None) -> float:
     """Held-out nats per token, the weights on a grid where one is given."""
-    model = model_of(checkpoint)
+    model = load_model(open_checkpoint(checkpoint))
     if grid is not None:
         train_on_grid(model, grid)
     rows = torch.from_numpy(open_data(data).heldout_windows(256, 64))

@@ -6,7 +6,6 @@ Rounds are interleaved, each in a process of its own; the first steps do not cou
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import subprocess
@@ -15,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from runs import log, train
 
 from phi_train.plan import plan
 from phi_train.recipes import get_recipe
@@ -74,10 +74,8 @@ def products() -> float:
 
 def ours(out: Path, settings: list[str], tokens: int) -> float:
     """Tokens per second of phi-train."""
-    command = [Path(sys.executable).parent / "phi-train", RECIPE, "--out", out]
-    command += [part for s in settings for part in ("--set", s)]
-    subprocess.run(command, check=True, capture_output=True)
-    lines = [json.loads(line) for line in (out / "training" / "log.jsonl").read_text().splitlines()]
+    train(RECIPE, out, dict(setting.split("=", 1) for setting in settings))
+    lines = log(out)
     return tokens * (STEPS - WARM) / (lines[-1]["seconds"] - lines[WARM - 1]["seconds"])
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from phi_runtime.chat import ChatFormat, chat_name, get_format
 from phi_runtime.checkpoint import Checkpoint
 from phi_runtime.errors import CheckpointError, UsageError
 from phi_runtime.tokenizer import Tokenizer
@@ -20,10 +21,11 @@ def calibration_windows(checkpoint: Checkpoint, text: str, count: int, length: i
     too little.
     """
     tokenizer = Tokenizer(checkpoint.folder)
-    chat = all(tokenizer.id(token) is not None for token in ("<|user|>", "<|end|>", "<|assistant|>"))
+    name = chat_name(checkpoint.folder)
+    chat = None if name is None else get_format(name)
     windows: list[list[int]] = []
     for piece in _pieces(text, _CHARACTERS * length, count):
-        said = _as_chat(piece) if chat and len(windows) % 2 else piece
+        said = _as_chat(piece, chat) if chat and len(windows) % 2 else piece
         tokens = tokenizer.encode(said)[:length]
         if len(tokens) == length:
             windows.append(tokens)
@@ -36,9 +38,9 @@ def calibration_windows(checkpoint: Checkpoint, text: str, count: int, length: i
     return windows
 
 
-def _as_chat(text: str) -> str:
+def _as_chat(text: str, chat: ChatFormat) -> str:
     cut = len(text) // 8
-    return f"<|user|>\n{text[:cut]}<|end|>\n<|assistant|>\n{text[cut:]}"
+    return chat.render([{"role": "user", "content": text[:cut]}]) + text[cut:]
 
 
 def _pieces(text: str, size: int, count: int) -> Iterator[str]:

@@ -13,8 +13,9 @@
 """
 
 import math
+import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,9 @@ COMPANIONS = (
 )
 
 _SAMPLE = Path(__file__).with_name("sample.txt")
+_UNUSUAL = "\n\t  a   b\u00e9\u65e5\U0001f600 x I'LL we've 1234567 \r\n\r\n e\u0301 \u00a0nbsp x=3.14;"
+_AROUND = (" ", "  ", "\n", "\n\n ", "a", " b", "word ", " 42", "\u00e9\u65e5", "\t", "'s")
+_PROBED = 200  # added tokens looked at, and random strings of them
 
 Progress = Callable[[str], None]
 
@@ -227,8 +231,8 @@ def describe_source(checkpoint: Checkpoint) -> Source:
     # A Hugging Face cache keeps each revision in a folder of the commit's name.
     revision = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None
     name = str(read_json(folder / "config.json").get("_name_or_path") or folder.name)
-    random = RANDOM in read_json(folder / "config.json")
-    return Source(name, revision, {f.name: sha256(f) for f in checkpoint.files}, random)
+    drawn = RANDOM in read_json(folder / "config.json")
+    return Source(name, revision, {f.name: sha256(f) for f in checkpoint.files}, drawn)
 
 
 def _said_type(manifest: Manifest, item: Item) -> str:
@@ -326,13 +330,28 @@ def _nan_is_worst(value: float) -> float:
 
 
 def _check_tokenizer(artifact: Artifact, checkpoint: Checkpoint) -> None:
-    text = _SAMPLE.read_text(encoding="utf-8") + "\n\t  a   b\u00e9\u65e5\U0001f600 x"
-    theirs = artifact.tokenize(text)
-    if theirs is not None and theirs != Tokenizer(checkpoint.folder).encode(text):
-        raise BundleError(
-            "the artifact's own tokenizer splits text otherwise than tokenizer.json; llama.cpp may not have its kind: "
-            "use --format onnx,coreml"
-        )
+    ours = Tokenizer(checkpoint.folder)
+    for text in (_SAMPLE.read_text(encoding="utf-8") + _UNUSUAL, *_probes(ours.added_tokens)):
+        theirs = artifact.tokenize(text)
+        if theirs is None:
+            return
+        if theirs != (expected := ours.encode(text)):
+            at = next((i for i, (a, b) in enumerate(zip(theirs, expected, strict=False)) if a != b), len(expected))
+            raise BundleError(
+                f"the artifact's own tokenizer splits {text[:60]!r} otherwise than tokenizer.json: "
+                f"{theirs[at : at + 4]} for {expected[at : at + 4]} from token {at} on; "
+                "llama.cpp may not have its kind: use --format onnx,coreml"
+            )
+
+
+def _probes(added: list[str]) -> Iterator[str]:
+    """Added tokens with and without spaces, line breaks and letters around them, and random strings of them."""
+    draw = random.Random(0)
+    for token in added if len(added) <= _PROBED else draw.sample(added, _PROBED):
+        yield from (f"{before}{token}{after}" for before in ("", "a", "b ", "c\n") for after in ("", "d", " e", "\n f"))
+    pieces = [*added, *(_AROUND * max(1, len(added) // 4))]
+    for _ in range(_PROBED):
+        yield "".join(draw.choices(pieces, k=6))
 
 
 def _fed_singly(decoder: Decoder, length: int, singly: int) -> int:

@@ -21,33 +21,44 @@ ROLES = ("system", "user", "assistant")
 class ChatFormat:
     """How one revision writes a conversation.
 
-    break_: what stands after a role's token and after the end of a turn. bos: whether the text begins with the
+    role_token: opens a turn, with `{role}` in it. break_: stands after it and after the end of a turn, where end_break
+    does not say otherwise. end: the token that ends a turn, and so an answer. bos: whether the text begins with the
     tokenizer's first token. opens_reply: the user's turn opens the assistant's (April 2024), so that a reply has no
     role token of its own. roles: those that are written; others vanish in the original, and are refused here.
-    empty_system: whether a system turn without content is written.
+    empty_system: whether a system turn without content is written. default_system: what a conversation that does not
+    begin with a system turn is given as one.
     """
 
     name: str
+    role_token: str = "<|{role}|>"
     break_: str = "\n"
+    end: str = "<|end|>"
+    end_break: str | None = None
     bos: bool = False
     opens_reply: bool = False
     roles: tuple[str, ...] = ROLES
     empty_system: bool = True
+    default_system: str | None = None
+
+    def opening(self, role: str) -> str:
+        """What stands before a turn's content."""
+        return self.role_token.format(role=role) + self.break_
 
     def render(self, messages: Messages, bos_token: str = "") -> str:
         """The prompt for the next reply.
 
         Raises ChatError for a message that is malformed, or of a role that this format has no place for.
         """
-        reply = "" if self.opens_reply else f"<|assistant|>{self.break_}"
-        return self.conversation(messages, bos_token) + reply
+        return self.conversation(messages, bos_token) + ("" if self.opens_reply else self.opening("assistant"))
 
     def conversation(self, messages: Messages, bos_token: str = "") -> str:
         """The messages alone, as they are learnt from. Raises ChatError as `render`."""
-        turns = [self._turn(role, content) for role, content in map(_parts, messages)]
-        if not turns:
+        parts = [_parts(m) for m in messages]
+        if not parts:
             raise ChatError("the conversation is empty; give at least one message")
-        return (bos_token if self.bos else "") + "".join(turns)
+        if self.default_system is not None and parts[0][0] != "system":
+            parts.insert(0, ("system", self.default_system))
+        return (bos_token if self.bos else "") + "".join(self._turn(role, content) for role, content in parts)
 
     def _turn(self, role: str, content: str) -> str:
         if role not in self.roles:
@@ -57,12 +68,11 @@ class ChatFormat:
             )
         if role == "system" and not content and not self.empty_system:
             return ""
-        end = f"<|end|>{self.break_}"
-        if not self.opens_reply:
-            return f"<|{role}|>{self.break_}{content}{end}"
-        if role == "user":
-            return f"<|user|>{self.break_}{content}{end}<|assistant|>{self.break_}"
-        return f"{content}{end}"
+        text = content + self.end + (self.break_ if self.end_break is None else self.end_break)
+        if self.opens_reply and role == "assistant":
+            return text
+        reply = self.opening("assistant") if self.opens_reply and role == "user" else ""
+        return self.opening(role) + text + reply
 
 
 def _parts(message: Mapping[str, str]) -> tuple[str, str]:
@@ -71,6 +81,9 @@ def _parts(message: Mapping[str, str]) -> tuple[str, str]:
         raise ChatError('a message is {"role": ..., "content": ...}, both of them text')
     return role, content
 
+
+_CHATML = {"role_token": "<|im_start|>{role}", "end": "<|im_end|>"}
+_PHI4 = _CHATML | {"break_": "<|im_sep|>", "end_break": ""}
 
 FORMATS = {
     f.name: f
@@ -81,9 +94,18 @@ FORMATS = {
         ChatFormat("phi3-medium", opens_reply=True, roles=("user", "assistant")),
         ChatFormat("phi3-small", bos=True),
         ChatFormat("phi4-mini", break_=""),
+        ChatFormat("phi4-december", **_PHI4, opens_reply=True),  # phi-4 as first published
+        ChatFormat("phi4", **_PHI4),
+        ChatFormat("chatml", **_CHATML),
+        ChatFormat(
+            "smollm2",
+            **_CHATML,
+            default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+        ),
     )
 }
-# The first 16 hexadecimal digits of the SHA-256 of each template as published; the second is phi-train's own.
+# The first 16 hexadecimal digits of the SHA-256 of each template as published, without a line break at its end; the
+# second is phi-train's own.
 _TEMPLATES = {
     "dcaee66df77bfbb7": "phi3",
     "55cc5853f8b08be3": "phi3",
@@ -92,6 +114,10 @@ _TEMPLATES = {
     "605841622bcb6572": "phi3-medium",
     "b0e53f5e7bae6fdb": "phi3-small",
     "febf589225c9728a": "phi4-mini",
+    "a41fb8727c4f1e72": "phi4-december",
+    "fe4120415a3858b8": "phi4",
+    "153280e3ff55d19d": "chatml",
+    "872be49dbb638044": "smollm2",
 }
 
 
@@ -104,7 +130,8 @@ def get_format(name: str) -> ChatFormat:
 
 def recognise(template: str) -> ChatFormat | None:
     """The format of a Jinja template as published, None for one that we do not know."""
-    text = template.replace("\\n", "\n")  # either way to write a line break in Jinja's strings
+    # Either way to write a line break in Jinja's strings, any system's line breaks; Jinja drops one at the end.
+    text = template.replace("\r\n", "\n").replace("\\n", "\n").removesuffix("\n")
     name = _TEMPLATES.get(hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16])
     return None if name is None else FORMATS[name]
 
@@ -117,7 +144,12 @@ def chat_name(folder: Path) -> str | None:
 
 
 def read_template(folder: Path) -> str | None:
-    """The Jinja template in a model's folder, None where it has none; of several, the one called "default"."""
+    """The Jinja template in a model's folder, None where it has none: chat_template.jinja, which transformers
+    believes, or the one in tokenizer_config.json; of several there, the one called "default".
+    """
+    alone = folder / "chat_template.jinja"
+    if alone.is_file():
+        return alone.read_text(encoding="utf-8", errors="replace")
     try:
         raw = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         found = raw.get("chat_template")
@@ -125,7 +157,4 @@ def read_template(folder: Path) -> str | None:
         found = None
     if isinstance(found, list):
         found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
-    alone = folder / "chat_template.jinja"  # where transformers 5 puts it
-    if found is None and alone.is_file():
-        found = alone.read_text(encoding="utf-8", errors="replace")
     return found if isinstance(found, str) else None

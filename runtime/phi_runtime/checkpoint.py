@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from phi_runtime.chat import chat_name, get_format
 from phi_runtime.config import Config, read_config, read_json
 from phi_runtime.decoder import F32
 from phi_runtime.errors import CheckpointError, NotFoundError
+from phi_runtime.tokenizer import Tokenizer
 
 # NumPy has no bfloat16; its bits are read as integers.
 _STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -184,16 +186,24 @@ def _check_shapes(folder: Path, config: Config, tensors: dict[str, Tensor]) -> N
 
 
 def stop_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Tokens that end an answer: all that generation_config.json and config.json name as eos.
+    """Tokens that end an answer: all that generation_config.json and config.json name as eos, and the one that ends a
+    turn of its chat format.
 
     Raises CheckpointError for what is no token of the vocabulary.
     """
-    found = [checkpoint.config.eos_token_id]
-    path = checkpoint.folder / "generation_config.json"
-    if path.is_file():
-        eos = read_json(path).get("eos_token_id")
-        found += eos if isinstance(eos, list) else [eos]
+    found: list[Any] = [chat_end(checkpoint.folder)]
+    for name in ("config.json", "generation_config.json"):
+        path = checkpoint.folder / name
+        if path.is_file():
+            eos = read_json(path).get("eos_token_id")
+            found += eos if isinstance(eos, list) else [eos]
     ids = [t for t in found if t is not None]
     if not all(type(t) is int and 0 <= t < checkpoint.config.vocab_size for t in ids):
-        raise CheckpointError(f"{path}: eos_token_id names a token outside the vocabulary: {ids}")
+        raise CheckpointError(f"{checkpoint.folder}: eos_token_id names a token outside the vocabulary: {ids}")
     return tuple(sorted(set(ids)))
+
+
+def chat_end(folder: Path) -> int | None:
+    """The token that ends a turn of a folder's chat format, None where we know no format or it has no such token."""
+    name = chat_name(folder)
+    return None if name is None else Tokenizer(folder).id(get_format(name).end)

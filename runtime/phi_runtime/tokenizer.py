@@ -60,6 +60,11 @@ class Tokenizer:
         """The largest id that it can give."""
         return max(self._t.get_vocab(with_added_tokens=True).values(), default=-1)
 
+    @property
+    def added_tokens(self) -> list[str]:
+        """Spellings of the tokens that are found before any text is split, special or not, by id."""
+        return [token.content for _, token in sorted(self._t.get_added_tokens_decoder().items())]
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special tokens written in it are recognised, none are added.
 

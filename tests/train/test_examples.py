@@ -151,10 +151,8 @@ def test_too_few_lines_and_damaged_folders(tmp_path, file, tokenizer):
         with pytest.raises(UsageError, match="is damaged"):
             open_examples(tmp_path / "out")
         (tmp_path / "out" / name).write_bytes(kept)
-    (tmp_path / "out" / "train.bin").write_bytes(b"\xff\xff\xff\x7f" + kept_tokens(tmp_path)[4:])
+    (tmp_path / "out" / "train.bin").write_bytes(
+        b"\xff\xff\xff\x7f" + (tmp_path / "out" / "train.bin").read_bytes()[4:]
+    )
     with pytest.raises(UsageError, match="beyond its vocabulary"):
         open_examples(tmp_path / "out")
-
-
-def kept_tokens(folder):
-    return (folder / "out" / "train.bin").read_bytes()

@@ -1,5 +1,6 @@
 """A longer context by LongRoPE."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,9 +9,10 @@ import torch
 from support import run
 
 from phi_runtime.checkpoint import open_checkpoint
+from phi_runtime.config import LongRope
 from phi_runtime.errors import UsageError
-from phi_train.longrope import attention_factor, extend, loss_under, search, yarn
-from phi_train.models import build, load_weights
+from phi_train.longrope import extend, loss_under, search, yarn
+from phi_train.models import load_model
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +50,11 @@ def test_what_is_written_is_what_was_judged(tmp_path, checkpoint, data):
     opened = open_checkpoint(small)
     c = opened.config
     assert (c.max_position_embeddings, c.original_max_position_embeddings, c.sliding_window) == (640, 320, None)
-    assert c.decoder().rope.attention_factor == pytest.approx(attention_factor(320, 640))
+    assert c.decoder().rope.attention_factor == pytest.approx(np.sqrt(1 + np.log(2) / np.log(320)))
     old = open_checkpoint(checkpoint)
     assert all(np.array_equal(opened.read(n), old.read(n)) for n in c.tensor_shapes())
     # Both sides of the switch, as the reference computes it.
-    model = build(c).eval()
-    load_weights(model, opened)
+    model = load_model(opened).eval()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32).eval()
     tokens = torch.randint(3, 700, (1, 400), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -61,18 +62,15 @@ def test_what_is_written_is_what_was_judged(tmp_path, checkpoint, data):
             apart = model(tokens[:, :length]) - theirs(tokens[:, :length]).logits
             assert apart.abs().max() < 1e-4
     texts = torch.randint(3, 700, (2, 640), generator=torch.Generator().manual_seed(1))
-    judged = loss_under(build_longer(c, opened), old.config, 640, np.array(c.rope_scaling.long_factor), texts)
+    # Judged with factors of its own, the model in memory having others.
+    other = load_model(opened)
+    other.decoder = dataclasses.replace(c, rope_scaling=LongRope((1.0,) * 48, (9.0,) * 48)).decoder()
+    judged = loss_under(other, old.config, 640, np.array(c.rope_scaling.long_factor), texts)
     with torch.no_grad():
         logits = model(texts[:, :-1])
     assert judged == pytest.approx(
         float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten())), abs=0.01
     )
-
-
-def build_longer(config, checkpoint):
-    model = build(config)
-    load_weights(model, checkpoint)
-    return model
 
 
 def test_it_is_trained_there_and_its_short_context_too(tmp_path, checkpoint, data):

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from support import SCRIPTS, run, settings
 
-from phi_train.questions import answers
+from phi_train.greedy import continuations
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +184,9 @@ def test_answers_end_where_they_should():
         logits = __import__("torch").zeros(*tokens.shape, 9)
         return logits.scatter_(-1, (tokens[..., None] + 1) % 9, 1)
 
-    said = answers(model, [[0], [5, 1], [7]], 4, {3}, 100)
+    said = continuations(model, [[0], [5, 1], [7]], 4, 100, {3})
     assert said == [[1, 2], [2], [8, 0, 1, 2]]
-    assert answers(model, [[0] * 5, [4] * 6], 4, set(), 6) == [[1], []]
+    assert continuations(model, [[0] * 5, [4] * 6], 4, 6) == [[1], []]
 
 
 def test_a_run_can_be_watched(tuned):

@@ -128,3 +128,9 @@ def open_data(folder: Path) -> Data:
         if int(part.max()) >= vocab_size:
             raise UsageError(f"{part.filename}: holds a token beyond its vocabulary of {vocab_size}; make it anew")
     return Data(folder, shards, heldout, digest, vocab_size)
+
+
+def check_tokenizer(folder: Path, digest: str, tokenizer: Path) -> None:
+    """Raise UsageError for data in `folder` that were not made with the tokenizer in another."""
+    if not (tokenizer / FILE).is_file() or digest != sha256(tokenizer / FILE):
+        raise UsageError(f"{folder}: was not tokenised with {tokenizer}; make it anew with phi-train shards")

@@ -16,6 +16,7 @@ import numpy as np
 
 from phi_runtime.backends import cores
 from phi_runtime.config import Config, parse_config, read_json
+from phi_runtime.decoder import F32
 from phi_runtime.errors import OutputExistsError, UsageError
 from phi_runtime.files import staged_folder, write_file
 from phi_train.published import PUBLISHED
@@ -105,20 +106,11 @@ def _shards(config: Config) -> list[list[str]]:
 def _write_shard(
     path: Path, shapes: dict[str, tuple[int, ...]], seed: int | None, pool: ThreadPoolExecutor
 ) -> Iterator[str]:
-    header: dict[str, object] = {"__metadata__": {"format": "pt", "weights": f"random, seed {seed}"}}
-    offset = 0
-    places = {}
-    for name, shape in shapes.items():
-        places[name] = offset
-        end = offset + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    base = 8 + len(text)
+    head, places = bfloat16_header(shapes, {"format": "pt", "weights": f"random, seed {seed}"})
+    base = len(head)
     with open(path, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        f.truncate(base + offset)
+        f.write(head)
+        f.truncate(base + 2 * sum(map(math.prod, shapes.values())))
         f.flush()
 
         if seed is None:
@@ -136,13 +128,32 @@ def _write_shard(
             yield name
 
 
+def bfloat16_header(shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
+    """What stands before the tensors of a safetensors file of bfloat16, and where each begins behind it."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    places = {}
+    offset = 0
+    for name, shape in shapes.items():
+        places[name] = offset
+        offset += 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [places[name], offset]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, places
+
+
 def _values(name: str, shape: tuple[int, ...], start: int, stop: int, seed: int) -> np.ndarray:
     """Elements start..stop of a tensor as the bits of bfloat16."""
     if len(shape) == 1:
         return np.full(stop - start, 0 if name.endswith(".bias") else 0x3F80, "<u2")
     key = [seed, start, *name.encode()]
     drawn = np.random.Generator(np.random.SFC64(key)).standard_normal(stop - start, dtype=np.float32)
-    bits = (drawn * np.float32(_STD)).view(np.uint32)
+    return bfloat16_bits(drawn * np.float32(_STD))
+
+
+def bfloat16_bits(x: F32) -> np.ndarray:
+    """Finite float32 values rounded to the nearest bfloat16, as its bits."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
     return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype("<u2")
 
 

@@ -17,10 +17,9 @@ from torch.nn import functional
 from phi_runtime.checkpoint import open_checkpoint
 from phi_runtime.config import LongRope, Phi3Config
 from phi_runtime.errors import OutputExistsError, UsageError
-from phi_runtime.files import sha256, staged_folder
-from phi_runtime.tokenizer import FILE
+from phi_runtime.files import staged_folder
 from phi_train.checkpoint import write_checkpoint
-from phi_train.data import Data, open_data
+from phi_train.data import Data, check_tokenizer, open_data
 from phi_train.models import build, load_weights
 from phi_train.models.phi3 import Phi3ForCausalLM
 
@@ -43,11 +42,6 @@ def yarn(pairs: int, theta: float, original: int, stretch: float) -> Factors:
     kept = np.clip((turns - _SLOW) / (_FAST - _SLOW), 0, 1)
     factors: Factors = 1 / ((1 - kept) / stretch + kept)
     return factors
-
-
-def attention_factor(original: int, context: int) -> float:
-    """LongRoPE's, of queries and keys each."""
-    return math.sqrt(1 + math.log(context / original) / math.log(original))
 
 
 def extend(
@@ -79,8 +73,7 @@ def extend(
     if context <= original:
         raise UsageError(f"--context {context}: {folder} has {original} already; give more")
     opened = open_data(data)
-    if opened.tokenizer_sha256 != sha256(folder / FILE):
-        raise UsageError(f"{data}: was not tokenised with {folder}'s tokenizer; make it anew with phi-train shards")
+    check_tokenizer(data, opened.tokenizer_sha256, folder)
     texts = _texts(opened, context, windows)
     pairs, stretch = config.decoder().rope.dims // 2, context / original  # type: ignore[union-attr]
     model = build(longer(config, context, np.ones(pairs)))

@@ -29,6 +29,7 @@ from phi_runtime.tokenizer import Tokenizer
 from phi_train.batch import Batch, Stream
 from phi_train.checkpoint import write_checkpoint
 from phi_train.engine import Ranks, any_of, barrier, join, make_engine, share, total
+from phi_train.greedy import continuations
 from phi_train.models import CausalLM
 from phi_train.objectives import next_token, preference
 from phi_train.plan import check_memory, flops_per_token
@@ -37,9 +38,9 @@ from phi_train.recipe import Recipe
 from phi_train.scaling import LossScale, nothing_learnt
 from phi_train.setup import claim, first_alone, make_model, make_teacher, unclaim
 from phi_train.state import Counters, full_weights, load_state, save_state
-from phi_train.streams import prepare
+from phi_train.streams import make_data, open_stream
 from phi_train.tokenizer import END_OF_TEXT
-from phi_train.watch import Log, continuations, plot_losses, write_samples
+from phi_train.watch import Log, plot_losses, write_samples
 
 # Told what happens: (what, steps done, steps in all, figures).
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -80,15 +81,19 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
         nonlocal new
         new = claim(recipe, out)
 
+    def say(what: str) -> None:
+        progress(what, 0, recipe.steps, {})
+
     first_alone(ranks, begin)
     if (training / "summary.json").is_file() and (out / "config.json").is_file():
         return Summary(**read_json(training / "summary.json"))
     try:
-        first_alone(ranks, lambda: _prepared(recipe, training, progress))
-        tokenizer, stream = prepare(recipe, training, lambda what: None)
+        first_alone(ranks, lambda: make_data(recipe, training, say))
+        folder, stream = open_stream(recipe, training, say if ranks.first else lambda what: None)
+        tokenizer = Tokenizer(folder)
         config = _with_tokens(recipe.model, tokenizer)
-        model = make_model(recipe, config, tokenizer, ranks)
-        teacher = make_teacher(recipe, config, tokenizer, ranks)
+        model = make_model(recipe, config, folder, ranks)
+        teacher = make_teacher(recipe, config, folder, ranks)
     except PhiError:
         if new:
             unclaim(out)
@@ -97,7 +102,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
     engine = make_engine(model, recipe, ranks)
     run = _Run(recipe, out, stream, engine, teacher, ranks, progress)
     initial = run.evaluate(heldout)
-    seconds = run.steps(Tokenizer(tokenizer), heldout)
+    seconds = run.steps(tokenizer, heldout)
     summary = Summary(
         parameters=sum(math.prod(shape) for shape in config.tensor_shapes().values()),
         steps=recipe.steps,
@@ -113,7 +118,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
     if ranks.first:
         write_file(training / "summary.json", json.dumps(dataclasses.asdict(summary), indent=1) + "\n")
         plot_losses(training, (summary.initial_loss, summary.final_loss))
-        write_checkpoint(out, config, weights, tokenizer)
+        write_checkpoint(out, config, weights, folder)
         shutil.rmtree(training / "state")  # the run is over: nothing will be continued
     barrier()
     return summary
@@ -193,12 +198,13 @@ class _Run:
         r = self.recipe
         if not r.samples:
             return
-        prompts = heldout.tokens[: r.samples, 0, : min(_PROMPT, r.sequence_length // 2)].to(self.ranks.device)
+        prompts = heldout.tokens[: r.samples, 0, : min(_PROMPT, r.sequence_length // 2)].tolist()
         self.engine.eval()
-        texts = continuations(self.engine, prompts, _NEW, r.model.max_position_embeddings)
+        said = continuations(self.engine, prompts, _NEW, r.model.max_position_embeddings, device=self.ranks.device)
         self.engine.train()
         if self._log is not None:
-            write_samples(self.out / "training" / "samples.jsonl", self._log, step, tokenizer, prompts, texts)
+            pairs = zip(prompts, said, strict=True)
+            write_samples(self.out / "training" / "samples.jsonl", self._log, step, tokenizer, pairs)
 
     def evaluate(self, heldout: Batch) -> float:
         """Mean loss, nats, over held-out tokens, or over pairs; every process computes all of it."""
@@ -354,12 +360,7 @@ def learning_rate(r: Recipe, step: int) -> float:
     return r.final_learning_rate + (r.learning_rate - r.final_learning_rate) * left
 
 
-def _prepared(recipe: Recipe, training: Path, progress: Progress) -> None:
-    prepare(recipe, training, lambda what: progress(what, 0, recipe.steps, {}))
-
-
-def _with_tokens(config: AnyConfig, folder: Path) -> AnyConfig:
+def _with_tokens(config: AnyConfig, tokenizer: Tokenizer) -> AnyConfig:
     """The architecture with the tokenizer's own special tokens."""
-    tokenizer = Tokenizer(folder)
     end = tokenizer.id(END_OF_TEXT)
     return dataclasses.replace(config, bos_token_id=tokenizer.id("<s>"), eos_token_id=end, pad_token_id=end)

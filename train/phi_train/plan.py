@@ -169,18 +169,13 @@ def check_memory(recipe: Recipe, micro: int, world: int, local: int, available: 
         )
 
 
-def teacher_folder(r: Recipe) -> Path | None:
-    """Where the model lies that a recipe learns from or is compared with."""
-    folder = r.init_from if r.objective == "dpo" else r.teacher
-    return None if folder is None else Path(folder)
-
-
 def _memory(r: Recipe, parameters: int, micro: int, gpus: int, stage: int) -> Memory:
     """Weights, gradients and two moments in 32 bits, as the engine holds them; activations in 16."""
     d = r.model.decoder()
     tokens = micro * r.sequence_length * r.texts
-    folder = teacher_folder(r)
-    frozen = 0 if folder is None else parameters if r.objective == "dpo" else num_parameters(read_config(folder))
+    frozen = parameters if r.objective == "dpo" else 0  # what it begins with
+    if r.teacher is not None:
+        frozen = num_parameters(read_config(Path(r.teacher)))
     # Per token and layer, in 16 bits: what backward needs of norms, projections, attention but its scores, and MLP.
     wide = d.intermediate_size * (3 if d.gated else 2)
     kept = 2 * (4 * d.hidden_size + 2 * d.q_size + 2 * d.kv_size + wide)

@@ -9,16 +9,14 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from phi_runtime.checkpoint import open_checkpoint
 from phi_runtime.errors import OutputExistsError, UsageError
 from phi_runtime.files import write_file
 from phi_train.checkpoint import STOPS
 from phi_train.corpus import documents, lot
 from phi_train.examples import Reader, named, numbered_lines
-from phi_train.models import build, load_weights
+from phi_train.greedy import continuations
+from phi_train.models import load_model
 
 _NAMES, _MOST = ("What is it called?", "What does it take?", "How many arguments does it take?"), 5
 _NEW = 48  # tokens of an answer
@@ -71,9 +69,7 @@ def write_rejected(
     reader = Reader(folder)
     asked = list(islice(_read(reader, conversations), most))
     checkpoint = open_checkpoint(folder)
-    model = build(checkpoint.config)
-    load_weights(model, checkpoint)
-    model.eval()
+    model = load_model(checkpoint).eval()
     prompts = [reader.prompt(messages[:-1]) for messages in asked]
     context = checkpoint.config.max_position_embeddings
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) + _NEW <= context]
@@ -81,7 +77,7 @@ def write_rejected(
     lines = []
     for start in range(0, len(fits), _AT_A_TIME):
         part = fits[start : start + _AT_A_TIME]
-        said = answers(model, [prompts[i] for i in part], _NEW, stops, context)
+        said = continuations(model, [prompts[i] for i in part], _NEW, context, stops)
         for i, tokens in zip(part, said, strict=True):
             right, wrong = asked[i][-1]["content"], reader.tokenizer.decode(tokens)
             # What is cut off after so many tokens may have been on its way to the answer.
@@ -107,25 +103,3 @@ def _read(reader: Reader, path: Path) -> Iterator[list[dict[str, str]]]:
                 raise UsageError('is no {"messages": ...}')
             reader.check(messages)
         yield messages
-
-
-@torch.no_grad()
-def answers(
-    model: Callable[[Tensor], Tensor], prompts: list[list[int]], new: int, stops: set[int], context: int
-) -> list[list[int]]:
-    """Greedy answers of up to `new` tokens, the stop left out; everything is computed again at each token."""
-    rows = [list(p) for p in prompts]
-    going = [i for i, p in enumerate(prompts) if len(p) < context]
-    for _ in range(new):
-        if not going:
-            break
-        longest = max(len(rows[i]) for i in going)
-        # What stands behind a text does not reach back into it.
-        tokens = torch.tensor([rows[i] + [0] * (longest - len(rows[i])) for i in going])
-        ends = torch.tensor([len(rows[i]) - 1 for i in going])
-        chosen = model(tokens)[torch.arange(len(going)), ends].argmax(-1).tolist()
-        for i, token in zip(going, chosen, strict=True):
-            rows[i].append(token)
-        going = [i for i in going if rows[i][-1] not in stops and len(rows[i]) < context]
-    said = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
-    return [tokens[:-1] if tokens and tokens[-1] in stops else tokens for tokens in said]

@@ -7,7 +7,7 @@ import torch
 from phi_train.plan import GPUS
 
 _SIZE, _SECONDS = 1024, 0.2
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def peak(device: torch.device, precision: str) -> float:
@@ -17,7 +17,7 @@ def peak(device: torch.device, precision: str) -> float:
         known = next((g for kind, g in GPUS.items() if kind.split("-")[0].removeprefix("rtx") in name), None)
         if known is not None:
             return known.flops
-    a, b = (torch.randn(_SIZE, _SIZE, device=device).to(_HALF[precision]) for _ in range(2))
+    a, b = (torch.ones(_SIZE, _SIZE, device=device, dtype=DTYPES[precision]) for _ in range(2))
     done, began = 0, time.perf_counter()
     while (spent := time.perf_counter() - began) < _SECONDS or done < 4:
         a @ b

@@ -86,6 +86,11 @@ class Recipe:
         return self.steps * self.batch_size * self.sequence_length * self.texts
 
     @property
+    def frozen(self) -> str | None:
+        """Where the model lies that is learnt from, or that DPO compares with."""
+        return self.init_from if self.objective == "dpo" else self.teacher
+
+    @property
     def texts(self) -> int:
         """Of a unit of the batch: one, or a preferred and a rejected one."""
         return 2 if self.objective == "dpo" else 1

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from phi_runtime.checkpoint import open_checkpoint
-from phi_runtime.config import AnyConfig, read_config, read_json
+from phi_runtime.config import AnyConfig, read_json
 from phi_runtime.errors import OutputExistsError, PhiError, UsageError
 from phi_runtime.files import sha256, write_file
 from phi_runtime.tokenizer import FILE
 from phi_train.engine import Ranks, any_of
 from phi_train.models import CausalLM, build, load_weights
 from phi_train.models.attention import init_weights
-from phi_train.plan import teacher_folder
+from phi_train.rate import DTYPES
 from phi_train.recipe import Recipe
 from phi_train.rounding import train_on_grid
 
@@ -83,10 +83,11 @@ def make_teacher(r: Recipe, config: AnyConfig, tokenizer: Path, ranks: Ranks) ->
 
     Raises UsageError where it does not fit the recipe.
     """
-    folder = teacher_folder(r)
-    if folder is None:
+    if r.frozen is None:
         return None
-    its = config if r.objective == "dpo" else read_config(folder)
+    folder = Path(r.frozen)
+    checkpoint = open_checkpoint(folder)
+    its = config if r.objective == "dpo" else checkpoint.config
     if its.vocab_size != config.vocab_size:
         raise UsageError(f"{folder}: has {its.vocab_size} token ids, its pupil {config.vocab_size}; choose another")
     if its.max_position_embeddings < r.sequence_length:
@@ -96,7 +97,7 @@ def make_teacher(r: Recipe, config: AnyConfig, tokenizer: Path, ranks: Ranks) ->
         )
     _same_tokenizer(folder, tokenizer)
     model = build(its)
-    load_weights(model, open_checkpoint(folder))
+    load_weights(model, checkpoint)
     if r.objective == "dpo" and r.rounding is not None:
         train_on_grid(model, r.rounding)
     _compute_in(r.precision, model, ranks.device)
@@ -114,5 +115,4 @@ def _same_tokenizer(folder: Path, tokenizer: Path) -> None:
 def _compute_in(precision: str, model: CausalLM, device: torch.device) -> None:
     """Let a model's products be of 16 bits. Within its forward: DeepSpeed turns off an autocast that is around it."""
     if precision != "fp32":
-        half = torch.bfloat16 if precision == "bf16" else torch.float16
-        model.forward = torch.autocast(device.type, half)(model.forward)  # type: ignore[method-assign]
+        model.forward = torch.autocast(device.type, DTYPES[precision])(model.forward)  # type: ignore[method-assign]

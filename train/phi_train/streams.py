@@ -7,10 +7,9 @@ import numpy as np
 import torch
 
 from phi_runtime.errors import UsageError
-from phi_runtime.files import sha256
-from phi_runtime.tokenizer import FILE, Tokenizer
+from phi_runtime.tokenizer import Tokenizer
 from phi_train.batch import Batch, Order, Stream
-from phi_train.data import Data, open_data, write_shards
+from phi_train.data import Data, check_tokenizer, open_data, write_shards
 from phi_train.examples import INDEX, Conversations, Preferences, open_examples
 from phi_train.recipe import Recipe
 from phi_train.tokenizer import END_OF_TEXT, train_tokenizer
@@ -81,10 +80,9 @@ class Phases:
         return self._then.unigram_loss()
 
 
-def prepare(recipe: Recipe, training: Path, say: Say) -> tuple[Path, Stream]:
-    """The tokenizer and the stream of a recipe. Raises UsageError for data that do not fit it."""
-    tokenizer = Path(recipe.tokenizer) if recipe.tokenizer else training / "tokenizer"
-    folder = Path(recipe.data) if recipe.data else training / "shards"
+def make_data(recipe: Recipe, training: Path, say: Say) -> None:
+    """Make the tokenizer and shards that a recipe does not name. Raises UsageError where it needs examples instead."""
+    tokenizer, folder = _folders(recipe, training)
     if not recipe.tokenizer and not tokenizer.exists():
         say("training the tokenizer")
         train_tokenizer(recipe.corpus, recipe.model.vocab_size, tokenizer)
@@ -93,18 +91,26 @@ def prepare(recipe: Recipe, training: Path, say: Say) -> tuple[Path, Stream]:
             raise UsageError(f"{recipe.name}: learns from examples; make them with phi-train shards --conversations")
         say("tokenising the corpus")
         write_shards(recipe.corpus, tokenizer, folder)
+
+
+def open_stream(recipe: Recipe, training: Path, say: Say) -> tuple[Path, Stream]:
+    """The tokenizer's folder and the stream of a recipe. Raises UsageError for data that do not fit it."""
+    tokenizer, folder = _folders(recipe, training)
     stream = _open(folder, tokenizer, recipe, say)
     if recipe.then_data is not None:
-        then = _open(Path(recipe.then_data), tokenizer, recipe, say)
-        stream = Phases(stream, then, recipe.then_from)
+        stream = Phases(stream, _open(Path(recipe.then_data), tokenizer, recipe, say), recipe.then_from)
     return tokenizer, stream
+
+
+def _folders(recipe: Recipe, training: Path) -> tuple[Path, Path]:
+    tokenizer = Path(recipe.tokenizer) if recipe.tokenizer else training / "tokenizer"
+    return tokenizer, Path(recipe.data) if recipe.data else training / "shards"
 
 
 def _open(folder: Path, tokenizer: Path, r: Recipe, say: Say) -> Stream:
     examples = open_examples(folder) if (folder / INDEX).is_file() else None
     data = examples or open_data(folder)
-    if not (tokenizer / FILE).is_file() or data.tokenizer_sha256 != sha256(tokenizer / FILE):
-        raise UsageError(f"{folder}: was not tokenised with {tokenizer}; make it anew with phi-train shards")
+    check_tokenizer(folder, data.tokenizer_sha256, tokenizer)
     if data.vocab_size > r.model.vocab_size:
         raise UsageError(f"{folder}: has {data.vocab_size} token ids, the model {r.model.vocab_size}")
     end = Tokenizer(tokenizer).id(END_OF_TEXT)

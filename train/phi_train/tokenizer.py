@@ -104,7 +104,9 @@ def build_tokenizer(pieces: list[str]) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in _LEADING])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False, rstrip=t == "</s>") for t in _LEADING]  # as phi-3-mini's
+    )
     tokenizer.add_special_tokens(
         [AddedToken(t, special=True, normalized=False, rstrip=t != END_OF_TEXT) for t in CHAT_TOKENS]
     )

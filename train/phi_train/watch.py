@@ -1,11 +1,9 @@
 """What can be seen of a run while it goes on: a line a step in JSON and for TensorBoard, samples, a plot at the end."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from phi_runtime.files import disk_full_named, write_file
@@ -44,21 +42,12 @@ class Log:
         self._events.close()
 
 
-@torch.no_grad()
-def continuations(model: Callable[[Tensor, Tensor | None], Tensor], prompts: Tensor, new: int, context: int) -> Tensor:
-    """Greedy continuations [n, T + new] of prompts [n, T]; every process of a run calls it."""
-    tokens = prompts
-    for _ in range(min(new, context - prompts.shape[1])):
-        tokens = torch.cat([tokens, model(tokens, None)[:, -1:].argmax(-1)], dim=1)
-    return tokens
-
-
-def write_samples(path: Path, log: Log, step: int, tokenizer: Tokenizer, prompts: Tensor, texts: Tensor) -> None:
-    """Add texts to `samples.jsonl`."""
-    length = prompts.shape[1]
+def write_samples(
+    path: Path, log: Log, step: int, tokenizer: Tokenizer, texts: Iterable[tuple[list[int], list[int]]]
+) -> None:
+    """Add prompts and how they went on to `samples.jsonl`."""
     with disk_full_named(path), open(path, "a", encoding="utf-8") as f:
-        for row in texts.tolist():
-            prompt, text = tokenizer.decode(row[:length]), tokenizer.decode(row[length:])
+        for prompt, text in (map(tokenizer.decode, pair) for pair in texts):
             f.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
             log.text(step, f"{prompt} **{text}**")
 

@@ -120,7 +120,7 @@ def context(config: Config, options: Options) -> int:
 def overhead(checkpoint: Checkpoint, options: Options) -> int:
     """Metadata, tokenizer, the table of tensors, padding."""
     c = checkpoint.config
-    metadata = _architecture(c, checkpoint.folder.resolve().name, 0) | tokenizer_metadata(checkpoint)
+    metadata = _architecture(c, 0) | tokenizer_metadata(checkpoint, checkpoint.folder.resolve().name)
     size = sum(len(encode_string(k)) + 4 + len(encode(kind, value)) for k, (kind, value) in metadata.items())
     return size + 160 * (len(items(c, options)) + 3)
 
@@ -360,7 +360,7 @@ def _entries(config: Config, plan: Plan, options: Options) -> list[_Entry]:
 
 def _head(checkpoint: Checkpoint, entries: list[_Entry], file_type: int, name: str) -> bytes:
     """All that stands before the tensors' content, padded."""
-    metadata = _architecture(checkpoint.config, name, file_type) | tokenizer_metadata(checkpoint)
+    metadata = _architecture(checkpoint.config, file_type) | tokenizer_metadata(checkpoint, name)
     parts = [b"GGUF" + struct.pack("<IQQ", 3, len(entries), len(metadata))]
     for key, (kind, value) in metadata.items():
         parts.append(encode_string(key) + struct.pack("<I", kind) + encode(kind, value))
@@ -372,17 +372,12 @@ def _head(checkpoint: Checkpoint, entries: list[_Entry], file_type: int, name: s
     return head + bytes(-len(head) % _ALIGN)
 
 
-def _architecture(config: Config, name: str, file_type: int) -> Metadata:
+def _architecture(config: Config, file_type: int) -> Metadata:
     d = config.decoder()
     arch = _ARCHITECTURES[config.model_type]
-    # llama.cpp lets Phi-3's role tokens swallow the white space after them, as the tokenizer
-    # asks, only in a model whose name contains "phi-3".
-    if arch == "phi3" and "phi-3" not in name.lower():
-        name = f"phi-3 {name}"
     norm = "layer_norm_epsilon" if d.final_norm.bias else "layer_norm_rms_epsilon"
     metadata: Metadata = {
         "general.architecture": (Kind.STRING, arch),
-        "general.name": (Kind.STRING, name),
         "general.file_type": (Kind.U32, file_type),
         "general.quantization_version": (Kind.U32, 2),
         f"{arch}.context_length": (Kind.U32, context(config, Options())),

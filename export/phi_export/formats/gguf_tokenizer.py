@@ -1,24 +1,41 @@
 """A checkpoint's tokenizer in GGUF's terms, for clients that tokenise with llama.cpp itself."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from phi_export.formats.gguf_values import Kind, Metadata
 from phi_runtime.chat import read_template
-from phi_runtime.checkpoint import Checkpoint
+from phi_runtime.checkpoint import Checkpoint, chat_end
 from phi_runtime.config import read_json
 from phi_runtime.errors import CheckpointError, UnsupportedError
 from phi_runtime.tokenizer import FILE
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
-# What splits text before byte-level merging, by a piece of its pattern, and llama.cpp's name of it.
-_SPLITTERS = {"\\p{Lu}\\p{Lt}\\p{Lm}": "gpt-4o"}
+# The patterns that split text before byte-level merging, as tokenizer.json spells them, and llama.cpp's name of each.
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_REST = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_EDGE = r"[^\r\n\p{L}\p{N}]?"
+_PATTERNS = {
+    f"{_CONTRACTIONS}|{_WORDS}": "dbrx",  # cl100k's, which phi-4 has
+    f"(?i:[sdmt]|ll|ve|re)|{_WORDS}": "dbrx",
+    f"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|{_WORDS}": "dbrx",
+    # o200k's, which phi-4-mini has
+    f"{_EDGE}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_EDGE}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|{_REST}": "gpt-4o",
+}
+# What phi-3's own tokens do in a model whose name llama.cpp takes for a phi-3's: all swallow the white space after
+# them, but for these. It dies on a vocabulary that lacks one of these or `_END`.
+_KEEP_SPACE, _END = ("<unk>", "<s>", "<|endoftext|>"), "</s>"
+_PHI3_NAMES = re.compile("phi-?3", re.IGNORECASE)
 
 
-def tokenizer_metadata(checkpoint: Checkpoint) -> Metadata:
-    """GGUF's `tokenizer.*` keys for a BPE with byte fallback (phi-3's) or on bytes (phi-1, phi-2, phi-4).
+def tokenizer_metadata(checkpoint: Checkpoint, name: str) -> Metadata:
+    """GGUF's `tokenizer.*` keys for a BPE with byte fallback (phi-3's) or on bytes (phi-1, phi-2, phi-4), and the
+    model's name, which llama.cpp reads a part of the tokenizer from.
 
     Raises CheckpointError for a damaged or oversized tokenizer, UnsupportedError for another kind.
     """
@@ -31,11 +48,14 @@ def tokenizer_metadata(checkpoint: Checkpoint) -> Metadata:
         metadata = _byte_fallback(path, raw, model, checkpoint.config.vocab_size)
     else:
         metadata = _byte_level(path, raw, model, checkpoint.config.vocab_size)
+    metadata["general.name"] = (Kind.STRING, model_name(path, raw, name))
     c = checkpoint.config
     ids = {"bos": c.bos_token_id, "eos": c.eos_token_id, "padding": c.pad_token_id}
     for key, token_id in ids.items():
         if token_id is not None:
             metadata[f"tokenizer.ggml.{key}_token_id"] = (Kind.U32, token_id)
+    if (end := chat_end(checkpoint.folder)) is not None:
+        metadata["tokenizer.ggml.eot_token_id"] = (Kind.U32, end)
     metadata["tokenizer.ggml.add_bos_token"] = (Kind.BOOL, False)
     settings = checkpoint.folder / "tokenizer_config.json"
     if settings.is_file():
@@ -69,23 +89,66 @@ def _byte_level(path: Path, raw: dict[str, Any], model: dict[str, Any], size: in
     merges = [" ".join(pair) for pair in _merges(path, model)]
     return {
         "tokenizer.ggml.model": (Kind.STRING, "gpt2"),
-        "tokenizer.ggml.pre": (Kind.STRING, _splitter(path, raw.get("pre_tokenizer"))),
+        "tokenizer.ggml.pre": (Kind.STRING, _splitter(path, raw, model)),
         "tokenizer.ggml.tokens": (Kind.ARRAY, (Kind.STRING, tokens)),
         "tokenizer.ggml.token_type": (Kind.ARRAY, (Kind.I32, types)),
         "tokenizer.ggml.merges": (Kind.ARRAY, (Kind.STRING, merges)),
     }
 
 
-def _splitter(path: Path, pre_tokenizer: object) -> str:
-    """llama.cpp's name of what splits text before the merges."""
-    said = json.dumps(pre_tokenizer, ensure_ascii=False)
-    if '"ByteLevel"' in said:
-        if '"Split"' not in said:
-            return "gpt-2"
-        for mark, name in _SPLITTERS.items():
-            if json.dumps(mark)[1:-1] in said:
-                return name
-    raise UnsupportedError(f"{path}: llama.cpp has no name for its pre-tokenizer; try --format onnx,coreml")
+def _splitter(path: Path, raw: dict[str, Any], model: dict[str, Any]) -> str:
+    """llama.cpp's name of what splits text before the merges.
+
+    Raises UnsupportedError for what it has no name for, where it would find other tokens without a word.
+    """
+    steps = raw.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", []) if steps.get("type") == "Sequence" else [steps]
+    kinds = [step.get("type") for step in steps]
+    last = steps[-1] if kinds[-1:] == ["ByteLevel"] and not steps[-1].get("add_prefix_space") else {}
+    by_words = last.get("use_regex", True)  # the ByteLevel step splits as GPT-2 does
+    name = None
+    if kinds == ["ByteLevel"] and last and by_words:
+        name = "gpt-2"
+    elif kinds == ["Digits", "ByteLevel"] and last and by_words and steps[0].get("individual_digits"):
+        name = "smollm"
+    elif kinds == ["Split", "ByteLevel"] and last and not by_words:
+        pattern = (steps[0].get("pattern") or {}).get("Regex", "")
+        split = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
+        removed = steps[0].get("behavior") == "Removed" and steps[0].get("invert")  # what matches stays, as pieces
+        name = _PATTERNS.get(pattern) if split or removed else None
+    if name == "dbrx" and model.get("ignore_merges"):
+        name = "llama-bpe"  # the same pattern; a piece that is a token is not merged
+    elif model.get("ignore_merges"):
+        name = None
+    if name is None or raw.get("normalizer"):
+        what = "normalizer" if raw.get("normalizer") else "pre-tokenizer"
+        raise UnsupportedError(f"{path}: llama.cpp has no name for its {what}; use --format onnx,coreml")
+    return name
+
+
+def model_name(path: Path, raw: dict[str, Any], name: str) -> str:
+    """The name to store: it decides in llama.cpp whether added tokens swallow the white space after them.
+
+    Raises UnsupportedError where they swallow what llama.cpp cannot be told of.
+    """
+    added = {t["content"]: t for t in raw.get("added_tokens") or []}
+    swallow = {content for content, t in added.items() if t.get("rstrip")}
+    if any(t.get("lstrip") or t.get("single_word") for t in added.values()):
+        odd = next(c for c, t in added.items() if t.get("lstrip") or t.get("single_word"))
+        raise UnsupportedError(
+            f"{path}: {odd!r} takes the white space before it, or stands alone only (lstrip, single_word), which "
+            "llama.cpp cannot carry; use --format onnx,coreml"
+        )
+    if not swallow:
+        return _PHI3_NAMES.sub("phi 3", name)
+    known = added.keys() | raw["model"]["vocab"].keys()
+    if swallow | {_END} == added.keys() - set(_KEEP_SPACE) | {_END} and known >= {*_KEEP_SPACE, _END}:
+        return name if _PHI3_NAMES.search(name) else f"phi-3 {name}"
+    odd = sorted((added.keys() - set(_KEEP_SPACE)) - swallow or swallow & set(_KEEP_SPACE) or swallow)[0]
+    raise UnsupportedError(
+        f"{path}: some of its added tokens swallow the white space after them (rstrip) and others do not, as {odd!r}; "
+        "llama.cpp knows only phi-3's own pattern. Use --format onnx,coreml, or set rstrip alike"
+    )
 
 
 def _tokens(path: Path, raw: dict[str, Any], model: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
@@ -141,4 +204,5 @@ def _check(path: Path, token: object, i: object, size: int) -> None:
 
 def _prepends_space(raw: dict[str, Any]) -> bool:
     """Whether the tokenizer puts a space before its text (Phi-3-mini's does)."""
-    return '"Prepend"' in json.dumps(raw.get("normalizer"))
+    before = json.dumps([raw.get("normalizer"), raw.get("pre_tokenizer")])
+    return '"Prepend"' in before or '"prepend_scheme": "always"' in before or '"prepend_scheme": "first"' in before

@@ -29,6 +29,13 @@ def build(config: Config) -> CausalLM:
     return model
 
 
+def load_model(checkpoint: Checkpoint) -> CausalLM:
+    """A checkpoint's model."""
+    model = build(checkpoint.config)
+    load_weights(model, checkpoint)
+    return model
+
+
 def load_weights(model: CausalLM, checkpoint: Checkpoint) -> None:
     """Give a model a checkpoint's weights. Raises UsageError for one of another architecture."""
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}

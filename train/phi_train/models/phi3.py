@@ -87,9 +87,9 @@ class Phi3Model(nn.Module):
 class Phi3ForCausalLM(nn.Module):
     """The language model: token ids [B, T] to logits [B, T, V]."""
 
-    dropout = 0.0  # of attention\'s weights and of what is added to the residual stream, while training
+    dropout = 0.0  # of attention's weights and of what is added to the residual stream, while training
     checkpoint_activations = False  # compute what is inside a layer again for the backward pass
-    rounding: Rounding = staticmethod(unrounded)  # of the head\'s weight
+    rounding: Rounding = staticmethod(unrounded)  # of the head's weight
 
     def __init__(self, config: Phi3Config) -> None:
         super().__init__()
