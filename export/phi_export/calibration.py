@@ -1,8 +1,8 @@
 """What a model does on real text, gathered once for all formats and plans.
 
-Two passes, each a layer at a time. The first gathers the second moment of every matrix's inputs and keeps
-what error feedback needs of it (`kept`); it goes on where it was interrupted. The second measures what an error of each
-matrix costs at the end (`costs`) and writes `costs.json`, with which a calibration is complete.
+Two passes, each a layer at a time. Forwards, the second moment of every matrix's inputs is gathered, and what error
+feedback needs of it is kept (`kept`); this goes on where it was interrupted. Backwards, what an error of each matrix costs
+at the end is found (`costs`) and written to `costs.json`, with which a calibration is complete.
 """
 
 import hashlib
@@ -13,23 +13,28 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from phi_export.calibration_text import BUILT_IN, calibration_windows
-from phi_export.costs import NOISE, batches, measure_costs, new_lanes
+from phi_export.costs import measure_costs, shown, shown_path
+from phi_export.equalise import Scales, choose_scales, equalised, input_scales, unpack
 from phi_export.feedback import DAMPING, Factor, factorise
 from phi_export.formats import Format, Item, Options, Type
+from phi_export.forward import TorchDecoder, product_type
 from phi_export.kept import load_array, load_factor, save_array, save_factor
 from phi_export.quantize import finite
-from phi_runtime.backends.reference import Reference, split_heads
 from phi_runtime.bundle import CalibratedOn, Source
 from phi_runtime.checkpoint import Checkpoint
 from phi_runtime.config import read_json
 from phi_runtime.decoder import F32, Decoder, Linear
 from phi_runtime.errors import CheckpointError
-from phi_runtime.files import disk_full_named, write_file
+from phi_runtime.files import disk_full_named, locked, write_file
 
 WINDOW = 512
-_VERSION = 2
+BATCH = 4096  # tokens taken through a layer at a time; bounds the memory
+_STRIPES = 8  # of columns, whose moments are taken one after the other: the other triangle is not computed
+_VERSION = 4
 _COSTS = "costs.json"
 
 Progress = Callable[[str], None]
@@ -49,13 +54,15 @@ class CalibrationText:
 @dataclass(frozen=True)
 class Calibration:
     """The outcome, on disk. `costs` are nats of KL divergence, per item, of an error of one (relative, squared) as
-    feedback leaves it behind; items are named as with `split_qkv`.
+    feedback leaves it behind; items are named as with `split_qkv`. Factors and costs are of the model under `scales`
+    (`equalise.equalised`), one for each layer.
     """
 
     folder: Path
     decoder: Decoder
     on: CalibratedOn
     costs: dict[str, float]
+    scales: list[Scales]
 
     def cost(self, item: Item) -> float:
         """Of an item, or of its parts together."""
@@ -88,12 +95,16 @@ class Calibration:
         return None
 
     def kv_peaks(self) -> list[F32]:
-        """Per layer, of keys and values: the largest magnitudes of the text, [2, kv_heads, head_dim]."""
+        """Per layer, of keys and values under `scales`: the largest magnitudes of the text, [2, kv_heads, head_dim]."""
         shape = (2, self.decoder.kv_heads, self.decoder.head_dim)
         found = [load_array(self.folder / f"kv-{n + 1:04d}.npy") for n in range(len(self.decoder.layers))]
         if any(peaks.shape != shape or not np.isfinite(peaks).all() for peaks in found):
             raise CheckpointError(f"{self.folder}: is damaged; delete it and calibrate again")
-        return [np.maximum(peaks, np.float32(1e-6)) for peaks in found]  # a channel that is never used
+        scaled = [
+            peaks / np.ldexp(np.float32(1), np.stack([s.keys, s.values]).astype(np.int32)).reshape(shape)
+            for peaks, s in zip(found, self.scales, strict=True)
+        ]
+        return [np.maximum(peaks, np.float32(1e-6)) for peaks in scaled]  # a channel that is never used
 
 
 def _some_rows(item: Item) -> list[tuple[int, int]]:
@@ -123,7 +134,7 @@ def calibrate(
     said = {
         "version": _VERSION,
         "damping": DAMPING,
-        "noise": NOISE,
+        "products": str(product_type()),
         "source": described.sha256,
         "windows": texts,
     }
@@ -131,95 +142,133 @@ def calibrate(
     folder = (wanted.cache or checkpoint.folder / "calibration") / digest[:16]
     with disk_full_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / _COSTS).is_file():
-            _gather(checkpoint, texts, folder, progress)
-            costs = measure_costs(checkpoint, texts, folder, progress)
-            write_file(folder / _COSTS, json.dumps(costs, indent=1) + "\n")
-            for state in folder.glob("after-*.npy"):
-                state.unlink()
+        with locked(folder, lambda: progress("another run is calibrating this checkpoint; waiting for it")):
+            if not (folder / _COSTS).is_file():
+                _gather(checkpoint, texts, folder, progress)
+                scaled = equalised(checkpoint, _scales(folder, config.decoder()))
+                costs = measure_costs(scaled, texts, folder, progress)
+                write_file(folder / _COSTS, json.dumps(costs, indent=1) + "\n")
+                for state in (*folder.glob("after-*.npy"), *folder.glob("shown-*.npy")):
+                    state.unlink()
     costs = read_json(folder / _COSTS)
     if not all(isinstance(v, float) for v in costs.values()):
         raise CheckpointError(f"{folder}: is damaged; delete it and calibrate again")
     name = wanted.text if wanted.text == BUILT_IN else Path(wanted.text).name
-    return Calibration(folder, config.decoder(), CalibratedOn(name, sum(map(len, texts)), digest), costs)
+    scales = _scales(folder, config.decoder())
+    return Calibration(folder, config.decoder(), CalibratedOn(name, sum(map(len, texts)), digest), costs, scales)
 
 
-class _Gatherer(Reference):
-    """Adds up the second moments of what enters each matrix."""
+def _scales(folder: Path, decoder: Decoder) -> list[Scales]:
+    parts = [load_array(folder / f"scales-{n + 1:04d}.npy") for n in range(len(decoder.layers))]
+    try:
+        return unpack(decoder, np.concatenate(parts))
+    except ValueError:
+        raise CheckpointError(f"{folder}: is damaged; delete it and calibrate again") from None
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
-        super().__init__(checkpoint.config.decoder(), checkpoint.read, 0)
-        self._name, self._folder = checkpoint.folder, folder
-        self._moments: dict[str, F32] = {}
-        self._qkv = {layer.qkv for layer in self.decoder.layers}
-        self._peaks: F32 | None = None
 
-    def linear(self, xs: list[F32], linear: Linear) -> list[F32]:
-        self.see(xs, linear)
-        out = super().linear(xs, linear)
-        if linear in self._qkv:
-            for y in out:
-                peaks = kv_peaks(self.decoder, y)
-                self._peaks = peaks if self._peaks is None else np.maximum(self._peaks, peaks)
-        return out
+class _Moments:
+    """Adds up the second moments of what enters each matrix; of these the upper triangle alone."""
 
-    def see(self, xs: list[F32], linear: Linear) -> None:
+    def __init__(self) -> None:
+        self._found: dict[str, Tensor] = {}
+
+    def see(self, linear: Linear, x_BTC: Tensor) -> None:
         """Count activations that enter a matrix."""
-        width = xs[0].shape[1]
-        moment = self._moments.setdefault(linear.weight[0], np.zeros((width, width), np.float32))
-        together = np.concatenate(xs)  # one product: each costs a pass over the whole moment
-        moment += together.T @ together
+        x = x_BTC.reshape(-1, x_BTC.shape[-1])
+        moment = self._found.setdefault(linear.weight[0], torch.zeros(x.shape[1], x.shape[1]))
+        for start, stop in _stripes(x.shape[1]):
+            moment[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
 
-    def keep_peaks(self, layer: int) -> None:
-        """Keep the largest magnitudes of a layer's keys and values."""
+    def squares(self, linear: Linear, count: int) -> F32:
+        """The mean squares of what enters a matrix, [columns]."""
+        return np.asarray((self._found[linear.weight[0]].diagonal() / count).numpy())
+
+    def take(self, linear: Linear, count: int) -> F32:
+        """The moment of what enters a matrix, per token; forgets it."""
+        moment = self._found.pop(linear.weight[0])
+        for start, stop in _stripes(len(moment)):
+            moment[stop:, start:stop] = moment[start:stop, stop:].T
+        return np.asarray(moment.div_(count).numpy())
+
+
+def _stripes(width: int) -> Iterator[tuple[int, int]]:
+    step = -(-width // _STRIPES)
+    for start in range(0, width, step):
+        yield start, min(width, start + step)
+
+
+class _Cache:
+    """What calibration sees of keys before they are rotated, and of values."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._peaks: Tensor | None = None
+        self._squares = torch.zeros(decoder.kv_heads, decoder.head_dim)
+
+    def see(self, k_BGTD: Tensor, v_BGTD: Tensor) -> None:
+        """Count keys and values."""
+        self._squares += k_BGTD.square().sum(dim=(0, 2))
+        rope = self._decoder.rope
+        if rope is not None:  # a rotated pair keeps its length, wherever it is rotated to
+            half = rope.dims // 2
+            lengths = torch.hypot(k_BGTD[..., :half], k_BGTD[..., half : 2 * half]) * rope.attention_factor
+            k_BGTD = torch.cat([lengths, lengths, k_BGTD[..., 2 * half :]], dim=-1)
+        found = torch.stack([k_BGTD.abs().amax(dim=(0, 2)), v_BGTD.abs().amax(dim=(0, 2))])
+        self._peaks = found if self._peaks is None else torch.maximum(self._peaks, found)
+
+    def take(self, count: int) -> tuple[F32, F32]:
+        """Of a layer, the largest magnitudes [2, kv_heads, head_dim] and the keys' mean squares [kv_heads, head_dim];
+        forgets them.
+        """
         assert self._peaks is not None
-        save_array(self._folder / f"kv-{layer:04d}.npy", self._peaks)
-        self._peaks = None
-
-    def keep(self, count: int) -> None:
-        """Keep the factors of what `count` tokens were seen of, and forget their moments. Raises CheckpointError."""
-        while self._moments:
-            name, moment = self._moments.popitem()
-            if not np.isfinite(moment).all():
-                raise CheckpointError(f"{self._name}: its activations grow beyond float32 on the calibration text")
-            save_factor(self._folder, name, factorise(moment / np.float32(count)))
+        peaks, squares = self._peaks.numpy(), (self._squares / count).numpy()
+        self._peaks, self._squares = None, torch.zeros_like(self._squares)
+        return peaks, squares
 
 
-def kv_peaks(d: Decoder, qkv: F32) -> F32:
-    """The largest magnitudes of keys, wherever they may be rotated to, and values, [2, kv_heads, head_dim]."""
-    _, k_GTD, v_GTD = split_heads(d, qkv)
-    if d.rope is not None:  # a rotated pair keeps its length
-        half = d.rope.dims // 2
-        lengths = np.hypot(k_GTD[..., :half], k_GTD[..., half : 2 * half]) * np.float32(d.rope.attention_factor)
-        k_GTD = np.concatenate([lengths, lengths, k_GTD[..., 2 * half :]], axis=-1)
-    return np.stack([np.abs(k_GTD).max(axis=1), np.abs(v_GTD).max(axis=1)])
-
-
+@torch.no_grad()
 def _gather(checkpoint: Checkpoint, texts: list[list[int]], folder: Path, progress: Progress) -> None:
-    """Keep the factors of all matrices, and what has become of the texts after the last layer done."""
-    decoder = checkpoint.config.decoder()
-    gatherer, lanes = _Gatherer(checkpoint, folder), new_lanes(decoder, len(texts))
+    """Keep the scales of each layer, the factors of all matrices under them, what enters each layer for the windows
+    that costs are measured on, and what has become of all windows after the last layer done.
+    """
+    d = checkpoint.config.decoder()
+    moments, cache = _Moments(), _Cache(d)
+    model = TorchDecoder(checkpoint, len(texts[0]), moments.see, cache.see)
     count = sum(map(len, texts))
     begun, state = _resume(folder, len(texts))
-    if state is None:
-        gatherer.lanes = lanes
-        gatherer.embed(texts)
-    else:
-        for lane, x_TE in zip(lanes, state, strict=True):
-            lane.x_TE = x_TE
-    for n in range(begun, len(decoder.layers)):
-        progress(f"layer {n + 1} of {len(decoder.layers)}: activations")
-        for gatherer.lanes in batches(lanes):
-            gatherer.layer(n)
-        progress(f"layer {n + 1} of {len(decoder.layers)}: factors")
-        gatherer.keep(count)
-        gatherer.keep_peaks(n + 1)
-        save_array(folder / f"after-{n + 1:04d}.npy", np.stack([lane.x_TE for lane in lanes]))
+    x_BTE = model.embed(texts) if state is None else torch.from_numpy(state)
+    at_a_time = max(1, BATCH // len(texts[0]))
+
+    def keep(linear: Linear, scale: F32) -> None:
+        moment = moments.take(linear, count)
+        if not np.isfinite(moment).all():
+            raise CheckpointError(f"{checkpoint.folder}: its activations grow beyond float32 on the calibration text")
+        moment /= scale[:, None]
+        moment /= scale
+        save_factor(folder, linear.weight[0], factorise(moment))
+
+    for n in range(begun, len(d.layers)):
+        layer = d.layers[n]
+        progress(f"layer {n + 1} of {len(d.layers)}: activations")
+        save_array(shown_path(folder, n), shown(x_BTE, checkpoint).numpy())
+        weights = model.weights(*layer.linears())
+        for batch in x_BTE.split(at_a_time):  # in place: what a layer makes of windows stands where they stood
+            batch.copy_(model.layer(n, batch, weights))
+        del weights
+        peaks, keys = cache.take(count)
+        scales = choose_scales(d, layer, {i: moments.squares(i, count) for i in layer.linears()}, keys)
+        save_array(folder / f"kv-{n + 1:04d}.npy", peaks)
+        save_array(folder / f"scales-{n + 1:04d}.npy", np.concatenate(scales.parts()))
+        progress(f"layer {n + 1} of {len(d.layers)}: error feedback's factors")
+        for linear, scale in input_scales(d, layer, scales).items():
+            keep(linear, scale)
+        save_array(folder / f"after-{n + 1:04d}.npy", x_BTE.numpy())
         (folder / f"after-{n:04d}.npy").unlink(missing_ok=True)
-    progress("the head's factor")
-    for batch in batches(lanes):
-        gatherer.see(gatherer.norm([lane.x_TE for lane in batch], decoder.final_norm), decoder.head)
-    gatherer.keep(count)
+    progress("the head: activations")
+    save_array(shown_path(folder, len(d.layers)), shown(x_BTE, checkpoint).numpy())
+    for batch in x_BTE.split(at_a_time):
+        moments.see(d.head, model.norm(batch, d.final_norm))
+    keep(d.head, np.ones(d.hidden_size, np.float32))
 
 
 def _resume(folder: Path, windows: int) -> tuple[int, np.ndarray | None]:

@@ -1,142 +1,151 @@
-"""What an error of each matrix costs at the end, in KL divergence.
+"""What an error of each matrix costs at the end, in KL divergence: from one backward pass.
 
-A text goes through the checkpoint a layer at a time. At each matrix copies of its activations branch off that see the
-matrix with an error as feedback leaves it behind; all go on to the end, where their predictions are compared.
+To second order, an error D of a matrix moves the predictions by a KL divergence of <D, G>^2 / 2 in the mean over
+random gradients G, if those at the logits have the Fisher information of the predicted distribution p as their
+covariance. Such are sqrt(p) s - p sum(sqrt(p) s) with random signs s, drawn anew for every position. Error feedback
+leaves errors D = N V behind (`feedback.Factor`), N independent noise as large in each row as rounding makes it, so the
+mean over N can be taken exactly: a row costs its mean square error times |V g|^2 / 2, g the row of G.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from phi_export.compare import Agreement
 from phi_export.feedback import Factor
 from phi_export.formats import Item, Options, items
-from phi_export.kept import load_factor
+from phi_export.forward import TorchDecoder
+from phi_export.kept import load_array, load_factor
 from phi_export.verify import LARGE
-from phi_runtime.backends.reference import Lane, Reference
 from phi_runtime.checkpoint import Checkpoint
 from phi_runtime.config import num_parameters
-from phi_runtime.decoder import F32, Decoder, Linear
 
-NOISE = 0.02  # relative error under which costs are measured; they grow in proportion to it
-BATCH = 4096  # tokens taken through a layer at a time; bounds the memory
-_ROWS = 1 << 23  # weights whose error is drawn at a time
-# Windows that costs are measured on, and tokens of each; of a large model one short one, for the sake of time.
-_SHOWN, _SHOWN_LARGE = (4, 512), (1, 128)
+# Windows that costs are measured on; fewer of a large model, whose errors average over more weights.
+_SHOWN, _SHOWN_LARGE = 8, 4
+_LOGITS = 1 << 25  # logits computed at a time; bounds the memory
 
-# An item, and the lanes that see its error.
-_Spoilt = tuple[Item, list[Lane]]
+
+def shown(x_BTE: Tensor, checkpoint: Checkpoint) -> Tensor:
+    """Of the activations of all windows, those of the windows that costs are measured on."""
+    count = _SHOWN_LARGE if num_parameters(checkpoint.config) >= LARGE else _SHOWN
+    return x_BTE[:: max(1, len(x_BTE) // count)][:count]
+
+
+def shown_path(folder: Path, layer: int) -> Path:
+    """Where what enters a layer (the final norm, after the last) is kept for those windows."""
+    return folder / f"shown-{layer:04d}.npy"
 
 
 def measure_costs(
     checkpoint: Checkpoint, texts: list[list[int]], folder: Path, progress: Callable[[str], None]
 ) -> dict[str, float]:
-    """Of each item (as with `split_qkv`): nats of KL divergence per unit of relative squared error.
+    """Of each item (as with `split_qkv`): nats of KL divergence per token and unit of relative squared error.
 
-    `folder` holds the factors of all matrices.
+    `folder` holds the factors of all matrices, and what enters each layer.
     """
-    decoder = checkpoint.config.decoder()
-    count, length = _SHOWN_LARGE if num_parameters(checkpoint.config) >= LARGE else _SHOWN
-    shown = [text[:length] for text in texts[:: max(1, len(texts) // count)][:count]]
-    found = [i for i in items(checkpoint.config, Options(split_qkv=True)) if i.role != "vector"]
-    spoiler = _Spoiler(checkpoint, folder)
-    base = spoiler.lanes = new_lanes(decoder, len(shown))
-    spoiler.embed(shown)
-    going = {i.name: _spoilt_rows(base, shown, i, decoder) for i in found if i.role == "embedding"}
-    for n, layer in enumerate(decoder.layers):
-        progress(f"layer {n + 1} of {len(decoder.layers)}: what an error costs")
-        for batch in batches([lane for lanes in going.values() for lane in lanes]):
-            spoiler.take(n, batch)
-        held = {name for linear in layer.linears() for name in linear.weight}
-        here = [(i, _branch(base, decoder)) for i in found if i.tensor in held]
-        spoiler.take(n, base, here)
-        going |= {i.name: lanes for i, lanes in here}
-    progress("what the errors cost at the end")
-    exact = spoiler.predict(base)
-    costs = {}
-    for item in found:
-        lanes = going.get(item.name, base)
-        logits = spoiler.predict(lanes, item if item.tensor in decoder.head.weight else None)
-        outcome = Agreement()
-        for text, p, q in zip(shown, exact, logits, strict=True):
-            outcome.add(p, q, text[1:])
-        costs[item.name] = outcome.kld_mean / NOISE
-    return costs
+    return _Backward(checkpoint, texts, folder, progress).run()
 
 
-class _Spoiler(Reference):
-    """Adds to the outputs of matrices what an error of their weights would."""
+class _Backward:
+    """One backward pass. Gradients at the logits are random, of the same seed each time."""
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
-        super().__init__(checkpoint.config.decoder(), checkpoint.read, 0)
-        self._folder, self._checkpoint = folder, checkpoint
-        self._spoilt: dict[str, list[tuple[Item, range]]] = {}  # by tensor: items, and which lanes see their error
+    def __init__(
+        self, checkpoint: Checkpoint, texts: list[list[int]], folder: Path, progress: Callable[[str], None]
+    ) -> None:
+        self.checkpoint, self.folder, self.progress = checkpoint, folder, progress
+        self.model = TorchDecoder(checkpoint, len(texts[0]))
+        self.items = [i for i in items(checkpoint.config, Options(split_qkv=True)) if i.role != "vector"]
+        self.costs = {i.name: 0.0 for i in self.items}
+        which = shown(torch.arange(len(texts))[:, None, None], checkpoint).flatten().tolist()
+        self.tokens = np.asarray([texts[i] for i in which])
 
-    def take(self, n: int, lanes: list[Lane], spoilt: Sequence[_Spoilt] = ()) -> None:
-        """Take lanes through a layer, and with them those that see an item's error."""
-        self.lanes = list(lanes)
-        for item, own in spoilt:
-            seen_by = range(len(self.lanes), len(self.lanes) + len(own))
-            self._spoilt.setdefault(item.tensor, []).append((item, seen_by))
-            self.lanes += own
-        self.layer(n)
-        self._spoilt = {}
+    def run(self) -> dict[str, float]:
+        """Costs by item."""
+        layers = self.model.decoder.layers
+        self.progress("the head: what an error costs")
+        gradient = self._head()
+        for n in reversed(range(len(layers))):
+            self.progress(f"layer {n + 1} of {len(layers)}: what an error costs")
+            weights = self.model.weights(*layers[n].linears())
+            for w in weights.values():
+                w.requires_grad_()
+            x_BTE = self._entering(n)
+            self.model.layer(n, x_BTE, weights).backward(gradient)  # type: ignore[no-untyped-call]
+            assert x_BTE.grad is not None
+            gradient = x_BTE.grad
+            for linear in layers[n].linears():
+                factor = load_factor(self.folder, linear.weight[0])
+                for name in linear.weight:
+                    found = weights[name].grad
+                    assert found is not None
+                    self._add(name, 0, found, factor)
+        self._lookup(gradient)
+        return self.costs
 
-    def predict(self, lanes: list[Lane], spoilt: Item | None = None) -> list[F32]:
-        """Logits of lanes, with an error of the head if it is `spoilt`."""
-        self.lanes = lanes
-        if spoilt is not None:
-            self._spoilt = {spoilt.tensor: [(spoilt, range(len(lanes)))]}
-        logits = self.logits([lane.x_TE for lane in lanes])
-        self._spoilt = {}
-        return logits
+    def _entering(self, n: int) -> Tensor:
+        return torch.from_numpy(load_array(shown_path(self.folder, n))).requires_grad_()
 
-    def linear(self, xs: list[F32], linear: Linear) -> list[F32]:
-        ys = super().linear(xs, linear)
-        at = 0
-        for tensor in linear.weight:
-            for item, seen_by in self._spoilt.get(tensor, []):
-                for start, error in self._errors(item, load_factor(self._folder, linear.weight[0])):
-                    rows = slice(at + start, at + start + len(error))
-                    for lane in seen_by:
-                        ys[lane][:, rows] += xs[lane] @ error.T
-            at += self._checkpoint.tensors[tensor].shape[0]
-        return ys
+    def _head(self) -> Tensor:
+        """The gradient of what enters the final norm; in pieces of the vocabulary, so that logits stay small."""
+        model, d = self.model, self.model.decoder
+        x_BTE = self._entering(len(d.layers))
+        normed = model.norm(x_BTE, d.final_norm)
+        x_NE = normed.detach().reshape(-1, normed.shape[-1])
+        (head,) = d.head.weight
+        bias = self.checkpoint.read(d.head.bias[0]) if d.head.bias else np.zeros(d.vocab_size, np.float32)
+        step = max(1, _LOGITS // len(x_NE))
 
-    def _errors(self, item: Item, factor: Factor) -> Iterator[tuple[int, F32]]:
-        """An item's error, some rows at a time."""
-        random = np.random.default_rng(list(item.name.encode()))
-        step = max(1, _ROWS // item.columns)
-        for start in range(item.start, item.stop, step):
-            weights = self._checkpoint.read(item.tensor, start, min(item.stop, start + step))
-            yield start, factor.noise(len(weights), NOISE, weights, random)
+        def pieces() -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+            random = torch.Generator().manual_seed(0)
+            for start in range(0, d.vocab_size, step):
+                w_VE = torch.from_numpy(self.checkpoint.read(head, start, start + step)).to(model.dtype)
+                y_NV = (x_NE.to(model.dtype) @ w_VE.T).float() + torch.from_numpy(bias[start : start + step])
+                signs = torch.randint(0, 2, y_NV.shape, generator=random, dtype=torch.int8) * 2 - 1
+                yield start, w_VE, y_NV * d.logit_scale, signs
 
+        total = torch.full((len(x_NE),), -torch.inf)
+        for _, _, y_NV, _ in pieces():
+            total = torch.logaddexp(total, y_NV.logsumexp(dim=1))
+        mean = torch.zeros_like(total)
+        for _, _, y_NV, signs in pieces():
+            mean += (torch.exp((y_NV - total[:, None]) / 2) * signs).sum(dim=1)
+        back_NE = torch.zeros_like(x_NE)
+        factor = load_factor(self.folder, head)
+        for start, w_VE, y_NV, signs in pieces():
+            root = torch.exp((y_NV - total[:, None]) / 2)
+            g_NV = ((root * signs - root * root * mean[:, None]) * d.logit_scale).to(model.dtype)
+            back_NE += (g_NV @ w_VE).float()
+            self._add(head, start, g_NV.T @ x_NE.to(model.dtype), factor)
+        normed.backward(back_NE.reshape(normed.shape))  # type: ignore[no-untyped-call]
+        assert x_BTE.grad is not None
+        return x_BTE.grad
 
-def new_lanes(decoder: Decoder, count: int) -> list[Lane]:
-    """Lanes of exact arithmetic, without caches."""
-    return [Lane(decoder, 0, lambda x: x) for _ in range(count)]
+    def _lookup(self, gradient: Tensor) -> None:
+        """The embedding's rows that the text looks up; error feedback spreads errors in a tied one only."""
+        d = self.model.decoder
+        tokens, where = np.unique(self.tokens, return_inverse=True)
+        rows = torch.zeros(len(tokens), gradient.shape[-1])
+        rows.index_add_(0, torch.from_numpy(where.reshape(-1)), gradient.reshape(-1, gradient.shape[-1]))
+        rows *= d.embedding_scale
+        if d.tied:
+            factor = load_factor(self.folder, d.embedding)
+            rows = rows[:, factor.order.copy()] @ torch.from_numpy(factor.spread).T
+        stored = np.concatenate([self.checkpoint.read(d.embedding, int(t), int(t) + 1) for t in tokens])
+        size = np.square(stored).mean(axis=1)
+        found = float((torch.from_numpy(size) * rows.square().sum(dim=1)).sum())
+        self.costs[d.embedding] += found / 2 / self.tokens.size
 
-
-def batches(lanes: list[Lane]) -> Iterator[list[Lane]]:
-    """As many lanes at a time as BATCH allows."""
-    size = max(1, BATCH // len(lanes[0].x_TE)) if lanes else 1
-    for start in range(0, len(lanes), size):
-        yield lanes[start : start + size]
-
-
-def _branch(base: list[Lane], decoder: Decoder) -> list[Lane]:
-    lanes = new_lanes(decoder, len(base))
-    for copy, lane in zip(lanes, base, strict=True):
-        copy.x_TE = lane.x_TE
-    return lanes
-
-
-def _spoilt_rows(base: list[Lane], texts: list[list[int]], item: Item, decoder: Decoder) -> list[Lane]:
-    """Lanes whose tokens were looked up in an embedding with an error."""
-    lanes, random = _branch(base, decoder), np.random.default_rng(list(item.name.encode()))
-    for lane, text in zip(lanes, texts, strict=True):
-        tokens, which = np.unique(text, return_inverse=True)
-        error = random.standard_normal((len(tokens), item.columns), dtype=np.float32)
-        lane.x_TE = lane.x_TE + error[which] * np.sqrt(NOISE * np.square(lane.x_TE).mean(axis=1, keepdims=True))
-    return lanes
+    def _add(self, tensor: str, start: int, gradient_RC: Tensor, factor: Factor) -> None:
+        """Count the gradient of rows from `start` on of a tensor."""
+        stop = start + len(gradient_RC)
+        spread = torch.from_numpy(factor.spread).to(gradient_RC.dtype)
+        spread_RC = (gradient_RC[:, factor.order.copy()] @ spread.T).float()
+        size_R = np.square(self.checkpoint.read(tensor, start, stop)).mean(axis=1)
+        found = (spread_RC.square().sum(dim=1) * torch.from_numpy(size_R)).numpy() / 2 / self.tokens.size
+        for item in self.items:
+            if item.tensor == tensor:
+                a, b = max(item.start, start), min(item.stop, stop)
+                if a < b:
+                    self.costs[item.name] += float(found[a - start : b - start].sum(dtype=np.float64))

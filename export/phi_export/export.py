@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from phi_export.calibration import Calibration, CalibrationText, calibrate
+from phi_export.equalise import equalised, write_scales
 from phi_export.formats import Options, Uncalibrated, get_format
 from phi_export.plan import Ceiling, Planned, plan_int4, plan_memory, weight_error
 from phi_export.stream import Stream
@@ -53,6 +54,7 @@ def plan(
     width that a format cannot carry.
     """
     options = options or Options()
+    checkpoint = equalised(checkpoint, calibration.scales if calibration else None)
     planned = []
     for name in formats:
         module = get_format(name)
@@ -104,6 +106,7 @@ def export(
             progress(planned[0].format, f"calibrating: {what}", 0, 2 * len(planned[0].plan))
 
         calibration = calibrate(source, described, text, calibrating)
+        source = equalised(source, calibration.scales)
         planned = plan(source, formats, ceiling, options, calibration)
     job = _Job(source, described, stop_tokens(source), sample, threads or cores(), progress, calibration)
     bundles = []
@@ -158,6 +161,8 @@ class _Job:
         module.write(self.source, planned.plan, planned.options, folder, stream, self.calibration or Uncalibrated())
         stream.close()
         (folder / MANIFEST).unlink(missing_ok=True)
+        if self.calibration is not None:
+            write_scales(folder, self.calibration.scales)
         for name in COMPANIONS:
             if (self.source.folder / name).is_file():
                 shutil.copyfile(self.source.folder / name, folder / name)

@@ -24,18 +24,13 @@ _SMALL = 192  # rows below which LAPACK factorises faster than products of block
 
 @dataclass(frozen=True)
 class Factor:
-    """What feedback needs to know of a matrix's inputs: the order of its columns, and V in that order [C, C]."""
+    """What feedback needs to know of a matrix's inputs: the order of its columns, V in that order [C, C], and what an
+    error of each column costs that the later ones do not make up for, [C], as the matrix has its columns.
+    """
 
     order: npt.NDArray[np.int64]
     spread: F32
-
-    def noise(self, rows: int, relative: float, weights: F32, random: np.random.Generator) -> F32:
-        """An error [R, C] as feedback leaves behind, where rounding errs by `relative` of the weights' mean square."""
-        size: F32 = np.sqrt(relative * np.square(weights, dtype=np.float32).mean(axis=1, keepdims=True))
-        drawn = random.standard_normal((rows, len(self.order)), dtype=np.float32) * size
-        out: F32 = np.empty_like(drawn)
-        out[:, self.order] = drawn @ self.spread
-        return out
+    importance: F32
 
 
 def factorise(moment: F32) -> Factor:
@@ -46,7 +41,10 @@ def factorise(moment: F32) -> Factor:
     damped = moment[np.ix_(backwards, backwards)]
     damped[np.diag_indices_from(damped)] += np.float32(DAMPING * used.mean(dtype=np.float64) or 1.0)
     upper = _inverse_of_lower_factor(damped)[::-1, ::-1]
-    return Factor(order, np.ascontiguousarray(upper / np.diag(upper)[:, None]))
+    diagonal = np.diag(upper)
+    importance = np.empty_like(diagonal)
+    importance[order] = 1 / np.square(diagonal)
+    return Factor(order, np.ascontiguousarray(upper / diagonal[:, None]), importance)
 
 
 def _inverse_of_lower_factor(a: F32) -> F32:
@@ -78,6 +76,20 @@ def uniform(step: F32, sub: int, bits: int, zero: int, offset: F32 | None = None
         np.clip(code, 0, highest, out=code)
         value = (code - zero) * steps[block]
         return code, value if offsets is None else value - offsets[block]
+
+    return level
+
+
+def codebook(step: F32, sub: int, table: F32) -> Level:
+    """The grid step * table[code], the table rising; step [R, C / sub], of either sign."""
+    steps = np.ascontiguousarray(step.T)
+    inverse = np.divide(1, steps, out=np.zeros_like(steps), where=np.abs(steps) > 1e-30)
+    halfway = (table[1:] + table[:-1]) / 2
+
+    def level(column: int, w: F32) -> tuple[np.ndarray, F32]:
+        block = column // sub
+        code = np.searchsorted(halfway, w * inverse[block])
+        return code, table[code] * steps[block]
 
     return level
 

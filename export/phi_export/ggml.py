@@ -27,12 +27,17 @@ class GgmlType:
     symbol: str  # as in dequantize_row_<symbol>
 
 
-def quantize(x: F32, kind: GgmlType) -> U8:
-    """Rows [rows, columns] as [rows, bytes per row]. The same input gives the same bytes on any thread."""
+def quantize(x: F32, kind: GgmlType, importance: F32 | None = None) -> U8:
+    """Rows [rows, columns] as [rows, bytes per row], squared errors weighted by the columns' importance, if given.
+
+    The same input gives the same bytes on any thread.
+    """
     rows, columns = x.shape
     x = np.ascontiguousarray(x)
     out = np.empty((rows, columns // kind.block * kind.block_bytes), np.uint8)
-    written = _library().ggml_quantize_chunk(kind.number, x.ctypes.data, out.ctypes.data, 0, rows, columns, None)
+    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    pointer = None if weights is None else weights.ctypes.data
+    written = _library().ggml_quantize_chunk(kind.number, x.ctypes.data, out.ctypes.data, 0, rows, columns, pointer)
     assert written == out.nbytes, (kind, written, out.nbytes)
     return out
 

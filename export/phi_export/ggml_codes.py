@@ -1,7 +1,7 @@
 """ggml's blocks laid open: the steps that a quantised row computes with, and other codes put in their place.
 
-Every type here says weight = step * (code - zero) - offset, with a step (and an offset, where there is one)
-per `sub` weights. Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
+Every type here says weight = step * (code - zero) - offset, or step * table[code], with a step (and an offset, where
+there is one) per `sub` weights. Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from phi_export.feedback import Level, codebook, uniform
 from phi_export.ggml import GgmlType
 from phi_export.quantize import U8
 from phi_runtime.decoder import F32
@@ -25,6 +26,13 @@ class Layout:
     sub: int
     steps: Callable[[U8], tuple[F32, F32 | None]]
     put: Callable[[U8, U8], None]
+    table: F32 | None = None
+
+    def level(self, step: F32, offset: F32 | None) -> Level:
+        """The grid of rows, as error feedback rounds to it."""
+        if self.table is not None:
+            return codebook(step, self.sub, self.table)
+        return uniform(step, self.sub, self.bits, self.zero, offset)
 
 
 def open_rows(data: U8, kind: GgmlType) -> tuple[F32, F32 | None]:
@@ -116,14 +124,42 @@ def _q8_put(b: U8, codes: U8) -> None:
     b[:, 2:] = codes ^ 128  # signed on disk
 
 
+def _q41_steps(b: U8) -> tuple[F32, F32 | None]:
+    return _half(b, 0), -_half(b, 2)
+
+
+def _q41_put(b: U8, codes: U8) -> None:
+    b[:, 4:] = _nibbles(codes, 16)
+
+
+def _fifth_bits(codes: U8) -> U8:
+    """The highest bit of each of 32 codes of five bits, the first one lowest."""
+    return np.packbits(codes >> 4, axis=1, bitorder="little")
+
+
+def _q50_put(b: U8, codes: U8) -> None:
+    b[:, 2:6], b[:, 6:] = _fifth_bits(codes), _nibbles(codes, 16)
+
+
+def _q51_put(b: U8, codes: U8) -> None:
+    b[:, 4:8], b[:, 8:] = _fifth_bits(codes), _nibbles(codes, 16)
+
+
 def _one_step(b: U8) -> tuple[F32, F32 | None]:
     return _half(b, 0), None
 
+
+# ggml's kvalues_iq4nl.
+_IQ4_NL = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 
 LAYOUTS = {
     "Q2_K": Layout(2, 0, 16, _q2_steps, _q2_put),
     "Q3_K": Layout(3, 4, 16, _q3_steps, _q3_put),
     "Q4_0": Layout(4, 8, 32, _one_step, _q4_put),
+    "IQ4_NL": Layout(4, 0, 32, _one_step, _q4_put, _IQ4_NL),
+    "Q4_1": Layout(4, 0, 32, _q41_steps, _q41_put),
+    "Q5_0": Layout(5, 16, 32, _one_step, _q50_put),
+    "Q5_1": Layout(5, 0, 32, _q41_steps, _q51_put),
     "Q4_K": Layout(4, 0, 32, _k_steps, _q4k_put),
     "Q5_K": Layout(5, 0, 32, _k_steps, _q5k_put),
     "Q6_K": Layout(6, 32, 16, _q6_steps, _q6_put),

@@ -10,7 +10,7 @@ from phi_runtime.errors import CheckpointError
 
 
 def save_factor(folder: Path, name: str, factor: Factor) -> None:
-    """Keep a factor as NAME-order.npy and NAME-spread.npy."""
+    """Keep a factor as NAME-spread.npy, NAME-importance.npy and NAME-order.npy."""
     n = len(factor.order)
     triangle = np.empty(n * (n + 1) // 2, np.float16)
     at = 0
@@ -18,6 +18,7 @@ def save_factor(folder: Path, name: str, factor: Factor) -> None:
         triangle[at : at + n - j] = factor.spread[j, j:]
         at += n - j
     save_array(folder / f"{name}-spread.npy", triangle)
+    save_array(folder / f"{name}-importance.npy", factor.importance)
     save_array(folder / f"{name}-order.npy", factor.order)
 
 
@@ -25,15 +26,17 @@ def save_factor(folder: Path, name: str, factor: Factor) -> None:
 def load_factor(folder: Path, name: str) -> Factor:
     """The factor kept by that name. Raises CheckpointError."""
     order, triangle = load_array(folder / f"{name}-order.npy"), load_array(folder / f"{name}-spread.npy")
+    importance = load_array(folder / f"{name}-importance.npy")
     n = len(order)
-    if triangle.shape != (n * (n + 1) // 2,) or not np.array_equal(np.sort(order), np.arange(n)):
+    whole = triangle.shape == (n * (n + 1) // 2,) and importance.shape == (n,) and bool((importance > 0).all())
+    if not whole or not np.array_equal(np.sort(order), np.arange(n)):
         raise CheckpointError(f"{folder}: {name} is damaged; delete the folder and calibrate again")
     spread = np.zeros((n, n), np.float32)
     at = 0
     for j in range(n):
         spread[j, j:] = triangle[at : at + n - j]
         at += n - j
-    return Factor(order, spread)
+    return Factor(order, spread, importance)
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from phi_export.equalise import scales_bytes
 from phi_export.formats import Format, Item, Options, Plan, Type, fitting, items, stored
 from phi_export.verify import COMPANIONS
 from phi_runtime.checkpoint import Checkpoint
@@ -152,7 +153,7 @@ def _overhead(module: Format, checkpoint: Checkpoint, options: Options) -> int:
     beside = sum(p.stat().st_size for n in COMPANIONS if (p := checkpoint.folder / n).is_file())
     manifest = 4096 + 160 * len(items(checkpoint.config, options))
     manifest += len(str(checkpoint.config.to_json())) * 2
-    return module.overhead(checkpoint, options) + beside + manifest
+    return module.overhead(checkpoint, options) + beside + manifest + scales_bytes(checkpoint.config.decoder())
 
 
 def _bits(kind: Type) -> float:

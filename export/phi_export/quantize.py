@@ -41,7 +41,8 @@ def finite(tensor: Tensor, start: int = 0, stop: int | None = None) -> F32:
 
 def round_rows(x: F32, bits: int, block: int, factor: Factor | None = None) -> tuple[I8, F16]:
     """Codes [rows, columns] and scales [rows, columns / block] of finite rows, with error feedback given a factor."""
-    codes, scales = _round(x, bits, block)
+    importance = None if factor is None else factor.importance
+    codes, scales = grid_rows(x, bits, block, importance)
     if factor is None:
         return codes, scales
     half = 1 << bits - 1
@@ -50,22 +51,24 @@ def round_rows(x: F32, bits: int, block: int, factor: Factor | None = None) -> t
         return uniform(scales.astype(np.float32), block, bits, half)
 
     if bits == 2:  # so coarse a grid has to reach what errors have grown to; finer ones gain nothing by it
-        scales = _round(met(x, factor, level(scales)), bits, block)[1]
+        scales = grid_rows(met(x, factor, level(scales)), bits, block, importance)[1]
     fed_back = round_columns(x, factor, level(scales)).view(np.int8)
     return fed_back - np.int8(half - 256 if half == 128 else half), scales
 
 
-def _round(x: F32, bits: int, block: int) -> tuple[I8, F16]:
+def grid_rows(x: F32, bits: int, block: int, importance: F32 | None = None) -> tuple[I8, F16]:
+    """Codes and scales by least squared error, weighted by the columns' importance if given; no error feedback."""
     rows, columns = x.shape
     codes, scales = np.empty(x.shape, np.int8), np.empty((rows, columns // block), np.float16)
     step = max(1, _CACHED // columns)
     for i in range(0, rows, step):
-        codes[i : i + step], scales[i : i + step] = _round_cached(x[i : i + step], bits, block)
+        codes[i : i + step], scales[i : i + step] = _round_cached(x[i : i + step], bits, block, importance)
     return codes, scales
 
 
-def _round_cached(x: F32, bits: int, block: int) -> tuple[I8, F16]:
+def _round_cached(x: F32, bits: int, block: int, importance: F32 | None) -> tuple[I8, F16]:
     blocks = x.reshape(-1, block)
+    weighted = blocks if importance is None else (x * importance).reshape(-1, block)
     low, high = -(1 << bits - 1), (1 << bits - 1) - 1
     upper, lower = blocks.max(axis=1), blocks.min(axis=1)
     # The largest weight goes to the lowest code: the grid reaches one step further that way.
@@ -74,9 +77,13 @@ def _round_cached(x: F32, bits: int, block: int) -> tuple[I8, F16]:
     best, scale = np.zeros(len(blocks), np.float32), np.zeros(len(blocks), np.float32)
     for shrink in SHRINK[bits]:
         _to_grid(blocks, reach * np.float32(shrink / low), low, high, rounded)
-        # Under the scale that fits these codes best, the error is |x|^2 less this gain.
-        dot = np.einsum("ij,ij->i", blocks, rounded)
-        norm = np.einsum("ij,ij->i", rounded, rounded)
+        # Under the scale that fits these codes best, the (weighted) error is |x|^2 less this gain.
+        dot = np.einsum("ij,ij->i", weighted, rounded)
+        if importance is None:
+            norm = np.einsum("ij,ij->i", rounded, rounded)
+        else:
+            norm = np.einsum("rbj,rbj,bj->rb", *[rounded.reshape(len(x), -1, block)] * 2, importance.reshape(-1, block))
+            norm = norm.reshape(-1)
         fitted = np.divide(dot, norm, out=np.zeros_like(dot), where=norm > 0)
         gain = dot * fitted
         scale = np.where(gain > best, fitted, scale)
@@ -108,31 +115,33 @@ def fit_palettes(x: F32, bits: int, group: int, factor: Factor | None = None) ->
 
     One-dimensional k-means by Lloyd's algorithm on a histogram of each group.
     """
-    codes, tables = _fit_palettes(x, bits, group)
+    importance = None if factor is None else factor.importance
+    codes, tables = _fit_palettes(x, bits, group, importance)
     if factor is None:
         return codes, tables
     # The tables are fitted once more, to what errors have made of the weights by then.
     reached = met(x, factor, palette(tables.astype(np.float32), group))
-    tables = _fit_palettes(reached, bits, group)[1]
+    tables = _fit_palettes(reached, bits, group, importance)[1]
     return round_columns(x, factor, palette(tables.astype(np.float32), group)), tables
 
 
-def _fit_palettes(x: F32, bits: int, group: int) -> tuple[U8, F16]:
+def _fit_palettes(x: F32, bits: int, group: int, importance: F32 | None = None) -> tuple[U8, F16]:
     groups = -(-len(x) // group)
     codes = np.empty(x.shape, np.uint8)
     tables = np.empty((groups, 1 << bits), np.float16)
     for g in range(groups):
         rows = slice(g * group, (g + 1) * group)
-        tables[g], codes[rows] = _fit_palette(x[rows], 1 << bits)
+        tables[g], codes[rows] = _fit_palette(x[rows], 1 << bits, importance)
     return codes, tables
 
 
-def _fit_palette(x: F32, size: int) -> tuple[F16, U8]:
+def _fit_palette(x: F32, size: int, importance: F32 | None) -> tuple[F16, U8]:
     low, high = float(x.min()), float(x.max())
     width = max((high - low) / _BINS, 1e-30)
     bins = np.minimum(((x - np.float32(low)) * np.float32(1 / width)).astype(np.int32), _BINS - 1)
     # Running sums of the counts and of the values: a cluster of bins [a, b) has the mean (M[b] - M[a]) / (N[b] - N[a]).
-    count = np.bincount(bins.reshape(-1), minlength=_BINS).astype(np.float64)
+    weights = None if importance is None else np.broadcast_to(importance, x.shape).reshape(-1)
+    count = np.bincount(bins.reshape(-1), weights, minlength=_BINS).astype(np.float64)
     centre = low + width * (np.arange(_BINS) + 0.5)
     N = np.concatenate([[0.0], np.cumsum(count)])
     M = np.concatenate([[0.0], np.cumsum(count * centre)])

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from phi_export.compare import Agreement, windows
+from phi_export.equalise import equalised, read_scales
 from phi_export.feedback import DAMPING
 from phi_export.formats import Item, Options, get_format, items, stored
 from phi_export.isolated import Artifact
@@ -156,6 +157,7 @@ def verify_manifest(
         progress("files")
         if not written_now:
             check_files(bundle, manifest)
+        checkpoint = equalised(checkpoint, read_scales(bundle, checkpoint.config.decoder()))  # the same function
         get_format(manifest.format).examine(bundle, manifest, checkpoint)
         read = get_format(manifest.format).read(bundle, manifest)
         checks += _check_weights(read, manifest, checkpoint, progress)

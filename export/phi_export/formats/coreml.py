@@ -80,16 +80,16 @@ class Palette:
 
 
 _GRIDS: tuple[Grid, ...] = (
-    Grid("int4-g32", 4, 32, 0.0068, 0.0080),
-    Grid("int4-g64", 4, 64, 0.0083, 0.0098),
-    Grid("int4-g128", 4, 128, 0.0095, 0.0119),
+    Grid("int4-g32", 4, 32, 0.0068, 0.0077),
+    Grid("int4-g64", 4, 64, 0.0082, 0.0093),
+    Grid("int4-g128", 4, 128, 0.0095, 0.0107),
     Grid("int8-g128", 8, 128, 0.00004, 0.00005),
 )
 _PALETTES: tuple[Palette, ...] = (
-    Palette("palette2", 2, 0.1177, 0.23),
-    Palette("palette3", 3, 0.0346, 0.042),
-    Palette("palette4", 4, 0.0095, 0.0110),
-    Palette("palette6", 6, 0.0007, 0.0009),
+    Palette("palette2", 2, 0.1175, 0.185),
+    Palette("palette3", 3, 0.0345, 0.048),
+    Palette("palette4", 4, 0.0095, 0.013),
+    Palette("palette6", 6, 0.0007, 0.0012),
 )
 _BY_NAME: dict[str, Grid | Palette] = {t.name: t for t in _GRIDS} | {t.name: t for t in _PALETTES}
 _PROFILE_TYPES = {"gpu": (*(t.name for t in _GRIDS), "palette2", "palette3"), "ane": [t.name for t in _PALETTES]}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from phi_export import ggml
-from phi_export.feedback import Factor, round_columns, uniform
+from phi_export.feedback import Factor, round_columns
 from phi_export.formats import Calibrated, Item, Options, Plan, Type, choose_profile, items, piece
 from phi_export.formats.gguf_tokenizer import tokenizer_metadata
 from phi_export.formats.gguf_values import Kind, Metadata, encode, encode_string
@@ -58,12 +58,16 @@ class _Type(GgmlType):
 _TYPES = {
     t.name: t
     for t in (
-        _Type("Q2_K", 10, 256, 84, "q2_K", 0.0880, 0.107, 10),
-        _Type("Q3_K", 11, 256, 110, "q3_K", 0.0228, 0.0254, 12),
-        _Type("Q4_0", 2, 32, 18, "q4_0", 0.0068, 0.0080, 2),
-        _Type("Q4_K", 12, 256, 144, "q4_K", 0.0053, 0.0063, 15),
-        _Type("Q5_K", 13, 256, 176, "q5_K", 0.0013, 0.0015, 17),
-        _Type("Q6_K", 14, 256, 210, "q6_K", 0.0003, 0.0004, 18),
+        _Type("Q2_K", 10, 256, 84, "q2_K", 0.0881, 0.0891, 10),
+        _Type("Q3_K", 11, 256, 110, "q3_K", 0.0227, 0.0242, 12),
+        _Type("Q4_0", 2, 32, 18, "q4_0", 0.0068, 0.0076, 2),
+        _Type("IQ4_NL", 20, 32, 18, "iq4_nl", 0.0058, 0.0062, 25),
+        _Type("Q4_1", 3, 32, 20, "q4_1", 0.0061, 0.0055, 3),
+        _Type("Q5_0", 6, 32, 22, "q5_0", 0.0018, 0.0019, 8),
+        _Type("Q5_1", 7, 32, 24, "q5_1", 0.0014, 0.0013, 9),
+        _Type("Q4_K", 12, 256, 144, "q4_K", 0.0054, 0.0056, 15),
+        _Type("Q5_K", 13, 256, 176, "q5_K", 0.0013, 0.0014, 17),
+        _Type("Q6_K", 14, 256, 210, "q6_K", 0.00031, 0.00035, 18),
         _Type("Q8_0", 8, 32, 34, "q8_0", 0.00003, 0.00003, 7),
     )
 }
@@ -182,16 +186,21 @@ def _write_item(
     stream.pieces(item.rows, item.columns, 1, work, piece(factor))
 
 
-# ggml's own quantisers for all but these two.
+# Without calibration, ggml's own quantisers for all but these two.
 _OURS = {"Q4_0": quantize_q4_0, "Q4_K": quantize_q4_k}
 
 
 def _quantize(rows: F32, kind: GgmlType, factor: Factor | None) -> np.ndarray:
-    data = _OURS[kind.name](rows) if kind.name in _OURS else ggml.quantize(rows, kind)
-    if factor is not None:  # under the same steps, other codes
-        layout, (step, offset) = LAYOUTS[kind.name], open_rows(data, kind)
-        level = uniform(step, layout.sub, layout.bits, layout.zero, offset)
-        put_codes(data, round_columns(rows, factor, level), kind)
+    importance = None if factor is None else factor.importance
+    if kind.name in _OURS and importance is None:
+        data = _OURS[kind.name](rows)
+    else:
+        data = ggml.quantize(rows, kind, importance)
+    if factor is None:
+        return data
+    # Steps that fit the columns that matter, and other codes under them.
+    layout = LAYOUTS[kind.name]
+    put_codes(data, round_columns(rows, factor, layout.level(*open_rows(data, kind))), kind)
     return data
 
 
