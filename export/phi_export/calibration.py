@@ -1,8 +1,8 @@
 """What a model does on real text, gathered once for all formats and plans.
 
 Two passes, each a layer at a time. Forwards, the second moment of every matrix's inputs is gathered, and what error
-feedback needs of it is kept (`kept`); this goes on where it was interrupted. Backwards, what an error of each matrix costs
-at the end is found (`costs`) and written to `costs.json`, with which a calibration is complete.
+feedback needs of it is kept (`kept`); this goes on where it was interrupted. Backwards, what an error of each matrix
+costs at the end is found (`costs`) and written to `costs.json`, with which a calibration is complete.
 """
 
 import hashlib
@@ -34,7 +34,8 @@ from phi_runtime.files import disk_full_named, locked, write_file
 WINDOW = 512
 BATCH = 4096  # tokens taken through a layer at a time; bounds the memory
 _STRIPES = 8  # of columns, whose moments are taken one after the other: the other triangle is not computed
-_VERSION = 4
+_ROUNDED = 1 + 2**-8  # of a moment's diagonal
+_VERSION = 5
 _COSTS = "costs.json"
 
 Progress = Callable[[str], None]
@@ -167,27 +168,34 @@ def _scales(folder: Path, decoder: Decoder) -> list[Scales]:
 
 
 class _Moments:
-    """Adds up the second moments of what enters each matrix; of these the upper triangle alone."""
+    """Adds up the second moments of what enters each matrix, of these the upper triangle alone, and its squares."""
 
     def __init__(self) -> None:
-        self._found: dict[str, Tensor] = {}
+        self._found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(self, linear: Linear, x_BTC: Tensor) -> None:
         """Count activations that enter a matrix."""
         x = x_BTC.reshape(-1, x_BTC.shape[-1])
-        moment = self._found.setdefault(linear.weight[0], torch.zeros(x.shape[1], x.shape[1]))
+        squares = x.square().sum(dim=0)
+        moment, sizes = self._found.setdefault(
+            linear.weight[0], (torch.zeros(x.shape[1], x.shape[1]), torch.zeros(x.shape[1]))
+        )
+        sizes += squares
+        x = x.to(product_type())
         for start, stop in _stripes(x.shape[1]):
-            moment[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+            moment[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
 
     def squares(self, linear: Linear, count: int) -> F32:
         """The mean squares of what enters a matrix, [columns]."""
-        return np.asarray((self._found[linear.weight[0]].diagonal() / count).numpy())
+        return np.asarray((self._found[linear.weight[0]][1] / count).numpy())
 
     def take(self, linear: Linear, count: int) -> F32:
         """The moment of what enters a matrix, per token; forgets it."""
-        moment = self._found.pop(linear.weight[0])
+        moment, squares = self._found.pop(linear.weight[0])
         for start, stop in _stripes(len(moment)):
             moment[stop:, start:stop] = moment[start:stop, stop:].T
+        # Products of bfloat16 are rounded to it, which could leave a matrix that has no factor.
+        moment.diagonal().copy_(squares * _ROUNDED)
         return np.asarray(moment.div_(count).numpy())
 
 
@@ -233,7 +241,7 @@ def _gather(checkpoint: Checkpoint, texts: list[list[int]], folder: Path, progre
     """
     d = checkpoint.config.decoder()
     moments, cache = _Moments(), _Cache(d)
-    model = TorchDecoder(checkpoint, len(texts[0]), moments.see, cache.see)
+    model = TorchDecoder(d, checkpoint.read, len(texts[0]), product_type(), moments.see, cache.see)
     count = sum(map(len, texts))
     begun, state = _resume(folder, len(texts))
     x_BTE = model.embed(texts) if state is None else torch.from_numpy(state)
@@ -252,7 +260,7 @@ def _gather(checkpoint: Checkpoint, texts: list[list[int]], folder: Path, progre
         progress(f"layer {n + 1} of {len(d.layers)}: activations")
         save_array(shown_path(folder, n), shown(x_BTE, checkpoint).numpy())
         weights = model.weights(*layer.linears())
-        for batch in x_BTE.split(at_a_time):  # in place: what a layer makes of windows stands where they stood
+        for batch in torch.split(x_BTE, at_a_time):  # in place: what a layer makes of windows stands where they stood
             batch.copy_(model.layer(n, batch, weights))
         del weights
         peaks, keys = cache.take(count)
@@ -266,7 +274,7 @@ def _gather(checkpoint: Checkpoint, texts: list[list[int]], folder: Path, progre
         (folder / f"after-{n:04d}.npy").unlink(missing_ok=True)
     progress("the head: activations")
     save_array(shown_path(folder, len(d.layers)), shown(x_BTE, checkpoint).numpy())
-    for batch in x_BTE.split(at_a_time):
+    for batch in torch.split(x_BTE, at_a_time):
         moments.see(d.head, model.norm(batch, d.final_norm))
     keep(d.head, np.ones(d.hidden_size, np.float32))
 

@@ -10,21 +10,24 @@ from phi_runtime.tokenizer import Tokenizer
 from phi_train.corpus import Document, document_paths, lot
 
 BUILT_IN = "built-in"
+_MANUAL = 12  # one of so many pieces of the manual is held out
 _CHARACTERS = 6  # of a text read per token wanted: more than any tokenizer needs
 
 
-def calibration_windows(checkpoint: Checkpoint, text: str, count: int, length: int) -> list[list[int]]:
-    """Up to `count` windows of `length` tokens.
+def calibration_windows(
+    checkpoint: Checkpoint, text: str, count: int, length: int, held_out: bool = False
+) -> list[list[int]]:
+    """Up to `count` windows of `length` tokens to calibrate on, or of what calibration leaves unread.
 
-    text: a file; a folder, of which each document gives one window and those that `phi_train.corpus` holds out
-    none; or BUILT_IN, the interpreter's own library and its manual. Raises NotFoundError, UsageError where the text is
-    too little.
+    text: a file, of which the last twentieth is held out; a folder, of which each document gives one window, those that
+    `phi_train.corpus` holds out for the one purpose and the rest for the other; or BUILT_IN, the interpreter's own
+    library and its manual. Raises NotFoundError, UsageError where the text is too little.
     """
     tokenizer = Tokenizer(checkpoint.folder)
     name = chat_name(checkpoint.folder)
     chat = None if name is None else get_format(name)
     windows: list[list[int]] = []
-    for piece in _pieces(text, _CHARACTERS * length, count):
+    for piece in _pieces(text, _CHARACTERS * length, count, held_out):
         said = _as_chat(piece, chat) if chat and len(windows) % 2 else piece
         tokens = tokenizer.encode(said)[:length]
         if len(tokens) == length:
@@ -32,7 +35,8 @@ def calibration_windows(checkpoint: Checkpoint, text: str, count: int, length: i
         if len(windows) == count:
             break
     if not windows:
-        raise UsageError(f"--calibrate {text}: too little text for one window of {length} tokens; give more")
+        what = "hold out" if held_out else "calibrate on"
+        raise UsageError(f"--calibrate {text}: too little text to {what} one window of {length} tokens; give more")
     if max(map(max, windows)) >= checkpoint.config.vocab_size:
         raise CheckpointError(f"{checkpoint.folder}: its tokenizer gives tokens beyond the embedding")
     return windows
@@ -43,16 +47,18 @@ def _as_chat(text: str, chat: ChatFormat) -> str:
     return chat.render([{"role": "user", "content": text[:cut]}]) + text[cut:]
 
 
-def _pieces(text: str, size: int, count: int) -> Iterator[str]:
+def _pieces(text: str, size: int, count: int, held_out: bool) -> Iterator[str]:
     """Pieces of `size` characters in an order that depends on names alone."""
     if text == BUILT_IN:
-        prose, code = _manual(size), _documents("stdlib", size)
+        prose, code = _manual(size, held_out), _documents("stdlib", size, held_out)
         for both in zip(prose, code, strict=False):
             yield from both
     elif Path(text).is_dir():
-        yield from _documents(text, size)
+        yield from _documents(text, size, held_out)
     else:
         content = _read(Path(text))
+        cut = len(content) - max(len(content) // 20, min(size, len(content) // 4))
+        content = content[cut:] if held_out else content[:cut]
         # All of a short text, or places spread evenly over a long one.
         step = max(size, (len(content) - size) // count)
         for start in range(0, max(1, len(content) - size + 1), step):
@@ -66,21 +72,22 @@ def _read(path: Path) -> str:
         raise UsageError(f"--calibrate {path}: cannot be read as UTF-8 text ({e}); give another") from None
 
 
-def _documents(corpus: str, size: int) -> Iterator[str]:
+def _documents(corpus: str, size: int, held_out: bool) -> Iterator[str]:
     for path, name in sorted(document_paths(corpus), key=lambda p: lot(p[1])):
         try:
             content = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        if len(content) >= size and not Document(name, "").held_out:
+        if len(content) >= size and Document(name, "").held_out is held_out:
             start = lot(name) % (len(content) - size + 1)
             yield content[start : start + size]
 
 
-def _manual(size: int) -> Iterator[str]:
+def _manual(size: int, held_out: bool) -> Iterator[str]:
     from pydoc_data.topics import topics  # the language's reference, half a megabyte of English
 
     content = "\n".join(topics[name] for name in sorted(topics))
     starts = range(0, len(content) - size, size)
     for start in sorted(starts, key=lambda s: lot(str(s))):
-        yield content[start : start + size]
+        if (lot(str(start)) % _MANUAL == 0) is held_out:
+            yield content[start : start + size]

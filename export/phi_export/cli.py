@@ -9,7 +9,9 @@ from phi_runtime.cli import parser, positive, run
 from phi_runtime.errors import UsageError, VerificationError, missing_extra
 from phi_runtime.memory import parse_size
 
-PREFERENCES = ("quality", "speed")
+PREFERENCES = ("balanced", "quality", "speed")
+BUILT_IN = "built-in"
+WINDOWS = 32
 
 
 def main() -> NoReturn:
@@ -37,12 +39,15 @@ def _export(argv: list[str]) -> None:
         "       phi-export calibrate-speed [--threads N]"
     )
     p.add_argument("checkpoint", metavar="CKPT", help="a Hugging Face model folder")
-    p.add_argument("--int4", action="store_true", help="4-bit weights, embedding and head included")
+    p.add_argument(
+        "--int4", action="store_true", help="4 bits and more: as few as keep the model, at most Q4_K_M's bytes"
+    )
     p.add_argument("--memory", metavar="SIZE", help="the best mix of types whose files fit, e.g. 1.8GB or 1.8GiB")
     p.add_argument(
         "--prefer",
         choices=PREFERENCES,
-        help="what the mix is chosen for; speed: only types that decode as fast as 4 bits do (default: quality)",
+        help="what the mix is chosen for: the least loss at no less than Q4_K_M's speed (balanced, the default), at "
+        "any (quality), or only types that decode as fast as 4 bits do (speed)",
     )
     p.add_argument(
         "--min-speed", type=_speed, metavar="N", help="of the mixes that fit, those predicted to decode N tokens/s here"
@@ -50,9 +55,17 @@ def _export(argv: list[str]) -> None:
     p.add_argument(
         "--calibrate",
         metavar="TEXT",
-        help="steer the rounding by what the model does on a text: a file, a folder, or `built-in`",
+        default=BUILT_IN,
+        help="calibrate the quantiser (GPTQ) on this text: a file, a folder, or `built-in` (default: %(default)s)",
     )
-    p.add_argument("--windows", type=positive, metavar="N", help="how many windows of 512 tokens to calibrate on")
+    p.add_argument("--fast", action="store_true", help="do not calibrate: minutes less, and several times the loss")
+    p.add_argument(
+        "--windows",
+        type=positive,
+        default=WINDOWS,
+        metavar="N",
+        help="windows of 512 tokens to calibrate on (%(default)s)",
+    )
     p.add_argument("--cache", type=Path, metavar="DIR", help="where calibrations are kept (default: CKPT/calibration)")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for the bundles: DIR/gguf, DIR/onnx, DIR/coreml")
     p.add_argument("--format", default=",".join(FORMATS), help="formats, comma-separated (default %(default)s)")
@@ -65,15 +78,16 @@ def _export(argv: list[str]) -> None:
     p.add_argument("--threads", type=positive, metavar="N", help="threads (default: one per core)")
     p.add_argument("--dry-run", action="store_true", help="print the ledger of bytes and write nothing")
     p.add_argument("--force", action="store_true", help="replace bundles that are in DIR already")
+    p.add_argument(
+        "--accept-loss", action="store_true", help="keep a bundle whose perplexity rises by a quarter or more"
+    )
     args = p.parse_args(argv)
     if args.int4 == (args.memory is not None):
         raise UsageError("say how to quantise: either --int4, or --memory SIZE for the best mix that fits")
-    if args.prefer and args.memory is None:
-        raise UsageError("--prefer chooses among mixes, so it goes with --memory SIZE")
     if args.min_speed and (args.memory is None or args.prefer):
         raise UsageError("--min-speed chooses among mixes, so it goes with --memory SIZE, and without --prefer")
-    if args.calibrate is None and (args.windows or args.cache):
-        raise UsageError("--windows and --cache are of calibration: say on what, --calibrate TEXT")
+    if args.fast and (args.calibrate != BUILT_IN or args.windows != WINDOWS or args.cache):
+        raise UsageError("--fast leaves calibration out, so it goes without --calibrate, --windows and --cache")
     if not args.out and not args.dry_run:
         raise UsageError("say where the bundles go: --out DIR")
     memory = parse_size(args.memory) if args.memory is not None else None
@@ -97,26 +111,34 @@ def _export(argv: list[str]) -> None:
     if args.split_qkv and formats != ("gguf",):
         raise UsageError("--split-qkv is gguf's: say --format gguf")
     options = Options(args.profile, args.context, args.split_qkv)
-    ceiling = None if memory is None else Ceiling(memory, args.prefer or "quality", args.min_speed)
-    text = None
-    if args.calibrate is not None:
-        text = CalibrationText(args.calibrate, args.windows or CalibrationText.windows, args.cache)
+    ceiling = Ceiling(memory, args.prefer or PREFERENCES[0], args.min_speed)
+    text = None if args.fast else CalibrationText(args.calibrate, args.windows, args.cache)
     if args.dry_run:
         checkpoint = open_checkpoint(args.checkpoint)
         calibration = None
         if text is not None:
             with show.spinner("calibrating:") as detail:
                 calibration = calibrate(checkpoint, describe_source(checkpoint), text, detail)
-        for planned in plan(checkpoint, formats, ceiling, options, calibration):
+        for name in formats:
+            (planned,) = plan(checkpoint, (name,), ceiling, options, calibration)
             show.ledger(checkpoint, planned, calibration)
-            if ceiling is not None and ceiling.min_speed is None:
-                (other,) = (p for p in PREFERENCES if p != ceiling.prefer)
-                (instead,) = plan(checkpoint, (planned.format,), Ceiling(ceiling.memory, other), options, calibration)
-                show.trade(planned, instead, other)
+            if ceiling.min_speed is None:
+                mixes = {p: plan(checkpoint, (name,), Ceiling(memory, p), options, calibration)[0] for p in PREFERENCES}
+                show.frontier(mixes, ceiling.prefer, calibration is not None)
         return
     with show.export_progress() as progress:
         bundles = export(
-            args.checkpoint, args.out, formats, args.force, progress, ceiling, options, args.tokens, args.threads, text
+            args.checkpoint,
+            args.out,
+            formats,
+            args.force,
+            progress,
+            ceiling,
+            options,
+            args.tokens,
+            args.threads,
+            text,
+            args.accept_loss,
         )
     show.exported(bundles)
 
@@ -139,19 +161,28 @@ def _verify(argv: list[str]) -> None:
         metavar="N",
         help="how many tokens of it (default: all, or enough of the sample)",
     )
+    p.add_argument(
+        "--accept-loss", action="store_true", help="pass a bundle whose perplexity rises by a quarter or more"
+    )
     args = p.parse_args(argv)
 
     from phi_runtime.checkpoint import open_checkpoint
 
     try:
         from phi_export import show
-        from phi_export.verify import sample_tokens, verify
+        from phi_export.gate import held_out_windows
+        from phi_export.verify import HeldOutText, sample_tokens, verify
     except ImportError as e:
         raise missing_extra(e, "export") from None
     checkpoint = open_checkpoint(args.against)
     tokens = sample_tokens(checkpoint, args.text, args.tokens)
+    held_out = HeldOutText(BUILT_IN, held_out_windows(checkpoint, BUILT_IN), args.accept_loss)
+    if args.text is not None:
+        length = len(held_out.windows[0])
+        windows = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)] or [tokens]
+        held_out = HeldOutText(args.text.name, windows, args.accept_loss)
     with show.spinner("verifying") as progress:
-        outcome = verify(args.bundle, checkpoint, tokens, progress)
+        outcome = verify(args.bundle, checkpoint, tokens, progress, held_out)
     show.verified(args.bundle, outcome)
     outcome.require(args.bundle)
 

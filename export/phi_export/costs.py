@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from phi_export.feedback import Factor
-from phi_export.formats import Item, Options, items
-from phi_export.forward import TorchDecoder
+from phi_export.formats import Options, items
+from phi_export.forward import TorchDecoder, product_type
 from phi_export.kept import load_array, load_factor
 from phi_export.verify import LARGE
 from phi_runtime.checkpoint import Checkpoint
@@ -55,7 +55,7 @@ class _Backward:
         self, checkpoint: Checkpoint, texts: list[list[int]], folder: Path, progress: Callable[[str], None]
     ) -> None:
         self.checkpoint, self.folder, self.progress = checkpoint, folder, progress
-        self.model = TorchDecoder(checkpoint, len(texts[0]))
+        self.model = TorchDecoder(checkpoint.config.decoder(), checkpoint.read, len(texts[0]), product_type())
         self.items = [i for i in items(checkpoint.config, Options(split_qkv=True)) if i.role != "vector"]
         self.costs = {i.name: 0.0 for i in self.items}
         which = shown(torch.arange(len(texts))[:, None, None], checkpoint).flatten().tolist()

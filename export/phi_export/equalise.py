@@ -1,7 +1,7 @@
 """Equalisation: powers of two moved between matrices so that their inputs are of similar size, channel by channel.
 
-Engines round activations to 8 bits in blocks along a row, and the cache too; a few channels many times as large as their
-neighbours take the bits of all of these. What divides a channel where it is made and multiplies the column that
+Engines round activations to 8 bits in blocks along a row, and the cache too; a few channels many times as large as
+their neighbours take the bits of all of these. What divides a channel where it is made and multiplies the column that
 reads it changes nothing of what the model computes: powers of two are exact in floating point. (SmoothQuant,
 arXiv:2211.10438, and AWQ, arXiv:2306.00978, move such scales for activations and for weights.)
 
@@ -11,6 +11,7 @@ projection, and keys against queries, where the two of a rotated pair go togethe
 
 import io
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def unpack(d: Decoder, flat: Exponents) -> list[Scales]:
     at = 0
     for layer in d.layers:
         cuts = at + np.cumsum((0, *widths(d, layer)))
-        found.append(Scales(*(flat[a:b] for a, b in zip(cuts, cuts[1:], strict=False))))
+        found.append(Scales(*(flat[a:b] for a, b in pairwise(cuts))))
         at = int(cuts[-1])
     if flat.shape != (at,):
         raise ValueError(f"{flat.shape} exponents for {at} channels")
@@ -147,15 +148,15 @@ def equalised(checkpoint: Checkpoint, scales: list[Scales] | None) -> Checkpoint
         columns = input_scales(d, layer, s)
         norms = [(layer.attention_norm, s.norm)] + ([(layer.mlp_norm, s.mlp_norm)] if layer.mlp_norm else [])
         for norm, exponents in norms:
-            scale((norm.weight,), 1 / _power(exponents))
+            scale((norm.weight,), _power(-exponents))
             if norm.bias is not None:
-                scale((norm.bias,), 1 / _power(exponents))
+                scale((norm.bias,), _power(-exponents))
         made = _qkv_rows(d, s)
         scale(layer.qkv.weight, made, columns[layer.qkv])
         scale(layer.qkv.bias, made)
         scale(layer.o.weight, None, columns[layer.o])
-        gate = np.ones(d.intermediate_size, np.float32)
-        hidden = np.concatenate([gate, 1 / columns[layer.down]]) if len(s.hidden) else None
+        gate = np.zeros(d.intermediate_size, np.int8)
+        hidden = _power(np.concatenate([gate, -s.hidden])) if len(s.hidden) else None
         scale(layer.up.weight, hidden, columns[layer.up])
         scale(layer.up.bias, hidden)
         scale(layer.down.weight, None, columns[layer.down])
@@ -164,12 +165,12 @@ def equalised(checkpoint: Checkpoint, scales: list[Scales] | None) -> Checkpoint
 
 def _qkv_rows(d: Decoder, s: Scales) -> F32:
     """What the rows of queries, keys and values are multiplied with."""
-    keys = _power(s.keys).reshape(d.kv_heads, d.head_dim)
-    queries = np.repeat(keys[:, None], d.heads // d.kv_heads, axis=1)
-    values = 1 / _power(s.values).reshape(d.kv_heads, d.head_dim)
+    keys = _power(-s.keys).reshape(d.kv_heads, 1, d.head_dim)
+    queries = np.repeat(_power(s.keys).reshape(keys.shape), d.heads // d.kv_heads, axis=1)
+    values = _power(-s.values).reshape(d.kv_heads, d.head_dim)
     if d.qkv_by_group:
-        return np.concatenate([queries, 1 / keys[:, None], values[:, None]], axis=1).reshape(-1)
-    return np.concatenate([queries.reshape(-1), (1 / keys).reshape(-1), values.reshape(-1)])
+        return np.concatenate([queries, keys, values[:, None]], axis=1).reshape(-1)
+    return np.concatenate([queries.reshape(-1), keys.reshape(-1), values.reshape(-1)])
 
 
 def write_scales(folder: Path, scales: list[Scales]) -> None:

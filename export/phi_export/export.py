@@ -11,11 +11,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from phi_export.calibration import Calibration, CalibrationText, calibrate
+from phi_export.calibration_text import BUILT_IN
 from phi_export.equalise import equalised, write_scales
 from phi_export.formats import Options, Uncalibrated, get_format
-from phi_export.plan import Ceiling, Planned, plan_int4, plan_memory, weight_error
+from phi_export.gate import held_out_windows
+from phi_export.plan import Ceiling, Planned, plan_mix, weight_error
 from phi_export.stream import Stream
-from phi_export.verify import COMPANIONS, describe_source, sample_tokens, verify_manifest
+from phi_export.verify import COMPANIONS, HeldOutText, describe_source, sample_tokens, verify_manifest
 from phi_runtime import __version__
 from phi_runtime.backends import cores
 from phi_runtime.bundle import MANIFEST, Manifest, Parity, Source, list_files, read_manifest, write_manifest
@@ -61,11 +63,8 @@ def plan(
         module.check(checkpoint.config, options)
         options = replace(options, int8_kv=calibration is not None and name == "onnx")
         loss = calibration.losses(module, checkpoint, options) if calibration else weight_error
-        if ceiling is None:
-            planned.append(plan_int4(name, module, checkpoint, options, loss))
-        else:
-            speeds = load_speeds(module.ENGINE)
-            planned.append(plan_memory(name, module, checkpoint, options, ceiling, speeds, loss))
+        speeds = load_speeds(module.ENGINE)
+        planned.append(plan_mix(name, module, checkpoint, options, ceiling or Ceiling(None), speeds, loss))
     return planned
 
 
@@ -80,11 +79,13 @@ def export(
     tokens: int | None = None,
     threads: int | None = None,
     text: CalibrationText | None = None,
+    accept_loss: bool = False,
 ) -> list[Exported]:
     """Write `out`/FORMAT for each format, verified against the checkpoint over `tokens` tokens.
 
     A new `out` appears at once, with all formats in it, or not at all. `force` replaces the bundles
-    that are there, each at once, after all were verified. With a `text` it is calibrated on that. An export that
+    that are there, each at once, after all were verified. With a `text` it is calibrated on that, and judged by what
+    calibration leaves unread of it; with `accept_loss`, whatever the outcome. An export that
     was interrupted goes on at the layer or tensor where it stopped.
 
     Raises the errors of `open_checkpoint`, `calibrate` and `plan`,
@@ -99,6 +100,10 @@ def export(
     sample = sample_tokens(source, None, tokens)
     progress(planned[0].format, "digesting the checkpoint", 0, 2 * len(planned[0].plan))
     described = describe_source(source)
+    held_out = None
+    if not described.random:
+        name = text.text if text else BUILT_IN
+        held_out = HeldOutText(name, held_out_windows(source, name), accept_loss)
     calibration = None
     if text is not None:
 
@@ -108,13 +113,13 @@ def export(
         calibration = calibrate(source, described, text, calibrating)
         source = equalised(source, calibration.scales)
         planned = plan(source, formats, ceiling, options, calibration)
-    job = _Job(source, described, stop_tokens(source), sample, threads or cores(), progress, calibration)
+    job = _Job(source, described, stop_tokens(source), sample, held_out, threads or cores(), progress, calibration)
     bundles = []
     with resumable_folder(out, _key(described, planned, calibration)) as stage:
         for p in planned:
             written = job.bundle(p, stage / p.format)
             size = written.manifest.file_bytes() + (stage / p.format / MANIFEST).stat().st_size
-            if ceiling is not None and size > ceiling.memory:
+            if ceiling is not None and ceiling.memory is not None and size > ceiling.memory:
                 raise PhiError(f"{p.format}: took {size:,} bytes, more than the ceiling; please report this as a bug")
             bundles.append(written)
         _check_output(out, formats, force)  # again: something may have appeared there meanwhile
@@ -134,6 +139,7 @@ class _Job:
     described: Source
     stops: tuple[int, ...]
     sample: list[int]
+    held_out: HeldOutText | None
     threads: int
     progress: Progress
     calibration: Calibration | None
@@ -183,10 +189,10 @@ class _Job:
         write_manifest(folder, manifest)
         wrote = time.perf_counter()
         outcome = verify_manifest(
-            folder, manifest, self.source, self.sample, lambda what: step(f"verifying {what}"), written_now=True
+            folder, manifest, self.source, self.sample, lambda what: step(f"verifying {what}"), True, self.held_out
         )
         parity = outcome.require(Path(planned.format))
-        manifest = replace(manifest, parity=parity)
+        manifest = replace(manifest, parity=parity, quality=outcome.quality)
         write_manifest(folder, manifest)
         stream.forget()
         self.progress(planned.format, "done", steps, steps)

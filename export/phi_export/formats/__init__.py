@@ -65,6 +65,7 @@ class Item:
     name: str  # the tensor's; for some of its rows with `:q`, `:k` or `:v` behind it
     tensor: str
     role: str  # embedding, head, qkv, o, up, down; vector for what stays in floating point
+    layer: int  # which one, 0 for what is in none
     start: int
     stop: int
     columns: int
@@ -135,8 +136,10 @@ class Format(Protocol):
     def types(self, options: Options) -> dict[str, Type]:
         """The types that a matrix may have, by name."""
 
-    def default(self, item: Item, options: Options) -> str:
-        """The type of `--int4`."""
+    def yardstick(self, item: Item, layers: int) -> str:
+        """The type of an item, of a model of so many layers, in the mix that others of this format are held to:
+        `balanced` plans are no slower.
+        """
 
     def vector_bytes(self, options: Options) -> int:
         """Bytes of a weight that stays in floating point."""
@@ -194,9 +197,11 @@ def items(config: Config, options: Options) -> list[Item]:
     """All that a plan gives a type to, in the order of computation."""
     decoder = config.decoder()
     roles = {decoder.embedding: "embedding"}
-    for layer in decoder.layers:
+    depth: dict[str, int] = {}
+    for n, layer in enumerate(decoder.layers):
         for role in ("qkv", "o", "up", "down"):
             roles |= dict.fromkeys(getattr(layer, role).weight, role)
+            depth |= dict.fromkeys(getattr(layer, role).weight, n)
     if not decoder.tied:
         roles |= dict.fromkeys(decoder.head.weight, "head")
     found = []
@@ -207,9 +212,9 @@ def items(config: Config, options: Options) -> list[Item]:
         if role == "qkv" and options.split_qkv and rows == decoder.q_size + 2 * decoder.kv_size:
             cuts = (0, decoder.q_size, decoder.q_size + decoder.kv_size, rows)
             for part, start, stop in zip("qkv", cuts, cuts[1:], strict=False):
-                found.append(Item(f"{name}:{part}", name, role, start, stop, columns, uses))
+                found.append(Item(f"{name}:{part}", name, role, depth[name], start, stop, columns, uses))
         else:
-            found.append(Item(name, name, role, 0, rows, columns, uses))
+            found.append(Item(name, name, role, depth.get(name, 0), 0, rows, columns, uses))
     return found
 
 

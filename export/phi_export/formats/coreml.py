@@ -83,6 +83,7 @@ _GRIDS: tuple[Grid, ...] = (
     Grid("int4-g32", 4, 32, 0.0068, 0.0077),
     Grid("int4-g64", 4, 64, 0.0082, 0.0093),
     Grid("int4-g128", 4, 128, 0.0095, 0.0107),
+    Grid("int8-g64", 8, 64, 0.00004, 0.00004),
     Grid("int8-g128", 8, 128, 0.00004, 0.00005),
 )
 _PALETTES: tuple[Palette, ...] = (
@@ -112,11 +113,9 @@ def types(options: Options) -> dict[str, Type]:
     return {name: _BY_NAME[name] for name in _PROFILE_TYPES[choose_profile("coreml", PROFILES, options)]}
 
 
-def default(item: Item, options: Options) -> str:
-    """Four bits: the widest block that the rows divide into, or a palette for the Neural Engine."""
-    if choose_profile("coreml", PROFILES, options) == "ane":
-        return "palette4"
-    return next((f"int4-g{b}" for b in (128, 64, 32) if item.columns % b == 0), "int4-g32")
+def yardstick(item: Item, layers: int) -> str:
+    """coremltools' int4: blocks of 32; palettes on the Neural Engine have one width of table."""
+    return "int4-g32"
 
 
 def vector_bytes(options: Options) -> int:

@@ -101,9 +101,18 @@ def types(options: Options) -> dict[str, Type]:
     return dict(_TYPES)
 
 
-def default(item: Item, options: Options) -> str:
-    """Q4_K, which of llama.cpp's types of 4.5 bits errs least; Q4_0 where rows do not divide into its blocks."""
-    return "Q4_K" if item.columns % _TYPES["Q4_K"].block == 0 else "Q4_0"
+def yardstick(item: Item, layers: int) -> str:
+    """llama.cpp's Q4_K_M: Q6_K for the head and for the down projections of the first and last eighth of the layers and
+    of each third one between, Q5_K for fused queries, keys and values, Q4_K for the rest; for rows that do not divide
+    into blocks of 256, what it takes instead.
+    """
+    n, eighth = item.layer, layers // 8
+    wide = n < eighth or n >= 7 * layers // 8 or (n - eighth) % 3 == 2
+    if item.role == "head" or (item.role == "embedding" and item.uses) or (item.role == "down" and wide):
+        kind = "Q6_K"
+    else:
+        kind = "Q5_K" if item.role == "qkv" else "Q4_K"
+    return kind if item.columns % 256 == 0 else {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}[kind]
 
 
 def vector_bytes(options: Options) -> int:

@@ -66,7 +66,7 @@ _ERRORS = {
     (2, 64): (0.127, 0.144), (2, 128): (0.137, 0.154),
     (4, 16): (0.0052, 0.0060), (4, 32): (0.0068, 0.0077), (4, 64): (0.0082, 0.0093), (4, 128): (0.0095, 0.0107),
     (4, 256): (0.0104, 0.0119),
-    (8, 128): (0.00004, 0.00005),
+    (8, 64): (0.00004, 0.00004), (8, 128): (0.00004, 0.00005),
 }  # fmt: skip
 
 
@@ -101,10 +101,9 @@ def rounding(x: F32) -> F32:
     return round_int8(x, block_of(x.shape[-1], max(BLOCKS)) or 16)
 
 
-def default(item: Item, options: Options) -> str:
-    """Four bits, in the widest block that the rows divide into and that costs no more than an eighth of a bit."""
-    widest = 256 if vector_bytes(options) == 4 else 128
-    return f"int4-g{block_of(item.columns, widest) or 16}"
+def yardstick(item: Item, layers: int) -> str:
+    """onnxruntime-genai's int4: blocks of 32."""
+    return "int4-g32" if item.columns % 32 == 0 else "int4-g16"
 
 
 def vector_bytes(options: Options) -> int:

@@ -1,0 +1,85 @@
+"""The quality gate: what a bundle costs on held-out text, in figures that decide whether it is called good.
+
+The artifact is run by its own engine. A Core ML package, which NumPy interprets slowly here, gives its weights to
+PyTorch instead; that its graph computes the same is `verify`'s to check.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from phi_export.calibration_text import calibration_windows
+from phi_export.compare import Agreement
+from phi_export.formats import get_format
+from phi_export.forward import TorchDecoder
+from phi_export.isolated import Artifact
+from phi_runtime.backends.reference import ReadTensor
+from phi_runtime.bundle import HeldOut, Manifest
+from phi_runtime.checkpoint import Checkpoint
+from phi_runtime.config import num_parameters
+from phi_runtime.decoder import F32, Decoder
+
+NOTED = 0.05  # rise of the perplexity from which on an export says so loudly
+REFUSED = 0.25  # and from which on a bundle is not called good
+_LARGE = 1_000_000_000  # parameters
+# Windows and tokens of each: enough that the rise is known to within some tenths of a percent; of a large model fewer,
+# for the sake of time.
+_WINDOWS, _WINDOWS_LARGE = (8, 512), (2, 256)
+
+
+def held_out_windows(checkpoint: Checkpoint, text: str) -> list[list[int]]:
+    """Windows of what `calibration_windows` leaves unread of a text. Raises its errors."""
+    count, length = _WINDOWS_LARGE if num_parameters(checkpoint.config) >= _LARGE else _WINDOWS
+    length = min(length, checkpoint.config.max_position_embeddings)
+    return calibration_windows(checkpoint, text, count, length, held_out=True)
+
+
+def judge(
+    bundle: Path,
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    windows: list[list[int]],
+    name: str,
+    progress: Callable[[str], None] = lambda _: None,
+) -> HeldOut:
+    """Hold a bundle to its checkpoint over windows of one length of a text called `name`. Raises BundleError."""
+    decoder = checkpoint.config.decoder()
+    progress("the checkpoint on held-out text")
+    exact = _Torch(decoder, checkpoint.read, windows)
+    progress("the artifact on held-out text")
+    agreement = Agreement()
+    if manifest.format == "coreml":
+        stored = _Torch(decoder, get_format("coreml").read(bundle, manifest), windows)
+        for i, window in enumerate(windows):
+            agreement.add(exact.logits(i), stored.logits(i), window[1:])
+    else:
+        with Artifact(bundle) as artifact:
+            for i, window in enumerate(windows):
+                agreement.add(exact.logits(i), artifact.logits(window, 0), window[1:])
+    return HeldOut(
+        text=name,
+        tokens=agreement.tokens,
+        kld_mean=agreement.kld_mean,
+        top1_agreement=agreement.top1_agreement,
+        perplexity=agreement.perplexity_q,
+        checkpoint_perplexity=agreement.perplexity_p,
+    )
+
+
+class _Torch:
+    """Weights in PyTorch's float32: all windows up to the head, whose logits are large, then one at a time."""
+
+    @torch.no_grad()
+    def __init__(self, decoder: Decoder, read: ReadTensor, windows: list[list[int]]) -> None:
+        self._model = model = TorchDecoder(decoder, read, len(windows[0]))
+        self._x_BTE = model.embed(windows)
+        for n, layer in enumerate(model.decoder.layers):
+            self._x_BTE = model.layer(n, self._x_BTE, model.weights(*layer.linears()))
+        self._head = model.weights(model.decoder.head)
+
+    @torch.no_grad()
+    def logits(self, window: int) -> F32:
+        """Of one window, [T, V]."""
+        return np.asarray(self._model.logits(self._x_BTE[window : window + 1], self._head)[0].numpy())
