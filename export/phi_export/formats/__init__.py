@@ -218,6 +218,15 @@ def items(config: Config, options: Options) -> list[Item]:
     return found
 
 
+def more_bits(item: Item, layers: int) -> bool:
+    """Whether llama.cpp's Q4_K_M gives a matrix 6 bits and not 4 or 5: the head, and the down projections of the first
+    and last eighth of the layers and of each third one between.
+    """
+    n, eighth = item.layer, layers // 8
+    wide = n < eighth or n >= 7 * layers // 8 or (n - eighth) % 3 == 2
+    return item.role == "head" or (item.role == "embedding" and item.uses > 0) or (item.role == "down" and wide)
+
+
 def fitting(module: Format, item: Item, options: Options) -> dict[str, Type]:
     """The format's types that the item's rows divide into. Raises UnsupportedError if there is none."""
     found = {n: t for n, t in module.types(options).items() if item.columns % t.multiple == 0}

@@ -12,7 +12,7 @@ import numpy as np
 
 from phi_export import ggml
 from phi_export.feedback import Factor, round_columns
-from phi_export.formats import Calibrated, Item, Options, Plan, Type, choose_profile, items, piece
+from phi_export.formats import Calibrated, Item, Options, Plan, Type, choose_profile, items, more_bits, piece
 from phi_export.formats.gguf_tokenizer import tokenizer_metadata
 from phi_export.formats.gguf_values import Kind, Metadata, encode, encode_string
 from phi_export.ggml import GgmlType
@@ -102,13 +102,8 @@ def types(options: Options) -> dict[str, Type]:
 
 
 def yardstick(item: Item, layers: int) -> str:
-    """llama.cpp's Q4_K_M: Q6_K for the head and for the down projections of the first and last eighth of the layers and
-    of each third one between, Q5_K for fused queries, keys and values, Q4_K for the rest; for rows that do not divide
-    into blocks of 256, what it takes instead.
-    """
-    n, eighth = item.layer, layers // 8
-    wide = n < eighth or n >= 7 * layers // 8 or (n - eighth) % 3 == 2
-    if item.role == "head" or (item.role == "embedding" and item.uses) or (item.role == "down" and wide):
+    """llama.cpp's Q4_K_M; for rows that do not divide into blocks of 256, what it takes instead."""
+    if more_bits(item, layers):
         kind = "Q6_K"
     else:
         kind = "Q5_K" if item.role == "qkv" else "Q4_K"

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from phi_export.feedback import Factor
-from phi_export.formats import Calibrated, Item, Options, Plan, Type, choose_profile, items, piece
+from phi_export.formats import Calibrated, Item, Options, Plan, Type, choose_profile, items, more_bits, piece
 from phi_export.formats.onnx_graph import ACTIVATIONS, Matrix, build_model, genai_config, rope_positions
 from phi_export.quantize import dequantize_rows, finite, round_rows
 from phi_export.stream import PlacedFile, Stream, align
@@ -102,7 +102,9 @@ def rounding(x: F32) -> F32:
 
 
 def yardstick(item: Item, layers: int) -> str:
-    """onnxruntime-genai's int4: blocks of 32."""
+    """Blocks of 32, as onnxruntime-genai's int4 has them, and 8 bits where llama.cpp's Q4_K_M has 6."""
+    if more_bits(item, layers):
+        return next((f"int8-g{b}" for b in (128, 64) if item.columns % b == 0), "int4-g16")
     return "int4-g32" if item.columns % 32 == 0 else "int4-g16"
 
 
