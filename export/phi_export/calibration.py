@@ -8,7 +8,7 @@ costs at the end is found (`costs`) and written to `costs.json`, with which a ca
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -64,6 +64,11 @@ class Calibration:
     on: CalibratedOn
     costs: dict[str, float]
     scales: list[Scales]
+    scaled: bool = True
+
+    def unscaled(self) -> "Calibration":
+        """The same of the model as it is, for a format that does not equalise; costs are taken to be alike."""
+        return replace(self, scaled=False)
 
     def cost(self, item: Item) -> float:
         """Of an item, or of its parts together."""
@@ -92,8 +97,17 @@ class Calibration:
         """Of a matrix's inputs; None for the embedding, which has none."""
         for linear in linears(self.decoder):
             if tensor in linear.weight:
-                return load_factor(self.folder, linear.weight[0])
+                factor = load_factor(self.folder, linear.weight[0])
+                return factor if self.scaled else factor.unscaled(self._columns(linear))
         return None
+
+    def _columns(self, linear: Linear) -> F32:
+        """What the columns of a matrix are multiplied with."""
+        for layer, scales in zip(self.decoder.layers, self.scales, strict=True):
+            found = input_scales(self.decoder, layer, scales)
+            if linear in found:
+                return found[linear]
+        return np.ones(self.decoder.hidden_size, np.float32)
 
     def kv_peaks(self) -> list[F32]:
         """Per layer, of keys and values under `scales`: the largest magnitudes of the text, [2, kv_heads, head_dim]."""

@@ -129,7 +129,7 @@ class ScaledTensor(Tensor):
 
 
 def equalised(checkpoint: Checkpoint, scales: list[Scales] | None) -> Checkpoint:
-    """The same model with its scales moved; itself where there are none."""
+    """The same model with its scales moved; itself where there are none to move."""
     if scales is None:
         return checkpoint
     d = checkpoint.config.decoder()

@@ -13,7 +13,7 @@ from pathlib import Path
 from phi_export.calibration import Calibration, CalibrationText, calibrate
 from phi_export.calibration_text import BUILT_IN
 from phi_export.equalise import equalised, write_scales
-from phi_export.formats import Options, Uncalibrated, get_format
+from phi_export.formats import Format, Options, Uncalibrated, get_format
 from phi_export.gate import held_out_windows
 from phi_export.plan import Ceiling, Planned, plan_mix, weight_error
 from phi_export.stream import Stream
@@ -56,16 +56,27 @@ def plan(
     width that a format cannot carry.
     """
     options = options or Options()
-    checkpoint = equalised(checkpoint, calibration.scales if calibration else None)
     planned = []
     for name in formats:
         module = get_format(name)
         module.check(checkpoint.config, options)
-        options = replace(options, int8_kv=calibration is not None and name == "onnx")
-        loss = calibration.losses(module, checkpoint, options) if calibration else weight_error
+        model, known = as_format(module, checkpoint, calibration)
+        options = replace(options, int8_kv=known is not None and name == "onnx")
+        loss = known.losses(module, model, options) if known else weight_error
         speeds = load_speeds(module.ENGINE)
-        planned.append(plan_mix(name, module, checkpoint, options, ceiling or Ceiling(None), speeds, loss))
+        planned.append(plan_mix(name, module, model, options, ceiling or Ceiling(None), speeds, loss))
     return planned
+
+
+def as_format(
+    module: Format, checkpoint: Checkpoint, calibration: Calibration | None
+) -> tuple[Checkpoint, Calibration | None]:
+    """The model that a format's bundles hold, and the calibration of it: equalised, or as it is."""
+    if calibration is None:
+        return checkpoint, None
+    if module.EQUALISED:
+        return equalised(checkpoint, calibration.scales), replace(calibration, scaled=True)
+    return checkpoint, calibration.unscaled()
 
 
 def export(
@@ -94,6 +105,8 @@ def export(
     out = Path(os.path.realpath(out))
     check_runtimes(formats)
     source = open_checkpoint(checkpoint)
+    for note in source.notes:
+        progress(formats[0], note, 0, 1)
     planned = plan(source, formats, ceiling, options)
     _check_tokenizer(source)
     _check_output(out, formats, force)
@@ -111,7 +124,6 @@ def export(
             progress(planned[0].format, f"calibrating: {what}", 0, 2 * len(planned[0].plan))
 
         calibration = calibrate(source, described, text, calibrating)
-        source = equalised(source, calibration.scales)
         planned = plan(source, formats, ceiling, options, calibration)
     job = _Job(source, described, stop_tokens(source), sample, held_out, threads or cores(), progress, calibration)
     bundles = []
@@ -152,6 +164,7 @@ class _Job:
             if found.parity is not None and found.parity.tokens == len(self.sample):
                 return Exported(folder, found, found.parity, 0.0, 0.0)  # an earlier run came this far
         module = get_format(planned.format)
+        source, calibration = as_format(module, self.source, self.calibration)
         steps = 2 * len(planned.plan)
         done = 0
 
@@ -164,10 +177,10 @@ class _Job:
         stream = Stream(
             folder.with_name(f"{planned.format}.journal"), self.threads, lambda name: step(f"writing {name}")
         )
-        module.write(self.source, planned.plan, planned.options, folder, stream, self.calibration or Uncalibrated())
+        module.write(source, planned.plan, planned.options, folder, stream, calibration or Uncalibrated())
         stream.close()
         (folder / MANIFEST).unlink(missing_ok=True)
-        if self.calibration is not None:
+        if self.calibration is not None and module.EQUALISED:
             write_scales(folder, self.calibration.scales)
         for name in COMPANIONS:
             if (self.source.folder / name).is_file():

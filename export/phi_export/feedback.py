@@ -32,6 +32,11 @@ class Factor:
     spread: F32
     importance: F32
 
+    def unscaled(self, columns: F32) -> "Factor":
+        """Of the matrix whose columns times these the factor is of."""
+        c = columns[self.order]
+        return Factor(self.order, self.spread * (c[:, None] / c), self.importance * np.square(columns))
+
 
 def factorise(moment: F32) -> Factor:
     """The factor of a second moment [C, C]."""

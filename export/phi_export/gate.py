@@ -46,6 +46,7 @@ def judge(
 ) -> HeldOut:
     """Hold a bundle to its checkpoint over windows of one length of a text called `name`. Raises BundleError."""
     decoder = checkpoint.config.decoder()
+    windows = [window[: manifest.context] for window in windows]
     progress("the checkpoint on held-out text")
     exact = _Torch(decoder, checkpoint.read, windows)
     progress("the artifact on held-out text")

@@ -290,6 +290,14 @@ def _one_of(value: object, known: tuple[str, ...]) -> str:
 def _inside(value: object) -> str:
     """A path that stays in the bundle, whatever wrote the manifest."""
     path = PurePosixPath(str(value))
-    if not isinstance(value, str) or path.is_absolute() or ".." in path.parts or "\\" in value or not path.parts:
+    long = len(str(value)) > 1024 or any(len(part.encode()) > 255 for part in path.parts)  # than systems open
+    if (
+        not isinstance(value, str)
+        or path.is_absolute()
+        or ".." in path.parts
+        or "\\" in value
+        or not path.parts
+        or long
+    ):
         raise ValueError(f"path {value!r} leaves the bundle")
     return value

@@ -8,7 +8,7 @@ never loaded whole.
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from phi_runtime.chat import chat_name, get_format
 from phi_runtime.config import Config, read_config, read_json
 from phi_runtime.decoder import F32
-from phi_runtime.errors import CheckpointError, NotFoundError
+from phi_runtime.errors import CheckpointError, NotFoundError, UnsupportedError
 from phi_runtime.tokenizer import Tokenizer
 
 # NumPy has no bfloat16; its bits are read as integers.
@@ -64,6 +64,7 @@ class Checkpoint:
     config: Config
     tensors: dict[str, Tensor]
     files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()  # what was read otherwise than it is spelt, a line each
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> F32:
         """Rows start..stop of a tensor as float32, in the checkpoint's own shape."""
@@ -78,6 +79,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     if not folder.exists():
         raise NotFoundError(f"{folder}: no such folder; give the folder that holds config.json")
+    _check_kind(folder)
     config = read_config(folder)
     files = _weight_files(folder)
     tensors: dict[str, Tensor] = {}
@@ -86,8 +88,60 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             if tensor.name in tensors:
                 raise CheckpointError(f"{path}: tensor {tensor.name} is also in {tensors[tensor.name].path.name}")
             tensors[tensor.name] = tensor
+    tensors, notes = _without_prefix(folder, config, tensors)
+    if config.decoder().tied and _unties(config, tensors):
+        config = replace(config, tie_word_embeddings=False)  # type: ignore[type-var]
+        notes = (
+            *notes,
+            f"{folder}: has a head of its own beside a tied configuration; it is kept, as transformers does",
+        )
     _check_shapes(folder, config, tensors)
-    return Checkpoint(folder, config, {name: tensors[name] for name in config.tensor_shapes()}, files)
+    return Checkpoint(folder, config, {name: tensors[name] for name in config.tensor_shapes()}, files, notes)
+
+
+def _check_kind(folder: Path) -> None:
+    """Say what a folder is that holds no plain weights. Raises UnsupportedError."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise UnsupportedError(
+            f"{folder}: is a PEFT adapter (LoRA) of {base}, not a whole model; merge it first: "
+            "PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(DIR), then export DIR"
+        )
+    if (folder / "config.json").is_file():
+        how = read_json(folder / "config.json").get("quantization_config")
+        if isinstance(how, dict):
+            method = how.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in how else "unknown")
+            raise UnsupportedError(
+                f"{folder}: is quantised already ({method}); export the checkpoint it was made from, in 16 or 32 bits, "
+                "or dequantise it first (model.dequantize() in transformers)"
+            )
+
+
+def _without_prefix(
+    folder: Path, config: Config, tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Tensors under their own names, where a wrapper (compile, DDP, PEFT) put its name before them."""
+    expected = config.tensor_shapes()
+    if any(name in tensors for name in expected):
+        return tensors, ()
+    for prefix in sorted({name[: -len(known)] for known in expected for name in tensors if name.endswith(known)}):
+        if all(prefix + known in tensors for known in expected if known != "lm_head.weight"):
+            stripped = {
+                name.removeprefix(prefix): replace(t, name=name.removeprefix(prefix)) for name, t in tensors.items()
+            }
+            return stripped, (f"{folder}: its tensors begin with {prefix!r}, which is left out",)
+    return tensors, ()
+
+
+def _unties(config: Config, tensors: dict[str, Tensor]) -> bool:
+    """Whether a tied model's file holds a head that is not its embedding."""
+    head, embedding = tensors.get("lm_head.weight"), tensors.get(config.decoder().embedding)
+    if head is None or embedding is None or head.shape != embedding.shape or not hasattr(config, "tie_word_embeddings"):
+        return False
+    step = max(1, (1 << 22) // max(1, head.shape[1]))
+    return any(
+        not np.array_equal(head.read(i, i + step), embedding.read(i, i + step)) for i in range(0, head.shape[0], step)
+    )
 
 
 def read_header(path: Path) -> list[Tensor]:
@@ -135,9 +189,8 @@ def _tensor(path: Path, name: str, entry: Any, base: int) -> Tensor:
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
-    index = folder / _INDEX
-    if not index.exists():
-        single = folder / _SINGLE
+    index, single = folder / _INDEX, folder / _SINGLE
+    if single.is_file() or not index.exists():  # a whole file is what transformers takes, whatever an index says
         if not single.is_file() and list(folder.glob("*.bin")):
             raise CheckpointError(
                 f"{folder}: holds a pickle (*.bin), which can run code and is never read; "
@@ -167,7 +220,16 @@ def _check_shapes(folder: Path, config: Config, tensors: dict[str, Tensor]) -> N
     expected = config.tensor_shapes()
     for name, shape in expected.items():
         if name not in tensors:
-            raise CheckpointError(f"{folder}: tensor {name} is missing; fetch the checkpoint again")
+            packed = next((n for n in tensors if n.startswith(name.removesuffix("weight")) or "lora_" in n), None)
+            if packed is not None:
+                raise UnsupportedError(
+                    f"{folder}: has {packed} in place of {name}: the weights are quantised or an adapter's; "
+                    "export the checkpoint in 16 or 32 bits, with adapters merged"
+                )
+            raise CheckpointError(
+                f"{folder}: tensor {name} is missing (it holds {', '.join(sorted(tensors)[:2])} and others); "
+                "is config.json its own, and the checkpoint complete?"
+            )
         if tensors[name].dtype not in _STORED:
             raise CheckpointError(
                 f"{tensors[name].path}: tensor {name} has type {tensors[name].dtype}; we read {', '.join(_STORED)}"

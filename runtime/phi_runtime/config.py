@@ -99,6 +99,12 @@ def parse_config(raw: dict[str, Any], path: Path) -> Config:
     Raises UnsupportedError for a model we do not know, CheckpointError for nonsense.
     """
     model_type = raw.get("model_type")
+    if model_type in ("llama", "mistral"):
+        raise UnsupportedError(
+            f"{path}: is of {model_type}'s architecture, as which Unsloth and others save a Phi; this version reads "
+            "Phi's own layout (model_type phi3): fuse q_proj, k_proj, v_proj into qkv_proj, gate_proj and up_proj into "
+            "gate_up_proj. A GGUF file that llama.cpp's converter makes of it runs in phi_runtime as it is"
+        )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedError(f"{path}: model_type {model_type!r} is not one we know (we know: {', '.join(FAMILIES)})")
     return FAMILIES[model_type](Fields(raw, path))

@@ -1,7 +1,6 @@
 """Writing that leaves nothing half-written: beside, fsync, rename."""
 
 import errno
-import fcntl
 import glob
 import hashlib
 import os
@@ -12,6 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from phi_runtime.errors import DiskFullError, NotFoundError, PhiError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs are not kept apart
+    fcntl = None  # type: ignore[assignment]
 
 _PARTIAL = ".partial-"
 _RESUMABLE = ".unfinished-"
@@ -47,25 +51,25 @@ def resumable_folder(target: Path, key: str) -> Iterator[Path]:
     _sweep(target)
     with disk_full_named(target):
         stage.mkdir(exist_ok=True)
-        lock = os.open(stage, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise PhiError(f"{target}: another run is writing it; wait for it, or choose another --out") from None
+
+        def busy() -> None:
+            raise PhiError(f"{target}: another run is writing it; wait for it, or choose another --out")
+
+        with locked(stage, busy):
             try:
                 yield stage
             except Exception:
                 shutil.rmtree(stage, ignore_errors=True)
                 raise
             shutil.rmtree(stage, ignore_errors=True)  # what was not renamed
-        finally:
-            os.close(lock)
 
 
 @contextmanager
 def locked(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
     """Hold a folder for ourselves; where another process does, tell `waiting` and wait until it is done."""
+    if fcntl is None:
+        yield
+        return
     lock = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -80,6 +84,9 @@ def locked(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
 
 def _drop_unlocked(stage: Path) -> bool:
     """Remove what an interrupted run left; False if it is being written."""
+    if fcntl is None:
+        shutil.rmtree(stage, ignore_errors=True)
+        return True
     lock = os.open(stage, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,7 +164,9 @@ def disk_full_named(target: Path) -> Iterator[None]:
 
 
 def sync_folder(path: Path) -> None:
-    """fsync a folder, so that a rename in it survives a power cut."""
+    """fsync a folder, so that a rename in it survives a power cut; Windows opens none."""
+    if os.name == "nt":
+        return
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

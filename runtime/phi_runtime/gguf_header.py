@@ -109,6 +109,9 @@ def _read(r: _Reader) -> Header:
         if key in metadata:
             raise r.fail(f"the key {key!r} stands twice")
         metadata[key] = r.value(r.number("I", f"the type of {key!r}"), repr(key))
+    pieces = metadata.get("tokenizer.ggml.tokens")
+    if isinstance(pieces, list) and len({str(p) for p in pieces}) < len(pieces):
+        raise r.fail("a token stands twice in the vocabulary, of which llama.cpp dies; it ends")
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= 1 << 16 or alignment & (alignment - 1):
         raise r.fail(f"general.alignment is {alignment!r}")

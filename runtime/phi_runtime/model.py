@@ -5,7 +5,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from operator import index
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +36,7 @@ class Options(TypedDict, total=False):
     """How to generate; what is left out takes the value behind each.
 
     max_tokens (256): of the answer. temperature (0: the likeliest token), top_k (0: all), top_p (1), min_p (0),
-    repetition_penalty (1), seed (0): see `Sampling`. stop: texts that end the answer and are not part of it. policy
+    repetition_penalty (1), frequency_penalty, presence_penalty (0), logit_bias (none), seed (0): see `Sampling`. stop: texts that end the answer and are not part of it. policy
     ("reject"): what happens where the context is too small; "truncate-left" cuts the prompt's beginning,
     "sliding-window" also goes on in the newer half of the text once the context is full; what was dropped is reported.
     speculate (True): guess tokens by lookup where it saves time. constraint: see `Constraint`.
@@ -49,6 +49,9 @@ class Options(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
     seed: int
     stop: str | Sequence[str]
     policy: Policy
@@ -371,6 +374,9 @@ class _Given:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     stop: str | Sequence[str] = ()
     policy: Policy = "reject"
@@ -379,7 +385,8 @@ class _Given:
     top_logprobs: int = 0
 
     def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p, self.seed, self.min_p, self.repetition_penalty)
+        given = {f.name: getattr(self, f.name) for f in fields(Sampling)}
+        return Sampling(**given)
 
 
 class _Text:

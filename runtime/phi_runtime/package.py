@@ -14,9 +14,12 @@ from phi_runtime.gguf_header import TYPE_SIZES, Header, read_header
 from phi_runtime.tokenizer import FILE as TOKENIZER
 
 GENAI = "genai_config.json"
-_ARCHITECTURES = ("phi3", "phi2")  # of llama.cpp
+_ARCHITECTURES = ("phi3", "phi2", "llama")  # of llama.cpp; as the last, some save a Phi
 _REPACKED = (2, 10, 12, 20)  # ggml types: Q4_0, Q2_K, Q4_K, IQ4_NL
-_TYPE_NAMES = {2: "Q4_0", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
+_TYPE_NAMES = {
+    2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
+    20: "IQ4_NL",
+}  # fmt: skip
 _STOPS = ("<|endoftext|>", "<|assistant|>", "<|end|>")  # by name, where a file's own eos is one of several
 # phi-3-mini-4k's window, for GGUF files from before llama.cpp's converter wrote it (config.json: sliding_window).
 _MINI = {"phi3.context_length": 4096, "phi3.block_count": 32, "phi3.embedding_length": 3072}
@@ -121,12 +124,15 @@ def _gguf(path: Path) -> Package:
     tokens = found.texts("tokenizer.ggml.tokens")
     ids = {f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot")}
     stops = {header.metadata[k] for k in ids if k in header.metadata} | {
-        i for i, t in enumerate(tokens) if architecture == "phi3" and t in _STOPS
+        i for i, t in enumerate(tokens) if architecture != "phi2" and t in _STOPS
     }
     if any(type(t) is not int or not 0 <= t < len(tokens) for t in stops):
         raise found.wrong("tokenizer.ggml.eos_token_id")
     bos = header.metadata.get("tokenizer.ggml.bos_token_id")
     template = header.metadata.get("tokenizer.chat_template")
+    chat = recognise(template) if isinstance(template, str) else None
+    if chat is not None:
+        stops |= {i for i, t in enumerate(tokens) if t == chat.end}
     return Package(
         path=path,
         format="gguf",
@@ -135,7 +141,7 @@ def _gguf(path: Path) -> Package:
         context=min(context, window) if window else context,
         shape=CacheShape(len(tokens), layers, heads, kv_heads, width // heads, crossover=original),
         stop_tokens=tuple(sorted(stops)),
-        chat=recognise(template) if isinstance(template, str) else None,
+        chat=chat,
         bos_token=tokens[bos] if type(bos) is int and 0 <= bos < len(tokens) else "",
         weights=sum(header.tensors.values()),
         staging=_staging(header),

@@ -16,9 +16,10 @@ _NEVER = 30.0  # tokens this many nats below the likeliest are not drawn: all of
 class Sampling:
     """How the next token is drawn. Temperature 0 takes the most likely one.
 
-    The order: repetition penalty, temperature, top_k, top_p, min_p. `repetition_penalty` divides the positive logits of
-    tokens seen, and multiplies the negative ones (arXiv:1909.05858); `min_p` keeps tokens of at least this share of the
-    likeliest's probability.
+    The order: logit_bias and penalties, temperature, top_k, top_p, min_p. `repetition_penalty` divides the positive
+    logits of tokens seen, and multiplies the negative ones (arXiv:1909.05858). `frequency_penalty` is subtracted from a
+    token's logit for each time that it was drawn, `presence_penalty` once; `logit_bias` is added, by token (all three
+    as OpenAI's API has them). `min_p` keeps tokens of at least this share of the likeliest's probability.
     """
 
     temperature: float = 0.0
@@ -27,6 +28,9 @@ class Sampling:
     seed: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 100:
@@ -39,6 +43,11 @@ class Sampling:
             raise UsageError(
                 f"repetition_penalty {self.repetition_penalty} is not between 0.1 and 10; 1 switches it off"
             )
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise UsageError(f"{name} {getattr(self, name)} is not between -2 and 2")
+        if not all(token >= 0 and -100 <= bias <= 100 for token, bias in self.logit_bias):
+            raise UsageError("logit_bias: holds a negative token or a bias that is not between -100 and 100")
         if self.seed < 0:
             raise UsageError(f"seed {self.seed} is negative")
         if self.top_k < 0:
@@ -51,9 +60,29 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self._s = sampling
         self._random = np.random.Generator(np.random.PCG64(sampling.seed))
+        self._drawn: dict[int, int] = {}
 
     def draw(self, logits_V: F32, seen: Collection[int] = ()) -> int:
         """One token from the logits [vocab_size] of one position; `seen` are the distinct tokens before it."""
+        token = self._draw(self._biased(logits_V), seen)
+        if self._s.frequency_penalty or self._s.presence_penalty:
+            self._drawn[token] = self._drawn.get(token, 0) + 1
+        return token
+
+    def _biased(self, logits_V: F32) -> F32:
+        s = self._s
+        if not s.logit_bias and not self._drawn:
+            return logits_V
+        logits_V = logits_V.copy()
+        for token, bias in s.logit_bias:
+            if token >= len(logits_V):
+                raise UsageError(f"logit_bias: token {token} is outside the vocabulary of {len(logits_V)}")
+            logits_V[token] += bias
+        for token, count in self._drawn.items():
+            logits_V[token] -= s.presence_penalty + count * s.frequency_penalty
+        return logits_V
+
+    def _draw(self, logits_V: F32, seen: Collection[int]) -> int:
         s = self._s
         if s.repetition_penalty != 1 and seen:
             logits_V = logits_V.copy()

@@ -24,6 +24,15 @@ _APRIL = (
     "EACH{% if (ROLE == 'user') %}{{'<|user|>' + '\\n' + CONTENT + '<|end|>' + '\\n' + '<|assistant|>' + '\\n'}}"
     "{% elif (ROLE == 'assistant') %}{{CONTENT + '<|end|>' + '\\n'}}{% endif %}{% endfor %}"
 )
+_PHI4 = (
+    "{% if (ROLE == 'system') %}{{'<|im_start|>system<|im_sep|>' + CONTENT + '<|im_end|>'}}"
+    "{% elif (ROLE == 'user') %}{{'<|im_start|>user<|im_sep|>' + CONTENT + '<|im_end|>REPLY'}}"
+    "{% elif (ROLE == 'assistant') %}{{'<|im_start|>assistant<|im_sep|>' + CONTENT + '<|im_end|>'}}{% endif %}{% endfor %}"
+)
+_CHATML = (
+    "{{'<|im_start|>' + ROLE + '\n' + CONTENT + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 _TEMPLATES = {
     "phi3": "EACH{% if ROLE == 'system' %}" + _TURNS + _REPLY,
     "phi3.5": "EACH{% if ROLE == 'system' and CONTENT %}" + _TURNS + _REPLY,
@@ -35,6 +44,16 @@ _TEMPLATES = {
         "{{ '<|' + ROLE + '|>' + CONTENT + '<|tool|>' + message['tools'] + '<|/tool|>' + '<|end|>' }}"
         "{% else %}{{ '<|' + ROLE + '|>' + CONTENT + '<|end|>' }}{% endif %}{% endfor %}" + _REPLY.replace("\\n", "")
     ),
+    "phi4": "EACH"
+    + _PHI4.replace("REPLY", "")
+    + "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}",
+    "phi4-december": "EACH"
+    + _PHI4.replace("REPLY", "<|im_start|>assistant<|im_sep|>").replace(
+        "'<|im_start|>assistant<|im_sep|>' + CONTENT", "CONTENT"
+    ),
+    "chatml": "EACH" + _CHATML,
+    "smollm2": "EACH{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful "
+    "AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}" + _CHATML,
 }
 
 
@@ -65,7 +84,7 @@ def conversations(roles, count, seed=0):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_writes_what_its_template_does(name, checkpoint):
-    """420 conversations for each of the six formats: text and tokens."""
+    """420 conversations for each of the formats: text and tokens."""
     theirs = transformers.AutoTokenizer.from_pretrained(checkpoint)
     theirs.chat_template = TEMPLATES[name]
     theirs.add_special_tokens({"bos_token": "<s>"})
@@ -82,7 +101,10 @@ def test_templates_are_known_as_they_were_published(name):
     assert recognise(TEMPLATES[name]).name == name
     assert recognise(TEMPLATES[name].replace("\\n", "\n")).name == name  # as some tools store it
     assert recognise(TEMPLATES[name] + " ") is None
-    assert recognise(TEMPLATES[name].replace("<|end|>", "<|end|> ")) is None
+    assert recognise(TEMPLATES[name].replace("_end|>", "_end|> ").replace("<|end|>", "<|end|> ")) is None
+    # A line break at the end, and any system's, say the same.
+    assert recognise(TEMPLATES[name].replace("\\n", "\n") + "\n").name == name
+    assert recognise(TEMPLATES[name].replace("\\n", "\r\n") + "\r\n").name == name
 
 
 def test_what_phi_train_writes_is_known(checkpoint, bundles):
@@ -100,7 +122,7 @@ def test_roles_that_a_template_would_lose_are_refused():
         with pytest.raises(ChatError):
             get_format("phi3").render(bad)
     with pytest.raises(UsageError, match="choose from phi3"):
-        get_format("chatml")
+        get_format("mistral")
 
 
 def test_an_unknown_template_is_refused_with_a_way_out(bundles, tmp_path):

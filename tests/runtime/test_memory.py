@@ -63,7 +63,8 @@ def test_sizes_of_this_machine():
 def test_speed_is_what_this_machine_was_measured_at(bundles, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert plan(bundles / "gguf").tokens_per_second is None  # never measured here
-    table = {"machine": "this one", "engines": {"llama.cpp": {"Q4_K": 0.05, "Q4_0": 0.07, "Q8_0": 0.1, "Q6_K": 0.1}}}
+    kinds = dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q5_K"), 0.07)
+    table = {"machine": "this one", "engines": {"llama.cpp": kinds | {"Q4_K": 0.05, "Q8_0": 0.1, "Q6_K": 0.1}}}
     (tmp_path / "phi-edge").mkdir()
     (tmp_path / "phi-edge" / "speed.json").write_text(json.dumps(table))
     manifest = open_package(bundles / "gguf").manifest

@@ -120,13 +120,16 @@ def test_a_client_that_leaves_ends_its_answer(served, stream):
 def test_what_cannot_be_asked_is_refused_by_name(served):
     client = served.client()
     for options, says in (
-        ({"n": 2}, "n: this server does not support it"),
+        ({"n": 0}, "n: is not between"),
         ({"temperature": -1}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
+        ({"frequency_penalty": 3}, "frequency_penalty"),
         ({"extra_body": {"tmperature": 1}}, "tmperature: unknown field"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 1000}}, "logit_bias"),
+        ({"extra_body": {"echo": True}}, "echo: belongs to"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"stop": [""]}, "stop"),
+        ({"stop": [5]}, "stop"),
     ):
         with pytest.raises(openai.BadRequestError, match=says):
             client.chat.completions.create(model="gguf", messages=SAY, **options)
@@ -140,6 +143,51 @@ def test_what_cannot_be_asked_is_refused_by_name(served):
             client.chat.completions.create(model="gguf", messages=messages)
     for tokens in ([], [10**6], [-1], ["x"]):
         assert served.ask("POST", "/v1/completions", json.dumps({"prompt": tokens}))[0] == 400
+
+
+def test_what_ordinary_clients_send_is_answered(served):
+    client = served.client()
+    seen = set()
+    for _ in range(8):  # no seed: each request draws anew
+        answer = client.completions.create(model="gguf", prompt="def f(", max_tokens=8, temperature=1)
+        seen.add(answer.choices[0].text)
+    assert len(seen) > 1
+    given = [
+        client.completions.create(model="gguf", prompt="def f(", max_tokens=8, temperature=1, seed=7) for _ in range(2)
+    ]
+    assert given[0].choices[0].text == given[1].choices[0].text
+    several = client.completions.create(model="gguf", prompt=["def f(", "import"], n=2, max_tokens=4, temperature=1)
+    assert [c.index for c in several.choices] == [0, 1, 2, 3]
+    assert several.usage.completion_tokens <= 16
+    echoed = client.completions.create(
+        model="gguf", prompt="def f(x):", max_tokens=2, temperature=0, logprobs=1, echo=True
+    )
+    (choice,) = echoed.choices
+    assert choice.text.startswith("def f(x):")
+    rows = choice.logprobs
+    assert rows.token_logprobs[0] is None and all(p <= 0 for p in rows.token_logprobs[1:])
+    assert len(rows.tokens) == len(rows.token_logprobs) == len(rows.top_logprobs) == len(rows.text_offset)
+    assert rows.text_offset == [sum(map(len, rows.tokens[:i])) for i in range(len(rows.tokens))]
+    biased = client.completions.create(model="gguf", prompt="def f(", max_tokens=3, temperature=0, logit_bias={"42": 100})
+    assert len(set(served_tokens(biased))) == 1
+    for options in (
+        {"stop": ""},
+        {"stop": None, "seed": None, "logit_bias": None, "n": None, "presence_penalty": None},
+        {"frequency_penalty": 0.5, "presence_penalty": 0.5, "extra_body": {"top_k": 5}},
+        {"seed": -1},
+    ):
+        assert client.chat.completions.create(model="gguf", messages=SAY, max_tokens=3, **options).choices
+    body = {"messages": [*SAY, {"role": "assistant", "content": None}, *SAY], "max_tokens": 3}
+    assert served.ask("POST", "/v1/chat/completions", json.dumps(body))[0] == 200
+    whole = {"prompt": "def f(", "max_tokens": -1, "stop": ["\n"], "temperature": 0}
+    assert served.ask("POST", "/v1/completions", json.dumps(whole))[0] == 200
+
+
+def served_tokens(answer):
+    """The pieces of an answer of equal tokens."""
+    text = answer.choices[0].text
+    third = len(text) // 3
+    return [text[:third], text[third : 2 * third], text[2 * third :]]
 
 
 def test_hostile_requests_are_answered_and_forgotten(served):

@@ -22,7 +22,7 @@ def test_a_conversation_from_a_pipe(bundles):
 def test_what_cannot_be_said_is_said_at_once(bundles):
     done = run("phi-run", "chat", bundles / "gguf", "--chat-format", "phi3-april", "--system", "be brief", input="Hi\n")
     assert done.returncode == 2 and "no place for the role 'system'" in done.stderr
-    done = run("phi-run", "chat", bundles / "gguf", "--chat-format", "phi4")
+    done = run("phi-run", "chat", bundles / "gguf", "--chat-format", "mistral")
     assert done.returncode == 2 and "choose from phi3" in done.stderr
 
 

@@ -123,6 +123,8 @@ class Format(Protocol):
     ROUNDING_MARGIN: float
     # The engine whose measured speeds predict this format's.
     ENGINE: str
+    # Whether its bundles are of the equalised model (`equalise`).
+    EQUALISED: bool
 
     def rounding(self, x: F32) -> F32:
         """What the format's own runtime does to activations before it multiplies them."""

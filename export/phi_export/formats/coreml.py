@@ -34,6 +34,8 @@ from phi_runtime.mil.schema import messages
 
 PROFILES = ("gpu", "ane")
 ENGINE = "coreml"
+# Its activations keep 16 bits, and one palette for whole rows wants channels as they are.
+EQUALISED = False
 ROUNDING_MARGIN = 8  # float16 after every operation, not before the products alone
 rounding = round_float16
 
@@ -93,7 +95,10 @@ _PALETTES: tuple[Palette, ...] = (
     Palette("palette6", 6, 0.0007, 0.0012),
 )
 _BY_NAME: dict[str, Grid | Palette] = {t.name: t for t in _GRIDS} | {t.name: t for t in _PALETTES}
-_PROFILE_TYPES = {"gpu": (*(t.name for t in _GRIDS), "palette2", "palette3"), "ane": [t.name for t in _PALETTES]}
+_PROFILE_TYPES = {
+    "gpu": (*(t.name for t in _GRIDS), "palette2", "palette3", "palette6"),
+    "ane": [t.name for t in _PALETTES],
+}
 
 
 def palette_rows(rows: int) -> int:

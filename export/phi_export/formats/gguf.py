@@ -30,6 +30,7 @@ from phi_runtime.errors import BundleError, MissingExtraError, UnsupportedError
 ARTIFACT = "model.gguf"
 PROFILES = ("cpu",)
 ENGINE = "llama.cpp"
+EQUALISED = True
 ROUNDING_MARGIN = 2
 
 _ALIGN = 32
@@ -103,10 +104,7 @@ def types(options: Options) -> dict[str, Type]:
 
 def yardstick(item: Item, layers: int) -> str:
     """llama.cpp's Q4_K_M; for rows that do not divide into blocks of 256, what it takes instead."""
-    if more_bits(item, layers):
-        kind = "Q6_K"
-    else:
-        kind = "Q5_K" if item.role == "qkv" else "Q4_K"
+    kind = "Q6_K" if more_bits(item, layers) else "Q5_K" if item.role == "qkv" else "Q4_K"
     return kind if item.columns % 256 == 0 else {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}[kind]
 
 

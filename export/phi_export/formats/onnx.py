@@ -34,6 +34,7 @@ ARTIFACT = "model.onnx"
 DATA = "model.onnx.data"
 PROFILES = ("fp32", "fp16")
 ENGINE = "onnxruntime"
+EQUALISED = True
 ROUNDING_MARGIN = 2
 
 _ALIGN = 64

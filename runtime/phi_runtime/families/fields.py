@@ -81,7 +81,10 @@ class Fields:
 
     def rope(self) -> dict[str, Any]:
         """`rope_parameters` (transformers 5) or `rope_scaling`, empty where there is neither."""
-        rope = self.raw.get("rope_parameters") or self.raw.get("rope_scaling") or {}
+        new, old = self.raw.get("rope_parameters"), self.raw.get("rope_scaling")
+        rope = new or old or {}
+        if isinstance(new, dict) and isinstance(old, dict) and any(new[k] != v for k, v in old.items() if k in new):
+            raise CheckpointError(f"{self.path}: rope_parameters and rope_scaling disagree; take out the wrong one")
         if not isinstance(rope, dict):
             raise CheckpointError(f"{self.path}: rope_scaling should be an object, it is {rope!r}")
         return rope

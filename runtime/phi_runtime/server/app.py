@@ -21,12 +21,15 @@ from starlette.types import Receive, Scope, Send
 from phi_runtime import __version__
 from phi_runtime.errors import PhiError, UsageError
 from phi_runtime.memory import resident
-from phi_runtime.model import Phi, Piece
-from phi_runtime.server.forms import Chat, Completion, Form, usage
+from phi_runtime.model import Options, Phi, Piece
+from phi_runtime.sampler import log_probability, most_likely
+from phi_runtime.server.forms import Answered, Chat, Completion, Form, Score, usage
 from phi_runtime.server.grammar import Grammars
-from phi_runtime.server.requests import Asked, parse, parse_messages, parse_prompt
+from phi_runtime.server.requests import Asked, parse, parse_messages, parse_prompts
 
 _MOST_BODY = 4_000_000  # bytes
+# A prompt, and how to answer it.
+_Wanted = tuple[list[int], Options]
 
 
 class _RefusedError(Exception):
@@ -51,14 +54,15 @@ class _Server:
     async def chat(self, request: Request) -> Response:
         body = await self._body(request)
         asked = parse(body)
-        return await self._answer(request, asked, self.phi.chat_prompt(parse_messages(body)), Chat(self.name, asked))
+        if asked.echo:
+            raise UsageError("echo: belongs to /v1/completions; leave it out")
+        return await self._answer(request, asked, [self.phi.chat_prompt(parse_messages(body))], Chat(self.name, asked))
 
     async def complete(self, request: Request) -> Response:
         body = await self._body(request)
         asked = parse(body)
-        prompt = parse_prompt(body)
-        tokens = self.phi.tokenize(prompt) if isinstance(prompt, str) else prompt
-        return await self._answer(request, asked, tokens, Completion(self.name, asked))
+        prompts = [self.phi.tokenize(p) if isinstance(p, str) else p for p in parse_prompts(body)]
+        return await self._answer(request, asked, prompts, Completion(self.name, asked))
 
     async def models(self, request: Request) -> Response:
         self._check(request)
@@ -105,41 +109,69 @@ class _Server:
         except (ValueError, RecursionError):
             raise _RefusedError(400, "the body is not valid JSON") from None
 
-    async def _answer(self, request: Request, asked: Asked, tokens: list[int], form: Form) -> Response:
-        self.phi.engine.fits(tokens, asked.options["policy"])
+    async def _answer(self, request: Request, asked: Asked, prompts: list[list[int]], form: Form) -> Response:
+        for tokens in prompts:
+            self.phi.engine.fits(tokens, asked.options["policy"])
         if asked.constrained:
-            asked.options["constraint"] = self.grammars.json(asked.schema)
+            self.grammars.json(asked.schema)  # refused before anything is sent
         if self.inside > self.queue:
             self.counts["refused"] += 1
             raise _RefusedError(503, f"{self.inside} requests are waiting already; try again later")
         self.counts["requests"] += 1
-        self.counts["prompt_tokens"] += len(tokens)
+        self.counts["prompt_tokens"] += sum(map(len, prompts))
         self.inside += 1
+        wanted = [(tokens, self._options(asked, tokens, i)) for tokens in prompts for i in range(asked.choices)]
         if asked.stream:
-            return _Stream(self._events(asked, tokens, form), self._leave)
-        generating = asyncio.ensure_future(self._collect(asked, tokens))
+            return _Stream(self._events(asked, wanted, form), self._leave)
+        generating = asyncio.ensure_future(self._collect(asked, wanted))
         leaving = asyncio.ensure_future(_gone(request))
         try:
             await asyncio.wait({generating, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not generating.done():
                 raise ClientDisconnect
-            return JSONResponse(form.whole(generating.result(), len(tokens), self.phi))
+            return JSONResponse(form.whole(generating.result(), self.phi))
         finally:
             self._leave()
             generating.cancel()
             leaving.cancel()
 
+    def _options(self, asked: Asked, tokens: list[int], choice: int) -> Options:
+        """Of one of the answers to a prompt."""
+        room = max(1, self.phi.engine.backend.context - len(tokens))
+        options = asked.options.copy()
+        options["seed"] = asked.options["seed"] + choice
+        options["max_tokens"] = room if asked.max_tokens is None else asked.max_tokens
+        if asked.constrained:
+            options["constraint"] = self.grammars.json(asked.schema)
+        return options
+
     def _leave(self) -> None:
         self.inside -= 1
 
-    async def _collect(self, asked: Asked, tokens: list[int]) -> list[Piece]:
-        return [piece async for piece in self._pieces(asked, tokens)]
+    async def _collect(self, asked: Asked, wanted: list[_Wanted]) -> list[Answered]:
+        answers = []
+        for tokens, options in wanted:
+            pieces = [piece async for piece in self._pieces(tokens, options)] if options["max_tokens"] else []
+            echoed = self.phi.detokenize(tokens) if asked.echo else ""
+            scores = None
+            if asked.echo and asked.logprobs:
+                scores = await asyncio.to_thread(self._scores, tokens, options.get("top_logprobs", 0))
+            answers.append(Answered(tokens, echoed, pieces, scores))
+        return answers
 
-    async def _pieces(self, asked: Asked, tokens: list[int]) -> AsyncGenerator[Piece, None]:
+    def _scores(self, tokens: list[int], top: int) -> list[Score]:
+        """How likely each token of a prompt was after those before it."""
+        rows = self.phi.logits(tokens)
+        return [(None, ())] + [
+            (log_probability(row, token), most_likely(row, top) if top else ())
+            for row, token in zip(rows, tokens[1:], strict=False)
+        ]
+
+    async def _pieces(self, tokens: list[int], options: Options) -> AsyncGenerator[Piece, None]:
         """The model's steps, counted, within the time that an answer may take."""
         ended = False
         try:
-            async with asyncio.timeout(self.timeout), aclosing(self.phi.astream(tokens, **asked.options)) as pieces:
+            async with asyncio.timeout(self.timeout), aclosing(self.phi.astream(tokens, **options)) as pieces:
                 async for piece in pieces:
                     self.counts["generated_tokens"] += 1
                     ended = piece.step.stop is not None
@@ -149,7 +181,7 @@ class _Server:
         finally:
             self.counts["cancelled"] += not ended
 
-    async def _events(self, asked: Asked, tokens: list[int], form: Form) -> AsyncIterator[str]:
+    async def _events(self, asked: Asked, wanted: list[_Wanted], form: Form) -> AsyncIterator[str]:
         def event(data: dict[str, Any]) -> str:
             return f"data: {json.dumps(data)}\n\n"
 
@@ -157,15 +189,17 @@ class _Server:
             yield event(first)
         count = 0
         try:
-            async with aclosing(self._pieces(asked, tokens)) as pieces:
-                async for piece in pieces:
-                    count += 1
-                    yield event(form.part(piece, self.phi))
+            for index, (tokens, options) in enumerate(wanted):
+                async with aclosing(self._pieces(tokens, options)) as pieces:
+                    async for piece in pieces:
+                        count += 1
+                        yield event(form.part(piece, self.phi, index))
         except (PhiError, _RefusedError) as e:
             yield event(_error(str(e), "server_error"))
             return
         if asked.usage:
-            yield event(form.head() | {"choices": [], "usage": usage(len(tokens), count)})
+            read = sum(len(tokens) for tokens, _ in wanted[:: asked.choices])
+            yield event(form.head() | {"choices": [], "usage": usage(read, count)})
         yield "data: [DONE]\n\n"
 
 

@@ -3,6 +3,8 @@
 import time
 import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from phi_runtime.engine import StopReason
@@ -15,6 +17,20 @@ _FINISH: dict[StopReason | None, str] = {
     "max_tokens": "length",
     "context": "length",
 }
+
+
+# Of a token: its log-probability, None for the first of a text, and the likeliest ones.
+Score = tuple[float | None, Sequence[tuple[int, float]]]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One answer: its prompt, what of that is repeated before it, its steps, and the prompt's own scores if asked."""
+
+    prompt: list[int]
+    echoed: str
+    pieces: list[Piece]
+    scores: list[Score] | None = None
 
 
 class Form(ABC):
@@ -35,20 +51,28 @@ class Form(ABC):
         """What goes out before the first token, if anything."""
         return None
 
-    def part(self, piece: Piece, phi: Phi) -> dict[str, Any]:
-        """One step of a stream."""
+    def part(self, piece: Piece, phi: Phi, index: int) -> dict[str, Any]:
+        """One step of the stream of an answer."""
         stop = piece.step.stop
-        return self._said(self.delta(piece.text), [piece], phi, _FINISH[stop] if stop else None)
+        choice = self._choice(self.delta(piece.text), self._logprobs([piece], phi), _FINISH[stop] if stop else None)
+        return self.head() | {"choices": [choice | {"index": index}]}
 
-    def whole(self, pieces: list[Piece], prompt_tokens: int, phi: Phi) -> dict[str, Any]:
-        """All of an answer."""
-        content = self.content("".join(p.text for p in pieces))
-        said = self._said(content, pieces, phi, _FINISH[pieces[-1].step.stop])
-        return said | {"usage": usage(prompt_tokens, len(pieces))}
+    def whole(self, answers: list[Answered], phi: Phi) -> dict[str, Any]:
+        """All answers; usage counts each prompt once."""
+        choices = []
+        for index, a in enumerate(answers):
+            finish = _FINISH[a.pieces[-1].step.stop] if a.pieces else "length"
+            text = a.echoed + "".join(p.text for p in a.pieces)
+            logprobs = self._logprobs(a.pieces, phi, a)
+            choices.append(self._choice(self.content(text), logprobs, finish) | {"index": index})
+        read = sum(len(a.prompt) for a in answers[:: self._asked.choices])
+        return self.head() | {"choices": choices, "usage": usage(read, sum(len(a.pieces) for a in answers))}
 
-    def _said(self, content: dict[str, Any], pieces: list[Piece], phi: Phi, finish: str | None) -> dict[str, Any]:
-        logprobs = self.logprobs(pieces, phi) if self._asked.logprobs else None
-        return self.head() | {"choices": [{"index": 0, "finish_reason": finish, "logprobs": logprobs} | content]}
+    def _logprobs(self, pieces: list[Piece], phi: Phi, answered: Answered | None = None) -> dict[str, Any] | None:
+        return self.logprobs(pieces, phi, answered) if self._asked.logprobs else None
+
+    def _choice(self, content: dict[str, Any], logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
+        return {"finish_reason": finish, "logprobs": logprobs} | content
 
     @abstractmethod
     def delta(self, text: str) -> dict[str, Any]:
@@ -59,8 +83,8 @@ class Form(ABC):
         """The text of a whole answer."""
 
     @abstractmethod
-    def logprobs(self, pieces: list[Piece], phi: Phi) -> dict[str, Any]:
-        """The log-probabilities of some steps."""
+    def logprobs(self, pieces: list[Piece], phi: Phi, answered: Answered | None) -> dict[str, Any]:
+        """The log-probabilities of some steps, behind those of an echoed prompt."""
 
 
 class Chat(Form):
@@ -81,7 +105,7 @@ class Chat(Form):
         """The message."""
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def logprobs(self, pieces: list[Piece], phi: Phi) -> dict[str, Any]:
+    def logprobs(self, pieces: list[Piece], phi: Phi, answered: Answered | None) -> dict[str, Any]:
         """A row for each token."""
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
@@ -104,14 +128,20 @@ class Completion(Form):
 
     content = delta
 
-    def logprobs(self, pieces: list[Piece], phi: Phi) -> dict[str, Any]:
-        """A list for each figure."""
-        steps = [p.step for p in pieces]
+    def logprobs(self, pieces: list[Piece], phi: Phi, answered: Answered | None) -> dict[str, Any]:
+        """A list for each figure; text_offset counts characters of the whole text."""
+        found: list[tuple[int, float | None, Sequence[tuple[int, float]]]] = []
+        if answered is not None and answered.scores is not None:
+            found += [(t, *row) for t, row in zip(answered.prompt, answered.scores, strict=True)]
+        found += [(p.step.token, p.step.logprob, p.step.top) for p in pieces]
+        texts = [phi.detokenize([token]) for token, _, _ in found]
         return {
-            "tokens": [phi.detokenize([s.token]) for s in steps],
-            "token_logprobs": [s.logprob for s in steps],
-            "top_logprobs": [{phi.detokenize([t]): p for t, p in s.top} for s in steps],
-            "text_offset": [],
+            "tokens": texts,
+            "token_logprobs": [logprob for _, logprob, _ in found],
+            "top_logprobs": [
+                None if logprob is None else {phi.detokenize([t]): p for t, p in top} for _, logprob, top in found
+            ],
+            "text_offset": [sum(map(len, texts[:i])) for i in range(len(texts))],
         }
 
 

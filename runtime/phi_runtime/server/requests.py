@@ -1,5 +1,6 @@
 """What clients may ask, checked: the fields of OpenAI's API that this server honours, and no silent rest."""
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,16 +8,12 @@ from typing import Any
 from phi_runtime.errors import UsageError
 from phi_runtime.model import Options
 
+_MOST_CHOICES = 128  # prompts of a request, and answers to each
 # Fields that say nothing about the answer, and those whose only honoured value is their default.
 _HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 _DEFAULT_ONLY: dict[str, tuple[Any, ...]] = {
-    "n": (1, None),
     "best_of": (1, None),
-    "echo": (False, None),
-    "suffix": (None,),
-    "frequency_penalty": (0, None),
-    "presence_penalty": (0, None),
-    "logit_bias": ({}, None),
+    "suffix": (None, ""),
     "tools": ([], None),
     "tool_choice": ("none", "auto", None),
     "parallel_tool_calls": (True, False, None),
@@ -24,16 +21,23 @@ _DEFAULT_ONLY: dict[str, tuple[Any, ...]] = {
 }
 _OURS = {
     "model", "messages", "prompt", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature",
-    "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "logprobs", "top_logprobs", "response_format",
+    "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "seed", "n",
+    "echo", "stop", "logprobs", "top_logprobs", "response_format",
     "context_policy",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One request. schema: of a JSON answer, None for any object; `constrained` says whether there is one at all."""
+    """One request. schema: of a JSON answer, None for any object; `constrained` says whether there is one at all.
+    choices: answers to each prompt. echo: the prompt stands before its answer. max_tokens: None for all that the
+    context holds, 0 for the echo alone.
+    """
 
     options: Options
+    choices: int
+    echo: bool
+    max_tokens: int | None
     stream: bool
     usage: bool
     logprobs: bool
@@ -52,18 +56,26 @@ def parse(body: Any) -> Asked:
         elif name not in _OURS and name not in _HARMLESS:
             raise UsageError(f"{name}: unknown field; leave it out")
     options = Options(
-        max_tokens=_field(body, "max_completion_tokens", int, None) or _field(body, "max_tokens", int, 512),
         temperature=_field(body, "temperature", float, 1.0),
         top_p=_field(body, "top_p", float, 1.0),
         top_k=_field(body, "top_k", int, 0),
         min_p=_field(body, "min_p", float, 0.0),
         repetition_penalty=_field(body, "repetition_penalty", float, 1.0),
-        seed=_field(body, "seed", int, 0),
+        frequency_penalty=_field(body, "frequency_penalty", float, 0.0),
+        presence_penalty=_field(body, "presence_penalty", float, 0.0),
+        logit_bias=_bias(body.get("logit_bias")),
+        seed=_seed(body),
         stop=_stop(body.get("stop")),
         policy=_field(body, "context_policy", str, "reject"),
     )
-    if options["max_tokens"] < 1:
-        raise UsageError("max_tokens: is less than 1")
+    echo = _field(body, "echo", bool, False)
+    most = _field(body, "max_completion_tokens", int, None)
+    most = _field(body, "max_tokens", int, 512) if most is None else most
+    if most < -1 or (most == 0 and not echo):
+        raise UsageError("max_tokens: is less than 1; -1 stands for all that the context holds")
+    choices = _field(body, "n", int, 1)
+    if not 1 <= choices <= _MOST_CHOICES:
+        raise UsageError(f"n: is not between 1 and {_MOST_CHOICES}")
     logprobs = body.get("logprobs")
     wanted = _field(body, "top_logprobs", int, None)
     if isinstance(logprobs, int) and not isinstance(logprobs, bool):  # the old endpoint's way to say it
@@ -79,7 +91,12 @@ def parse(body: Any) -> Asked:
     if not isinstance(stream_options, dict):
         raise UsageError("stream_options: is of another type")
     usage = bool(stream_options.get("include_usage"))
-    return Asked(options, _field(body, "stream", bool, False), usage, bool(logprobs), constrained, schema)
+    stream = _field(body, "stream", bool, False)
+    if stream and echo:
+        raise UsageError("echo: does not go with stream; leave one out")
+    return Asked(
+        options, choices, echo, None if most == -1 else most, stream, usage, bool(logprobs), constrained, schema
+    )
 
 
 def parse_messages(body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -98,19 +115,43 @@ def parse_messages(body: dict[str, Any]) -> list[dict[str, Any]]:
             ):
                 raise UsageError(f"messages[{i}].content: has a part that is no text; only text is supported")
             content = "".join(p["text"] for p in content)
+        if content is None and message.get("role") == "assistant":  # as clients send a turn that had no text
+            content = ""
         role = message.get("role")
         out.append({"role": "system" if role == "developer" else role, "content": content})
     return out
 
 
-def parse_prompt(body: dict[str, Any]) -> str | list[int]:
-    """The prompt: a text, or a list of tokens. Raises UsageError."""
+def parse_prompts(body: dict[str, Any]) -> list[str | list[int]]:
+    """The prompts: a text, a list of tokens, or a list of either. Raises UsageError."""
     prompt = body.get("prompt")
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, list) and prompt and all(type(t) is int for t in prompt):
-        return prompt
-    raise UsageError("prompt: is neither a text nor a list of tokens")
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(type(t) is int for t in prompt)):
+        return [prompt]
+    if isinstance(prompt, list) and 0 < len(prompt) <= _MOST_CHOICES:
+        alike = all(isinstance(p, str) for p in prompt)
+        if alike or all(isinstance(p, list) and p and all(type(t) is int for t in p) for p in prompt):
+            return prompt
+    raise UsageError(
+        f"prompt: is neither a text, a list of tokens, nor a list of up to {_MOST_CHOICES} of one of these"
+    )
+
+
+def _seed(body: dict[str, Any]) -> int:
+    """The seed asked for; a new one for each request that names none, or -1."""
+    seed: int = _field(body, "seed", int, -1)
+    return secrets.randbits(62) if seed == -1 else seed
+
+
+def _bias(value: Any) -> tuple[tuple[int, float], ...]:
+    if value is None:
+        return ()
+    try:
+        found = tuple((int(token), float(bias)) for token, bias in value.items())
+    except (AttributeError, TypeError, ValueError):
+        raise UsageError("logit_bias: is no object of tokens and numbers") from None
+    if len(found) > 1024:
+        raise UsageError("logit_bias: holds more than 1024 tokens")
+    return found
 
 
 def _field(body: dict[str, Any], name: str, kind: Callable[..., Any], default: Any) -> Any:
@@ -125,6 +166,8 @@ def _field(body: dict[str, Any], name: str, kind: Callable[..., Any], default: A
 
 def _stop(value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value or []
+    if isinstance(stops, list):
+        stops = [s for s in stops if s != ""]  # which clients send for none
     if not isinstance(stops, list) or len(stops) > 16 or not all(isinstance(s, str) and s for s in stops):
         raise UsageError("stop: is neither a text nor a list of up to 16 texts")
     return tuple(stops)
