@@ -11,7 +11,8 @@ export TOKENIZERS_PARALLELISM := true
 
 help:
 	@echo "make demo          train a small Phi on this Python's standard library, export it to 4 bits"
-	@echo "                   in three formats, verify and measure them: $(DEMO)/report.html"
+	@echo "                   in three formats, verify and measure them: $(DEMO)/report.html;"
+	@echo "                   then the same for a fully trained model, which answers questions"
 	@echo "make test          style, types, imports and tests (what CI runs)"
 	@echo "make test-clients  the bundles in optimum, in an environment of its own"
 	@echo "make test-page     the chat page in headless Chromium"
@@ -22,8 +23,8 @@ env:
 
 # ---- make demo: each stage a public command; a stage whose result is there is not run again ----
 
-demo: env $(DEMO)/report.html
-	@echo "==> the demo is done: open $(DEMO)/report.html"
+demo: env $(DEMO)/report.html $(DEMO)/answers.txt
+	@echo "==> the demo is done: open $(DEMO)/report.html and $(DEMO)/sample.html"
 
 $(DEMO)/tokenizer/tokenizer.json: | env
 	@echo "==> 1/6 a tokenizer, learned from the standard library: seconds"
@@ -53,6 +54,29 @@ $(DEMO)/report.html: | $(DEMO)/verified-gguf.txt $(DEMO)/verified-onnx.txt $(DEM
 	$(BIN)/phi-bench run $(DEMO)/bundles/gguf $(DEMO)/bundles/onnx $(DEMO)/bundles/coreml \
 	    --against $(DEMO)/checkpoint --text $(DEMO)/shards/heldout.txt \
 	    --out $(DEMO)/report.json --html $(DEMO)/report.html
+
+# The second half: a fully trained model, no training. What it answers is for you to judge.
+
+$(DEMO)/sample/config.json: | env
+	@echo "==> a fully trained model in Phi-3's layout, from a package: seconds"
+	$(BIN)/phi-train sample --out $(DEMO)/sample
+
+$(DEMO)/sample-bundles: | $(DEMO)/sample/config.json
+	@echo "==> calibrating and exporting it, then judging it on held-out text: about five minutes on two cores"
+	$(BIN)/phi-export --int4 $(DEMO)/sample --out $(DEMO)/sample-bundles
+
+$(DEMO)/sample.html: | $(DEMO)/sample-bundles
+	@echo "==> measuring its bundles: a minute or two"
+	$(BIN)/phi-bench run $(DEMO)/sample-bundles/gguf $(DEMO)/sample-bundles/onnx \
+	    --out $(DEMO)/sample.json --html $(DEMO)/sample.html
+
+$(DEMO)/answers.txt: | $(DEMO)/sample.html
+	@for format in gguf onnx; do \
+	    echo "==> $$format answers"; \
+	    printf '%s\n' "What is the capital of France? Answer in one sentence." \
+	        "Name three colours." "Write one sentence about the sea." \
+	        | $(BIN)/phi-run chat $(DEMO)/sample-bundles/$$format || exit 1; \
+	done | tee $@.partial && mv $@.partial $@
 
 # ---- make test ----
 

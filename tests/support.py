@@ -73,3 +73,26 @@ class Served:
     def close(self):
         self.process.terminate()
         assert self.process.wait(20) in (0, 143, -15)
+
+
+def feedback_noise(factor, relative, weights, random):
+    """An error of weights [R, C] as error feedback leaves it, where rounding errs by `relative` of mean squares."""
+    import numpy as np
+
+    size = np.sqrt(relative * np.square(weights, dtype=np.float32).mean(axis=1, keepdims=True))
+    drawn = random.standard_normal(weights.shape, dtype=np.float32) * size
+    out = np.empty_like(drawn)
+    out[:, factor.order] = drawn @ factor.spread
+    return out
+
+
+def assert_same_greedy(phi, prompt, ours, theirs, margin=0.05):
+    """Two greedy answers to a prompt's tokens are the same, or part where two tokens are within `margin` nats: engines
+    (and passes of other widths) round otherwise, and what is nearly equal may come out either way.
+    """
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+    if at is None:
+        assert len(ours) == len(theirs)
+        return
+    logits = phi.logits([*prompt, *ours[:at]])[-1]
+    assert abs(float(logits[ours[at]] - logits[theirs[at]])) < margin, (at, ours, theirs)

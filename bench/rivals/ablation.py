@@ -20,7 +20,7 @@ from phi_bench.quality import hold
 from phi_export.calibration import WINDOW, CalibrationText, calibrate
 from phi_export.calibration_text import calibration_windows
 from phi_export.formats import Options, fitting, get_format, items
-from phi_export.plan import Ceiling, plan_memory
+from phi_export.plan import Ceiling, plan_mix
 from phi_export.quantize import dequantize_rows, round_rows
 from phi_export.verify import describe_source, sample_tokens
 from phi_runtime.backends.reference import Reference
@@ -139,11 +139,11 @@ def main() -> None:
     size = sum(t.nbytes(matrices[n].rows, matrices[n].columns) for n, t in uniform.items())
 
     def allocated() -> Weights:
-        probe = plan_memory("onnx", module, checkpoint, options, Ceiling(10**12), load_speeds("onnxruntime"))
+        probe = plan_mix("onnx", module, checkpoint, options, Ceiling(10**12, "quality"), load_speeds("onnxruntime"))
         vectors = sum(q.bytes for n, q in probe.plan.items() if n not in matrices)
         ceiling = Ceiling(size + vectors + probe.overhead)
         loss = calibration.losses(module, checkpoint, options)
-        planned = plan_memory("onnx", module, checkpoint, options, ceiling, load_speeds("onnxruntime"), loss)
+        planned = plan_mix("onnx", module, checkpoint, options, ceiling, load_speeds("onnxruntime"), loss)
         assert sum(planned.plan[n].bytes for n in matrices) <= size
         types = module.types(options)
         return rounded(True, {n: types[planned.plan[n].type] for n in matrices})

@@ -8,12 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from phi_export.calibration_text import calibration_windows
 from phi_export.compare import Agreement
 from phi_export.formats import get_format
-from phi_export.forward import TorchDecoder
 from phi_export.isolated import Artifact
 from phi_runtime.backends.reference import ReadTensor
 from phi_runtime.bundle import HeldOut, Manifest
@@ -72,15 +70,20 @@ def judge(
 class _Torch:
     """Weights in PyTorch's float32: all windows up to the head, whose logits are large, then one at a time."""
 
-    @torch.no_grad()
     def __init__(self, decoder: Decoder, read: ReadTensor, windows: list[list[int]]) -> None:
-        self._model = model = TorchDecoder(decoder, read, len(windows[0]))
-        self._x_BTE = model.embed(windows)
-        for n, layer in enumerate(model.decoder.layers):
-            self._x_BTE = model.layer(n, self._x_BTE, model.weights(*layer.linears()))
-        self._head = model.weights(model.decoder.head)
+        import torch  # takes a second
 
-    @torch.no_grad()
+        from phi_export.forward import TorchDecoder
+
+        self._model = model = TorchDecoder(decoder, read, len(windows[0]))
+        self._inference = torch.no_grad
+        with self._inference():
+            self._x_BTE = model.embed(windows)
+            for n, layer in enumerate(model.decoder.layers):
+                self._x_BTE = model.layer(n, self._x_BTE, model.weights(*layer.linears()))
+            self._head = model.weights(model.decoder.head)
+
     def logits(self, window: int) -> F32:
         """Of one window, [T, V]."""
-        return np.asarray(self._model.logits(self._x_BTE[window : window + 1], self._head)[0].numpy())
+        with self._inference():
+            return np.asarray(self._model.logits(self._x_BTE[window : window + 1], self._head)[0].numpy())

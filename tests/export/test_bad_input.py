@@ -33,7 +33,7 @@ def refused(done, *says):
 
 
 def export(folder, out, *more, **options):
-    return run("phi-export", "--int4", folder, "--out", out, *more, **options)
+    return run("phi-export", "--int4", "--fast", folder, "--out", out, *more, **options)
 
 
 def rewrite_header(path, change):
@@ -314,7 +314,7 @@ def test_interrupted_at_any_moment(number, delay, copy, tmp_path):
     out = tmp_path / "out" / "bundles"
     out.parent.mkdir()
     process = subprocess.Popen(
-        [SCRIPTS / "phi-export", "--int4", copy, "--out", out],
+        [SCRIPTS / "phi-export", "--int4", "--fast", "--fast", copy, "--out", out],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -354,7 +354,7 @@ def test_what_appears_meanwhile_is_not_replaced(copy, tmp_path):
     out = tmp_path / "out" / "bundles"
     out.parent.mkdir()
     process = subprocess.Popen(
-        [SCRIPTS / "phi-export", "--int4", copy, "--out", out],
+        [SCRIPTS / "phi-export", "--int4", "--fast", "--fast", copy, "--out", out],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -372,7 +372,9 @@ def test_what_appears_meanwhile_is_not_replaced(copy, tmp_path):
 def test_two_runs_into_one_folder_do_not_mix(copy, tmp_path):
     out = tmp_path / "out" / "bundles"
     out.parent.mkdir()
-    first = subprocess.Popen([SCRIPTS / "phi-export", "--int4", copy, "--out", out], stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        [SCRIPTS / "phi-export", "--int4", "--fast", "--fast", copy, "--out", out], stderr=subprocess.DEVNULL
+    )
     while not list(out.parent.glob(".*")) and first.poll() is None:
         time.sleep(0.005)
     refused(export(copy, out, "--format", "gguf"), "another run is writing it")
@@ -382,7 +384,9 @@ def test_two_runs_into_one_folder_do_not_mix(copy, tmp_path):
 def test_two_runs_of_one_export_do_not_mix(copy, tmp_path):
     out = tmp_path / "out" / "bundles"
     out.parent.mkdir()
-    first = subprocess.Popen([SCRIPTS / "phi-export", "--int4", copy, "--out", out], stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        [SCRIPTS / "phi-export", "--int4", "--fast", "--fast", copy, "--out", out], stderr=subprocess.DEVNULL
+    )
     while not list(out.parent.glob(".*")) and first.poll() is None:
         time.sleep(0.005)
     refused(export(copy, out), "another run is writing it")
@@ -392,7 +396,9 @@ def test_two_runs_of_one_export_do_not_mix(copy, tmp_path):
 def test_what_a_kill_leaves_the_next_run_goes_on_from(copy, tmp_path):
     out = tmp_path / "out" / "bundles"
     out.parent.mkdir()
-    process = subprocess.Popen([SCRIPTS / "phi-export", "--int4", copy, "--out", out], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [SCRIPTS / "phi-export", "--int4", "--fast", "--fast", copy, "--out", out], stderr=subprocess.DEVNULL
+    )
     while not list(out.parent.glob(".*/onnx/genai_config.json")) and process.poll() is None:
         time.sleep(0.005)
     process.kill()
@@ -406,7 +412,7 @@ def test_what_a_kill_leaves_the_next_run_goes_on_from(copy, tmp_path):
     assert (again.st_ino, again.st_mtime_ns) == (kept.st_ino, kept.st_mtime_ns), "it was verified already"
 
     # Another checkpoint's export does not go on from it.
-    process = subprocess.Popen([SCRIPTS / "phi-export", "--int4", copy, "--out", out.parent / "b"])
+    process = subprocess.Popen([SCRIPTS / "phi-export", "--int4", "--fast", "--fast", copy, "--out", out.parent / "b"])
     while not list(out.parent.glob(".b.*/gguf")) and process.poll() is None:
         time.sleep(0.005)
     process.kill()
@@ -432,4 +438,4 @@ def test_configurations_of_tinystories_that_lie(changes, tmp_path):
     raw.pop("attention_layers")
     (tmp_path / "config.json").write_text(json.dumps(raw | changes))
     (tmp_path / "model.safetensors").write_bytes(b"")
-    refused(run("phi-export", "--int4", tmp_path, "--dry-run"), "config.json")
+    refused(run("phi-export", "--int4", "--fast", tmp_path, "--dry-run"), "config.json")

@@ -91,7 +91,7 @@ def test_a_calibration_is_made_once(source, wanted, calibration):
 
 
 def test_an_interrupted_calibration_goes_on(checkpoint, wanted, calibration, tmp_path):
-    command = [SCRIPTS / "phi-export", "--int4", checkpoint, "--format", "onnx", "--dry-run"]
+    command = [SCRIPTS / "phi-export", "--int4", "--fast", checkpoint, "--format", "onnx", "--dry-run"]
     command += ["--calibrate", wanted.text, "--windows", "12", "--cache", tmp_path]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (state := list(tmp_path.glob("*/after-0001.npy"))) and process.poll() is None:
@@ -142,8 +142,8 @@ def test_texts_that_will_not_do(content, says, checkpoint, tmp_path):
 
 
 def test_options_that_belong_together(checkpoint, tmp_path):
-    for options in (("--windows", 3), ("--cache", tmp_path)):
-        done = run("phi-export", "--int4", checkpoint, "--dry-run", *options)
+    for options in (("--windows", 3), ("--cache", tmp_path), ("--calibrate", tmp_path)):
+        done = run("phi-export", "--int4", "--fast", checkpoint, "--dry-run", *options)
         assert done.returncode == 2
         assert "--calibrate" in done.stderr
     done = run("phi-export", "--int4", checkpoint, "--dry-run", "--min-speed", 3)

@@ -58,7 +58,7 @@ def test_llama_cpp_merges_in_the_tokenizers_order_not_that_of_ids(checkpoint, tm
     pieces = [p for p, i in vocab.items() if 259 <= i < 757]
     raw["model"]["vocab"] = vocab | dict(zip(pieces, reversed([vocab[p] for p in pieces]), strict=True))
     (folder / "tokenizer.json").write_text(json.dumps(raw))
-    done = run("phi-export", "--int4", folder, "--out", tmp_path / "out", "--format", "gguf")
+    done = run("phi-export", "--int4", "--fast", folder, "--out", tmp_path / "out", "--format", "gguf")
     assert done.returncode == 0, done.stderr
     model = llama_cpp.Llama(str(tmp_path / "out" / "gguf" / "model.gguf"), n_ctx=64, verbose=False)
     sample = "a    b\n        return  x\n" + text.read_text()[:5000]
@@ -128,7 +128,7 @@ def test_optimum(checkpoint, prompt, tmp_path):
     more = (f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "model.num_key_value_heads=2")
     plain = tmp_path / "plain"
     assert run("phi-train", "phi3-demo", "--out", plain, *settings(*more)).returncode == 0
-    assert run("phi-export", "--int4", plain, "--out", tmp_path / "out", "--format", "onnx").returncode == 0
+    assert run("phi-export", "--int4", "--fast", plain, "--out", tmp_path / "out", "--format", "onnx").returncode == 0
     bundle = tmp_path / "out" / "onnx"
 
     arguments = [os.environ["PHI_EDGE_CLIENTS"], "-c", OPTIMUM, str(bundle), json.dumps(prompt), str(NEW)]

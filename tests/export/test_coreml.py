@@ -39,7 +39,9 @@ def test_the_ring_is_the_window_and_two_chunks(checkpoint):
 
 def test_a_shorter_context_is_a_smaller_cache(checkpoint, tokens, tmp_path):
     """Of a length that chunks do not divide: the last tokens go one by one."""
-    done = run("phi-export", "--int4", checkpoint, "--format", "coreml", "--context", 150, "--out", tmp_path / "b")
+    done = run(
+        "phi-export", "--int4", "--fast", checkpoint, "--format", "coreml", "--context", 150, "--out", tmp_path / "b"
+    )
     assert done.returncode == 0, done.stderr
     bundle = tmp_path / "b" / "coreml"
     with phi_runtime.load(bundle) as phi:

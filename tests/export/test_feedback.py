@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from support import feedback_noise
 
 from phi_export import ggml
 from phi_export.feedback import DAMPING, Factor, factorise, round_columns, uniform
@@ -88,7 +89,7 @@ def test_feedback_costs_less_with_palettes(bits):
 
 
 def test_without_shared_directions_feedback_is_plain_rounding():
-    alone = Factor(RANDOM.permutation(C), np.eye(C, dtype=np.float32))
+    alone = Factor(RANDOM.permutation(C), np.eye(C, dtype=np.float32), np.ones(C, np.float32))
     for bits, block in ((2, 64), (4, 32), (8, 128)):
         for a, b in zip(round_rows(W, bits, block), round_rows(W, bits, block, alone), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -101,9 +102,19 @@ def test_rows_do_not_depend_on_their_neighbours():
     assert (whole != np.concatenate(parts)).mean() < 1e-3  # but for the order of sums
 
 
+def test_a_factor_of_scaled_columns_gives_that_of_the_columns():
+    scale = np.ldexp(1.0, RANDOM.integers(-3, 4, C)).astype(np.float32)
+    plain = W * 1.0
+    scaled = factorise(MOMENT / scale[:, None] / scale)
+    back = scaled.unscaled(scale)
+    # The same inverse of the moment but for the damping, whose place is another.
+    fed = [dequantize_rows(*round_rows(plain, 4, 128, f)) for f in (factorise(MOMENT), back)]
+    assert cost(fed[1]) == pytest.approx(cost(fed[0]), rel=0.25)
+
+
 def test_noise_is_what_feedback_leaves_behind():
     f = factorise(MOMENT)
     fed = dequantize_rows(*round_rows(W, 4, 128, f))
     relative = np.square(dequantize_rows(*round_rows(W, 4, 128)) - W).sum() / np.square(W).sum()
-    drawn = f.noise(len(W), relative, W, np.random.default_rng(1))
+    drawn = feedback_noise(f, relative, W, np.random.default_rng(1))
     assert cost(W + drawn) == pytest.approx(cost(fed), rel=0.35)

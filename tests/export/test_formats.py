@@ -51,7 +51,7 @@ def test_the_manifest_tells_where_it_came_from(name, bundles, checkpoint):
 
 @pytest.mark.parametrize("threads", [1, 5])
 def test_the_same_input_gives_the_same_bytes(threads, bundles, checkpoint, tmp_path):
-    done = run("phi-export", "--int4", checkpoint, "--out", tmp_path / "again", "--threads", threads)
+    done = run("phi-export", "--int4", "--fast", checkpoint, "--out", tmp_path / "again", "--threads", threads)
     assert done.returncode == 0, done.stderr
     for name in FORMATS:
         assert list_files(tmp_path / "again" / name) == list_files(bundles / name)
@@ -69,7 +69,18 @@ def test_the_same_input_gives_the_same_bytes(threads, bundles, checkpoint, tmp_p
 )
 def test_every_profile_and_a_mix_under_a_ceiling(name, profile, bound, checkpoint, tmp_path):
     """Plain 4 bits, then the best mix under another ceiling; all of it verified."""
-    plain = run("phi-export", "--int4", checkpoint, "--format", name, "--profile", profile, "--out", tmp_path / "plain")
+    plain = run(
+        "phi-export",
+        "--int4",
+        "--fast",
+        checkpoint,
+        "--format",
+        name,
+        "--profile",
+        profile,
+        "--out",
+        tmp_path / "plain",
+    )
     assert plain.returncode == 0, plain.stderr
     manifest = read_manifest(tmp_path / "plain" / name)
     assert manifest.options["profile"] == profile
@@ -86,7 +97,9 @@ def test_every_profile_and_a_mix_under_a_ceiling(name, profile, bound, checkpoin
 
 
 def test_queries_keys_and_values_typed_apart(checkpoint, bundles, tmp_path):
-    done = run("phi-export", "--int4", checkpoint, "--format", "gguf", "--split-qkv", "--out", tmp_path / "split")
+    done = run(
+        "phi-export", "--int4", "--fast", checkpoint, "--format", "gguf", "--split-qkv", "--out", tmp_path / "split"
+    )
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(tmp_path / "split" / "gguf")
     assert "model.layers.0.self_attn.qkv_proj.weight:v" in manifest.quantization
@@ -101,7 +114,9 @@ def test_queries_keys_and_values_typed_apart(checkpoint, bundles, tmp_path):
 
 
 def test_dry_run_prints_the_ledger_and_writes_nothing(checkpoint, bundles, tmp_path):
-    done = run("phi-export", "--int4", checkpoint, "--dry-run", "--out", tmp_path / "none", env={"COLUMNS": "200"})
+    done = run(
+        "phi-export", "--int4", "--fast", checkpoint, "--dry-run", "--out", tmp_path / "none", env={"COLUMNS": "200"}
+    )
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "none").exists()
     for name in FORMATS:
@@ -111,7 +126,7 @@ def test_dry_run_prints_the_ledger_and_writes_nothing(checkpoint, bundles, tmp_p
 
 
 def test_one_format_alone(checkpoint, tmp_path):
-    done = run("phi-export", "--int4", checkpoint, "--out", tmp_path / "b", "--format", "onnx")
+    done = run("phi-export", "--int4", "--fast", checkpoint, "--out", tmp_path / "b", "--format", "onnx")
     assert done.returncode == 0, done.stderr
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["onnx"]
 

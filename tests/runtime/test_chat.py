@@ -27,7 +27,8 @@ _APRIL = (
 _PHI4 = (
     "{% if (ROLE == 'system') %}{{'<|im_start|>system<|im_sep|>' + CONTENT + '<|im_end|>'}}"
     "{% elif (ROLE == 'user') %}{{'<|im_start|>user<|im_sep|>' + CONTENT + '<|im_end|>REPLY'}}"
-    "{% elif (ROLE == 'assistant') %}{{'<|im_start|>assistant<|im_sep|>' + CONTENT + '<|im_end|>'}}{% endif %}{% endfor %}"
+    "{% elif (ROLE == 'assistant') %}{{'<|im_start|>assistant<|im_sep|>' + CONTENT + '<|im_end|>'}}"
+    "{% endif %}{% endfor %}"
 )
 _CHATML = (
     "{{'<|im_start|>' + ROLE + '\n' + CONTENT + '<|im_end|>' + '\n'}}{% endfor %}"

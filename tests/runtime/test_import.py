@@ -56,7 +56,7 @@ def test_a_missing_extra_is_named(bundles, checkpoint):
     assert done.returncode == 2
     assert "phi-edge[train]" in done.stderr
     for module, extra, arguments in (
-        ("phi_export", "export", ["--int4", str(checkpoint), "--dry-run"]),
+        ("phi_export", "export", ["--int4", "--fast", str(checkpoint), "--dry-run"]),
         ("phi_export", "export", ["verify", str(bundles / "onnx"), "--against", str(checkpoint)]),
         ("phi_bench", "bench", ["run", str(bundles / "onnx"), "--out", "/tmp/x.json"]),
     ):

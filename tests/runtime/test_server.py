@@ -168,7 +168,9 @@ def test_what_ordinary_clients_send_is_answered(served):
     assert rows.token_logprobs[0] is None and all(p <= 0 for p in rows.token_logprobs[1:])
     assert len(rows.tokens) == len(rows.token_logprobs) == len(rows.top_logprobs) == len(rows.text_offset)
     assert rows.text_offset == [sum(map(len, rows.tokens[:i])) for i in range(len(rows.tokens))]
-    biased = client.completions.create(model="gguf", prompt="def f(", max_tokens=3, temperature=0, logit_bias={"42": 100})
+    biased = client.completions.create(
+        model="gguf", prompt="def f(", max_tokens=3, temperature=0, logit_bias={"42": 100}
+    )
     assert len(set(served_tokens(biased))) == 1
     for options in (
         {"stop": ""},

@@ -23,6 +23,7 @@ _USAGE = """phi-train RECIPE --out DIR [--set key=value ...] [--dry-run]
        phi-train grow CKPT --into RECIPE --way WAY --out DIR [--noise X] [--set key=value ...]
        phi-train extend CKPT --context N --data SHARDS --out DIR [--way WAY]
        phi-train init NAME --out DIR [--seed N]
+       phi-train sample --out DIR [--width N]
        phi-train tokenizer --corpus CORPUS --vocab-size N --out DIR
        phi-train shards --corpus CORPUS | --conversations FILE --tokenizer DIR --out DIR
        phi-train questions --corpus CORPUS --out FILE
@@ -36,7 +37,7 @@ def main() -> NoReturn:
 
 def _main(argv: list[str]) -> None:
     commands = {"list": _list, "plan": _plan, "grow": _grow, "init": _init, "tokenizer": _tokenizer, "shards": _shards}
-    commands |= {"questions": _questions, "reject": _reject, "extend": _extend}
+    commands |= {"questions": _questions, "sample": _sample, "reject": _reject, "extend": _extend}
     if argv and argv[0] in commands:
         commands[argv[0]](argv[1:])
     else:
@@ -190,6 +191,33 @@ def _init(argv: list[str]) -> None:
     print(
         f"{args.out}: {num_parameters(config):,} random weights. "
         "Right for bytes, memory and speed; its quality means nothing"
+    )
+
+
+def _sample(argv: list[str]) -> None:
+    from phi_train.sample import WIDTH, write_sample
+
+    p = argparse.ArgumentParser(
+        "phi-train sample", description="Write a fully trained model, SmolLM2-135M-Instruct, in Phi-3's layout."
+    )
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    p.add_argument(
+        "--width",
+        type=positive,
+        default=WIDTH,
+        metavar="N",
+        help="hidden size, filled up with zeros: 768 gives rows that ggml's K types can hold (default %(default)s)",
+    )
+    p.add_argument("--keep-order", action="store_true", help="leave hidden dimensions and neurons in their own order")
+    args = p.parse_args(argv)
+    from phi_runtime.config import num_parameters
+
+    with _progress() as progress:
+        config = write_sample(
+            args.out, args.width, not args.keep_order, lambda what, done, of: progress(what, done, of, {})
+        )
+    print(
+        f"{args.out}: SmolLM2-135M-Instruct as a Phi-3 of {num_parameters(config):,} weights (Apache-2.0, see LICENSE)"
     )
 
 

@@ -1,6 +1,8 @@
 """Corpora: documents by name, split into training and held-out by document."""
 
+import codecs
 import hashlib
+import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,19 +43,36 @@ def documents(corpus: str) -> Iterator[Document]:
     """The documents of a corpus in a fixed order.
 
     corpus: `stdlib`, the running interpreter's own standard library, or a folder of .txt, .md and
-    .py files. Raises NotFoundError for a folder that is not there, UsageError for an empty one.
+    .py files in UTF-8, or in UTF-16 with a byte order mark; how many others were left out is said to the error stream.
+    Raises NotFoundError for a folder that is not there, UsageError for an empty one.
     """
-    found = False
+    found, left_out = False, []
     for path, name in document_paths(corpus):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue  # a handful of the library's files are in other encodings on purpose
-        if text.strip():
+        text = _decoded(path.read_bytes())
+        if text is None:
+            left_out.append(name)
+        elif text.strip():
             found = True
             yield Document(name, text)
+    if left_out and corpus != "stdlib":  # a handful of the library's files are in other encodings on purpose
+        shown = ", ".join(left_out[:3]) + (" and others" if len(left_out) > 3 else "")
+        print(
+            f"corpus {corpus}: {len(left_out)} of its files left out, which are not in UTF-8: {shown}; "
+            "convert them, for example with iconv",
+            file=sys.stderr,
+        )
     if not found:
         raise UsageError(f"corpus {corpus}: holds no text; give a folder of .txt, .md or .py files")
+
+
+def _decoded(raw: bytes) -> str | None:
+    """The text of a file as Python opens it, None for one of an encoding that it does not name."""
+    encoding = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError:
+        return None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def document_paths(corpus: str) -> list[tuple[Path, str]]:

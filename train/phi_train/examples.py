@@ -1,10 +1,12 @@
 """Conversations to imitate and preferences to take over: JSON lines in, tokens on disk, batches out.
 
 A line is {"messages": [{"role": ..., "content": ...}, ...]}, of which the assistant's words are learnt, or
-{"prompt": messages or text, "chosen": text, "rejected": text}. A folder of them holds `train.bin`, `heldout.bin`
+{"prompt": messages or text, "chosen": text, "rejected": text}; what ShareGPT, Alpaca and others call these is read too
+(`_common`), and a JSON array for lines. A folder of them holds `train.bin`, `heldout.bin`
 (ids), `*.learned.bin` (one byte a token), `*.ends.bin` (where each text ends) and `examples.json`.
 """
 
+import codecs
 import json
 from array import array
 from collections.abc import Iterator
@@ -83,6 +85,16 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     if not path.is_file():
         raise NotFoundError(f"{path}: no such file; give one of JSON lines")
     with open(path, "rb") as f:
+        if f.read(64).lstrip(codecs.BOM_UTF8).lstrip()[:1] == b"[":  # an array, one example after the other
+            f.seek(0)
+            try:
+                found = json.loads(f.read().decode("utf-8-sig"))
+            except (ValueError, RecursionError):
+                raise UsageError(f"{path}: begins as a JSON array and is none; give JSON lines, or mend it") from None
+            for number, example in enumerate(found, 1):
+                yield number, json.dumps(example).encode()
+            return
+        f.seek(0)
         for number, line in enumerate(f, 1):
             if line.strip():
                 yield number, line
@@ -114,7 +126,7 @@ class Reader:
 
     def read(self, line: bytes) -> tuple[str, str, list[_Text]]:
         """Kind, what decides the split, and its texts: one, or chosen and rejected."""
-        raw = json.loads(line)
+        raw = _common(json.loads(line))
         if isinstance(raw, dict) and isinstance(raw.get("messages"), list):
             messages = raw["messages"]
             return "conversations", _asked(messages), [self._tokens(messages, last_only=False)]
@@ -128,7 +140,10 @@ class Reader:
                 answer = {"role": "assistant", "content": raw[side]}
                 texts.append(self._tokens([*messages, answer], last_only=True))
             return "preferences", _asked(messages), texts
-        raise UsageError('is neither {"messages": ...} nor {"prompt": ..., "chosen": ..., "rejected": ...}')
+        raise UsageError(
+            'is neither {"messages": ...} nor {"prompt": ..., "chosen": ..., "rejected": ...}, nor of ShareGPT\'s, '
+            "Alpaca's or prompt/completion's form"
+        )
 
     def check(self, messages: Any) -> None:
         """Raise UsageError for what is no conversation that ends with the assistant's words."""
@@ -157,6 +172,53 @@ class Reader:
             last = len(tokens) - 1 - tokens[::-1].index(self._reply)
             learned = [flag and i > last for i, flag in enumerate(learned)]
         return tokens, learned
+
+
+_SHAREGPT = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+def _common(raw: Any) -> Any:
+    """An example in our terms, from those of ShareGPT, Alpaca, prompt and completion, or preferences that are lists of
+    messages; anything else as it is.
+    """
+    if not isinstance(raw, dict):
+        return raw
+    if isinstance(raw.get("conversations"), list):  # ShareGPT
+        turns = [t if isinstance(t, dict) else {} for t in raw["conversations"]]
+        said = [{"role": _SHAREGPT.get(str(t.get("from")), t.get("from")), "content": t.get("value")} for t in turns]
+        raw = {"messages": said}
+    elif isinstance(raw.get("instruction"), str) and isinstance(raw.get("output"), str):  # Alpaca
+        question = f"{raw['instruction']}\n\n{raw['input']}" if raw.get("input") else raw["instruction"]
+        raw = {"messages": [_message("user", question), _message("assistant", raw["output"])]}
+    elif "completion" in raw and "prompt" in raw:
+        asked, answer = raw["prompt"], raw["completion"]
+        begun = [_message("user", asked)] if isinstance(asked, str) else list(asked)
+        raw = {"messages": [*begun, *([_message("assistant", answer)] if isinstance(answer, str) else answer)]}
+    elif isinstance(raw.get("chosen"), list) and isinstance(raw.get("rejected"), list):
+        chosen, rejected = raw["chosen"], raw["rejected"]
+        shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
+        asked = raw.get("prompt")
+        begun = [] if asked is None else [_message("user", asked)] if isinstance(asked, str) else list(asked)
+        begun += [m for m in chosen[:shared] if m not in begun]
+        last = [side[-1].get("content") if side and isinstance(side[-1], dict) else None for side in (chosen, rejected)]
+        if len(chosen) == len(rejected) == shared + 1:
+            raw = {"prompt": begun, "chosen": last[0], "rejected": last[1]}
+    for name in ("messages", "prompt"):
+        if isinstance(raw.get(name), list):
+            raw = raw | {name: [_plain(m) for m in raw[name]]}
+    return raw
+
+
+def _message(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _plain(message: Any) -> Any:
+    """A message whose content is parts of text, with one text."""
+    parts = message.get("content") if isinstance(message, dict) else None
+    if isinstance(parts, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
+        return message | {"content": "".join(p["text"] for p in parts)}
+    return message
 
 
 def _asked(messages: Any) -> str:

@@ -92,7 +92,7 @@ _PALETTES: tuple[Palette, ...] = (
     Palette("palette2", 2, 0.1175, 0.185),
     Palette("palette3", 3, 0.0345, 0.048),
     Palette("palette4", 4, 0.0095, 0.013),
-    Palette("palette6", 6, 0.0007, 0.0012),
+    Palette("palette6", 6, 0.0007, 0.0008),
 )
 _BY_NAME: dict[str, Grid | Palette] = {t.name: t for t in _GRIDS} | {t.name: t for t in _PALETTES}
 _PROFILE_TYPES = {
