@@ -13,7 +13,7 @@ import onnx
 from phi_runtime.bundle import list_files, read_manifest, write_manifest
 from phi_runtime.mil.schema import messages
 
-FIRST, SECOND = "model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"
+FIRST, SECOND = "model.layers.0.mlp.gate_up_proj.weight", "model.layers.1.mlp.gate_up_proj.weight"
 
 
 def rehash(bundle: Path) -> None:
@@ -43,11 +43,11 @@ class Gguf:
         self.tensors = {t.name: t for t in gguf.GGUFReader(self.path).tensors}
 
     def swap(self) -> None:
-        a, b = self.tensors["blk.0.ffn_down.weight"], self.tensors["blk.1.ffn_down.weight"]
+        a, b = self.tensors["blk.0.ffn_up.weight"], self.tensors["blk.1.ffn_up.weight"]
         swap(self.path, a.data_offset, b.data_offset, a.n_bytes)
 
     def zero_scale(self) -> None:
-        overwrite(self.path, self.tensors["blk.1.attn_qkv.weight"].data_offset + 18 * 40, b"\0\0")
+        overwrite(self.path, self.tensors["blk.1.attn_qkv.weight"].data_offset + 24 * 40, bytes(4))
 
     def shift_rope(self) -> None:
         key = b"phi3.rope.freq_base"
@@ -93,7 +93,7 @@ class CoreML:
         (_, a, a_table, *shape), (_, b, b_table, *_) = self.index[FIRST], self.index[SECOND]
         count = math.prod(shape)
         swap(self.path, a + 64, b + 64, count // 2)
-        swap(self.path, a_table + 64, b_table + 64, count // 128 * 2)
+        swap(self.path, a_table + 64, b_table + 64, count // 32 * 2)
 
     def zero_scale(self) -> None:
         overwrite(self.path, self.index["model.layers.1.self_attn.qkv_proj.weight"][2] + 64 + 2 * 40, b"\0\0")

@@ -8,7 +8,7 @@ costs at the end is found (`costs`) and written to `costs.json`, with which a ca
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -56,7 +56,7 @@ class Calibration:
     decoder: Decoder
     on: CalibratedOn
     costs: dict[str, float]
-    scales: list[Scales]
+    scales: list[Scales] = field(compare=False)
     scaled: bool = True
 
     def unscaled(self) -> "Calibration":

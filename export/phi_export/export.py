@@ -49,8 +49,10 @@ def plan(
     ceiling: Ceiling | None = None,
     options: Options | None = None,
     calibration: Calibration | None = None,
+    to_calibrate: bool = False,
 ) -> list[Planned]:
-    """How each format will store each tensor, from the headers and the calibration alone.
+    """How each format will store each tensor, from the headers and the calibration alone; without one that is still
+    `to_calibrate`, as far as that goes.
 
     Raises UsageError for an unknown format or a ceiling that cannot be met, UnsupportedError for a model or a
     width that a format cannot carry.
@@ -61,7 +63,7 @@ def plan(
         module = get_format(name)
         module.check(checkpoint.config, options)
         model, known = as_format(module, checkpoint, calibration)
-        options = replace(options, int8_kv=known is not None and name == "onnx")
+        options = replace(options, int8_kv=(to_calibrate or known is not None) and name == "onnx")
         loss = known.losses(module, model, options) if known else weight_error
         speeds = load_speeds(module.ENGINE)
         planned.append(plan_mix(name, module, model, options, ceiling or Ceiling(None), speeds, loss))
@@ -107,7 +109,7 @@ def export(
     source = open_checkpoint(checkpoint)
     for note in source.notes:
         progress(formats[0], note, 0, 1)
-    planned = plan(source, formats, ceiling, options)
+    planned = plan(source, formats, ceiling, options, to_calibrate=text is not None)
     _check_tokenizer(source)
     _check_output(out, formats, force)
     sample = sample_tokens(source, None, tokens)

@@ -35,7 +35,7 @@ class Ceiling:
     """What a mix is chosen for.
 
     memory: bytes that a bundle's files may take together; None for `--int4`: as few as `INT4_LOSS` takes in types of at
-    least 4 bits, at most those of llama.cpp's Q4_K_M. prefer: quality, the least expected loss; balanced, the same
+    least 4 bits, at most those of llama.cpp's Q4_K_M; uncalibrated, the format's yardstick. prefer: quality, the least expected loss; balanced, the same
     among the mixes predicted to decode no slower than the format's yardstick (`Format.yardstick`); speed, among the
     types that decode as fast as the fastest 4-bit one. min_speed: the least loss of those predicted to decode so many
     tokens per second.
@@ -101,7 +101,7 @@ def plan_mix(
     found = items(checkpoint.config, options)
     fixed = {i.name: stored(module, i, "", options) for i in found if i.role == "vector"}
     matrices = [i for i in found if i.role != "vector"]
-    limit = _time_limit(module, matrices, ceiling, speeds)
+    limit = _time_limit(module, matrices, options, ceiling, speeds)
     choices: list[list[_Choice]] = []
     for item in matrices:
         kinds = _eligible(module, item, options, ceiling, speeds, timed=limit is not None)
@@ -117,8 +117,11 @@ def plan_mix(
             return _allocate(choices, room)
         return _allocate_in_time(choices, times, room, limit, strict=ceiling.min_speed is not None)
 
-    if ceiling.memory is None:
-        chosen = _fewest_bytes(choices, within, least, q4_k_m_bytes(checkpoint), sensitivity is not weight_error)
+    if ceiling.memory is None and sensitivity is weight_error and ceiling.prefer != "speed":
+        layers = 1 + max(i.layer for i in matrices)
+        chosen = [module.yardstick(i, layers, options) for i in matrices]
+    elif ceiling.memory is None:
+        chosen = _fewest_bytes(choices, within, least, q4_k_m_bytes(checkpoint))
     else:
         beside = _overhead(module, checkpoint, options) + sum(q.bytes for q in fixed.values())
         if least > ceiling.memory - beside:
@@ -150,14 +153,16 @@ def _eligible(
     return kinds
 
 
-def _time_limit(module: Format, matrices: list[Item], ceiling: Ceiling, speeds: Speeds) -> float | None:
+def _time_limit(
+    module: Format, matrices: list[Item], options: Options, ceiling: Ceiling, speeds: Speeds
+) -> float | None:
     """Milliseconds per token that a mix may be predicted to take; None for any."""
     if ceiling.min_speed is not None:
         return 1000 / ceiling.min_speed
     if ceiling.prefer != "balanced":
         return None
     layers = 1 + max(i.layer for i in matrices)
-    return speeds.milliseconds([(module.yardstick(i, layers), i.weights) for i in matrices if i.uses])
+    return speeds.milliseconds([(module.yardstick(i, layers, options), i.weights) for i in matrices if i.uses])
 
 
 def q4_k_m_bytes(checkpoint: Checkpoint) -> int:
@@ -168,25 +173,21 @@ def q4_k_m_bytes(checkpoint: Checkpoint) -> int:
     total = 0
     for item in items(checkpoint.config, Options()):
         if item.role != "vector":
-            kind = kinds[gguf.yardstick(item, layers)]
+            kind = kinds[gguf.yardstick(item, layers, Options())]
             fits = item.columns % kind.multiple == 0
             total += kind.nbytes(item.rows, item.columns) if fits else 2 * item.weights
     return total
 
 
-def _fewest_bytes(
-    choices: list[list[_Choice]], within: Callable[[int], list[str]], least: int, most: int, measured: bool
-) -> list[str]:
-    """The smallest mix that is expected to lose no more than INT4_LOSS, within `most` bytes; without a calibration,
-    whose losses alone are nats, the best one there.
-    """
+def _fewest_bytes(choices: list[list[_Choice]], within: Callable[[int], list[str]], least: int, most: int) -> list[str]:
+    """The smallest mix that is expected to lose no more than INT4_LOSS, within `most` bytes."""
     most = max(least, most)
     best = within(most)
 
     def lost(chosen: list[str]) -> float:
         return sum(next(loss for n, _, loss in c if n == name) for c, name in zip(choices, chosen, strict=True))
 
-    if not measured or lost(best) > INT4_LOSS:
+    if lost(best) > INT4_LOSS:
         return best
     for _ in range(_HALVINGS):
         middle = (least + most) // 2

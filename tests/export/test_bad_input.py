@@ -217,7 +217,7 @@ def test_an_index_of_missing_or_foreign_shards(copy, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model_type": "llama"}, "we know: phi3"),
+        ({"model_type": "gemma"}, "we know: phi3"),
         ({"model_type": ["phi3"]}, "we know: phi3"),
         ({"rope_scaling": {"type": "longrope"}}, "rope type"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type"),
@@ -269,7 +269,8 @@ def test_an_output_that_exists(copy, tmp_path):
         (["--memory=-1GB", "--out", "x"], "GiB"),
         (["--memory", "0GB", "--out", "x"], "GiB"),
         (["--memory", "1KB", "--out", "x"], "GiB"),
-        (["--int4", "--prefer", "speed", "--out", "x"], "goes with --memory"),
+        (["--int4", "--prefer", "fun", "--out", "x"], "balanced"),
+        (["--int4", "--fast", "--windows", "4", "--out", "x"], "--fast leaves calibration out"),
         (["--int4", "--profile", "fp16", "--out", "x"], "one format"),
         (["--int4", "--profile", "ane", "--format", "onnx", "--out", "x"], "fp32, fp16"),
         (["--int4", "--split-qkv", "--out", "x"], "--format gguf"),
@@ -338,10 +339,12 @@ def test_interrupted_at_any_moment(number, delay, copy, tmp_path):
 
 def test_a_ceiling_that_cannot_be_met_names_the_nearest_that_can(copy, tmp_path):
     for kind in ("gguf", "onnx", "coreml"):
-        done = run("phi-export", "--memory", "0.01MB", copy, "--out", tmp_path / "out", "--format", kind)
+        done = run(
+            "phi-export", "--memory", "0.01MB", "--windows", 2, copy, "--out", tmp_path / "out", "--format", kind
+        )
         refused(done, "the smallest takes", "--memory ")
         least = done.stderr.strip().split("--memory ")[-1]
-        done = run("phi-export", "--memory", least, copy, "--out", tmp_path / kind, "--format", kind)
+        done = run("phi-export", "--memory", least, "--windows", 2, copy, "--out", tmp_path / kind, "--format", kind)
         assert done.returncode == 0, done.stderr
 
 

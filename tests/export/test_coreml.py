@@ -52,7 +52,7 @@ def test_a_shorter_context_is_a_smaller_cache(checkpoint, tokens, tmp_path):
 @pytest.fixture
 def chain(checkpoint, tmp_path, monkeypatch):
     """Files of half a megabyte at most, as if the Neural Engine loaded no larger ones."""
-    monkeypatch.setitem(coreml.CHUNK_BYTES, "ane", 300_000)
+    monkeypatch.setitem(coreml.CHUNK_BYTES, "ane", 350_000)
     (made,) = export(checkpoint, tmp_path / "chain", ("coreml",), options=Options("ane"))
     return made.folder
 
@@ -63,7 +63,7 @@ def test_a_chain_of_packages_is_one_model(chain, tokens):
     assert [p.name for p in packages] == ["model-1-of-2.mlpackage", "model-2-of-2.mlpackage"]
     for package in packages:
         weights = package / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
-        assert weights.stat().st_size <= 300_000
+        assert weights.stat().st_size <= 350_000
     with phi_runtime.load(chain) as phi:
         assert close(phi.logits(tokens[:310]), exact(chain, tokens[:310]))
         assert phi.generate(tokens[:70], max_tokens=8).tokens

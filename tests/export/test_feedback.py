@@ -62,7 +62,8 @@ def test_ggmls_blocks_laid_open(name):
     step, offset = (None if v is None else np.repeat(v, layout.sub, axis=1) for v in open_rows(data, kind))
     codes = RANDOM.integers(0, 1 << layout.bits, W.shape).astype(np.uint8)
     put_codes(data, codes, kind)
-    meant = (codes.astype(np.float32) - layout.zero) * step - (0 if offset is None else offset)
+    values = codes.astype(np.float32) - layout.zero if layout.table is None else layout.table[codes]
+    meant = values * step - (0 if offset is None else offset)
     np.testing.assert_allclose(ggml.dequantize(data, kind), meant, atol=1e-7)
 
 

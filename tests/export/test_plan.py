@@ -131,7 +131,7 @@ def test_a_balanced_mix_is_no_slower_than_q4_k_m(tmp_path):
     mixes = {p: plan(checkpoint, ("gguf",), Ceiling(1_800_000_000, p))[0] for p in PREFERENCES}
     layers = checkpoint.config.num_hidden_layers
     matrices = [i for i in mixes["quality"].items if i.uses]
-    yardstick = speeds.milliseconds([(get_format("gguf").yardstick(i, layers), i.weights) for i in matrices])
+    yardstick = speeds.milliseconds([(get_format("gguf").yardstick(i, layers, Options()), i.weights) for i in matrices])
     assert mixes["balanced"].milliseconds(speeds) <= yardstick
     assert mixes["quality"].expected_loss <= mixes["balanced"].expected_loss <= mixes["speed"].expected_loss
 

@@ -138,9 +138,9 @@ class Format(Protocol):
     def types(self, options: Options) -> dict[str, Type]:
         """The types that a matrix may have, by name."""
 
-    def yardstick(self, item: Item, layers: int) -> str:
-        """The type of an item, of a model of so many layers, in the mix that others of this format are held to:
-        `balanced` plans are no slower.
+    def yardstick(self, item: Item, layers: int, options: Options) -> str:
+        """The type of an item, of a model of so many layers, in the mix that needs no calibration and that others of
+        this format are held to: `balanced` plans are no slower.
         """
 
     def vector_bytes(self, options: Options) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from phi_export.feedback import Factor
-from phi_export.formats import Calibrated, Item, Options, Plan, Type, choose_profile, items, piece
+from phi_export.formats import Calibrated, Item, Options, Plan, Type, choose_profile, items, more_bits, piece
 from phi_export.formats.coreml_graph import Matrix, Part, build_model, kv_capacity, rope_rows
 from phi_export.mil import BlobLayout
 from phi_export.quantize import dequantize_rows, finite, fit_palettes, round_rows
@@ -118,9 +118,13 @@ def types(options: Options) -> dict[str, Type]:
     return {name: _BY_NAME[name] for name in _PROFILE_TYPES[choose_profile("coreml", PROFILES, options)]}
 
 
-def yardstick(item: Item, layers: int) -> str:
-    """coremltools' int4: blocks of 32; palettes on the Neural Engine have one width of table."""
-    return "int4-g32"
+def yardstick(item: Item, layers: int, options: Options) -> str:
+    """4 bits, in blocks of 32 as coremltools' have them, or palettes; and more where llama.cpp's Q4_K_M has 6."""
+    if choose_profile("coreml", PROFILES, options) == "ane":
+        return "palette6" if more_bits(item, layers) else "palette4"
+    if more_bits(item, layers):
+        return next((f"int8-g{b}" for b in (128, 64) if item.columns % b == 0), "palette6")
+    return "int4-g32" if item.columns % 32 == 0 else "palette6"
 
 
 def vector_bytes(options: Options) -> int:

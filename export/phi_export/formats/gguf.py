@@ -102,7 +102,7 @@ def types(options: Options) -> dict[str, Type]:
     return dict(_TYPES)
 
 
-def yardstick(item: Item, layers: int) -> str:
+def yardstick(item: Item, layers: int, options: Options) -> str:
     """llama.cpp's Q4_K_M; for rows that do not divide into blocks of 256, what it takes instead."""
     kind = "Q6_K" if more_bits(item, layers) else "Q5_K" if item.role == "qkv" else "Q4_K"
     return kind if item.columns % 256 == 0 else {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}[kind]

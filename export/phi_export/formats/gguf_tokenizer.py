@@ -24,7 +24,7 @@ _PATTERNS = {
     f"{_CONTRACTIONS}|{_WORDS}": "dbrx",  # cl100k's, which phi-4 has
     f"(?i:[sdmt]|ll|ve|re)|{_WORDS}": "dbrx",
     f"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|{_WORDS}": "dbrx",
-    # o200k's, which phi-4-mini has
+    # o200k's, which phi-4-mini has; llama.cpp's has no combining marks, so a piece may end before one
     f"{_EDGE}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_EDGE}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|{_REST}": "gpt-4o",
 }
 # What phi-3's own tokens do in a model whose name llama.cpp takes for a phi-3's: all swallow the white space after

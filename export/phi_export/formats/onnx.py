@@ -102,7 +102,7 @@ def rounding(x: F32) -> F32:
     return round_int8(x, block_of(x.shape[-1], max(BLOCKS)) or 16)
 
 
-def yardstick(item: Item, layers: int) -> str:
+def yardstick(item: Item, layers: int, options: Options) -> str:
     """Blocks of 32, as onnxruntime-genai's int4 has them, and 8 bits where llama.cpp's Q4_K_M has 6."""
     if more_bits(item, layers):
         return next((f"int8-g{b}" for b in (128, 64) if item.columns % b == 0), "int4-g16")
