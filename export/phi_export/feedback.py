@@ -33,9 +33,12 @@ class Factor:
     importance: F32
 
     def unscaled(self, columns: F32) -> "Factor":
-        """Of the matrix whose columns times these the factor is of."""
-        c = columns[self.order]
-        return Factor(self.order, self.spread * (c[:, None] / c), self.importance * np.square(columns))
+        """Of the inputs as they are, where these are of inputs divided by `columns`; damped anew."""
+        diagonal: F32 = (1 / np.sqrt(self.importance[self.order])).astype(np.float32)
+        upper = _inverse_of_upper(self.spread * diagonal[:, None])
+        moment = np.empty_like(upper)
+        moment[np.ix_(self.order, self.order)] = upper @ upper.T
+        return factorise(moment * columns[:, None] * columns)
 
 
 def factorise(moment: F32) -> Factor:
@@ -63,6 +66,18 @@ def _inverse_of_lower_factor(a: F32) -> F32:
     below = a[h:, :h] @ first.T
     out[h:, h:] = second = _inverse_of_lower_factor(a[h:, h:] - below @ below.T)
     out[h:, :h] = second @ (below @ -first)
+    return out
+
+
+def _inverse_of_upper(a: F32) -> F32:
+    """Of an upper triangular matrix, by blocks."""
+    n = len(a)
+    if n <= _SMALL:
+        return np.triu(np.linalg.inv(a.astype(np.float64))).astype(np.float32)
+    h = n // 2
+    out = np.zeros_like(a)
+    out[:h, :h], out[h:, h:] = _inverse_of_upper(a[:h, :h]), _inverse_of_upper(a[h:, h:])
+    out[:h, h:] = out[:h, :h] @ a[:h, h:] @ -out[h:, h:]
     return out
 
 

@@ -35,10 +35,10 @@ class Ceiling:
     """What a mix is chosen for.
 
     memory: bytes that a bundle's files may take together; None for `--int4`: as few as `INT4_LOSS` takes in types of at
-    least 4 bits, at most those of llama.cpp's Q4_K_M; uncalibrated, the format's yardstick. prefer: quality, the least expected loss; balanced, the same
-    among the mixes predicted to decode no slower than the format's yardstick (`Format.yardstick`); speed, among the
-    types that decode as fast as the fastest 4-bit one. min_speed: the least loss of those predicted to decode so many
-    tokens per second.
+    least 4 bits, at most those of llama.cpp's Q4_K_M; uncalibrated, the format's yardstick. prefer: quality, the least
+    expected loss; balanced, the same among the mixes predicted to decode no slower than the format's yardstick
+    (`Format.yardstick`); speed, among the types that decode as fast as the fastest 4-bit one. min_speed: the least loss
+    of those predicted to decode so many tokens per second.
     """
 
     memory: int | None
@@ -120,6 +120,9 @@ def plan_mix(
     if ceiling.memory is None and sensitivity is weight_error and ceiling.prefer != "speed":
         layers = 1 + max(i.layer for i in matrices)
         chosen = [module.yardstick(i, layers, options) for i in matrices]
+        size = sum(stored(module, i, n, options).bytes for i, n in zip(matrices, chosen, strict=True))
+        if size > (most := max(least, q4_k_m_bytes(checkpoint))):
+            chosen = within(most)
     elif ceiling.memory is None:
         chosen = _fewest_bytes(choices, within, least, q4_k_m_bytes(checkpoint))
     else:

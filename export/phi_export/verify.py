@@ -25,7 +25,6 @@ import numpy as np
 
 from phi_export.compare import Agreement, windows
 from phi_export.equalise import equalised, read_scales
-from phi_export.feedback import DAMPING
 from phi_export.formats import Item, Options, get_format, items, stored
 from phi_export.gate import REFUSED, judge
 from phi_export.isolated import Artifact
@@ -53,13 +52,10 @@ _PIECE = 1 << 21  # weights compared at a time
 # distributions cost a few times that; two tensors mixed up give an error of about 2, a lost scale 1.
 _TENSOR_MARGIN, _BLOCK_MARGIN = 4.5, 22
 _MAX_ERROR = 0.95
-# Error feedback moves weights further than rounding does, where outputs do not see it: what it leaves of
-# tr(D (H + damping) D^T) is no more than rounding would, and damping alone bounds D by that.
-_FED_BACK = 1 + 1 / DAMPING
-# A block takes the errors of others too, so its own weights do not bound what it is moved by. But that is noise: little
-# of it lies along the block (a quarter of its energy, at most, in four bits), where a lost or foreign block is off by
-# all of it. Beside a block of nothing stands a tenth of what its row has in a block.
-_MAX_ALONG, _OTHERS = 0.6, 0.1
+# Error feedback moves weights further than rounding does, where outputs do not see it, and a block takes the errors of
+# others too. But that is noise: little of it lies along the weights (a quarter of a block's energy, at most, in four
+# bits), where what is lost or foreign is off by all of it. Beside a block of nothing stands a tenth of its row's mean.
+_MAX_ALONG, _MAX_ALONG_ALL, _OTHERS = 0.6, 0.25, 0.1
 MAX_VECTOR_ERROR = 1e-6
 _MAX_HALF_ERROR = 1e-3  # of vectors that are stored in float16
 MAX_KLD = 1.0
@@ -320,11 +316,11 @@ def _check_weights(read: ReadTensor, manifest: Manifest, checkpoint: Checkpoint,
                 worst["vector"] = max(worst["vector"], (_nan_is_worst(error / limit), item.name))
                 continue
             fed_back = manifest.calibration is not None
-            expected = kinds[quant.type].error * (_FED_BACK if fed_back else 1.0)
+            expected = kinds[quant.type].error
             # Where whole rows share a table, a part of them that is small beside the rest may be lost.
             block, floor = (quant.block, 1e-6) if quant.block > 1 else (item.columns, 1.0)
 
-            def compare(start: int, item: Item = item, step: int = step, block: int = block) -> tuple[float, F32]:
+            def compare(start: int, item: Item = item, step: int = step, block: int = block) -> tuple[np.ndarray, F32]:
                 stop = min(item.stop, start + step)
                 stored_rows, original = read(item.tensor, start, stop), checkpoint.read(item.tensor, start, stop)
                 if stored_rows.shape != original.shape:
@@ -333,9 +329,8 @@ def _check_weights(read: ReadTensor, manifest: Manifest, checkpoint: Checkpoint,
                 error, energy = (np.square(x).reshape(shape).sum(axis=2) for x in (moved, original))
                 along = np.abs((moved * original).reshape(shape).sum(axis=2))
                 beside = energy + _OTHERS * energy.mean(axis=1, keepdims=True)
-                return float(error.sum(dtype=np.float64)), np.stack([error, energy, along / (beside + 1e-30)]).reshape(
-                    3, -1
-                )
+                sums = np.array([error.sum(dtype=np.float64), (moved * original).sum(dtype=np.float64)])
+                return sums, np.stack([error, energy, along / (beside + 1e-30)]).reshape(3, -1)
 
             parts = list(pool.map(compare, range(item.start, item.stop, step)))
             error, energy, along = np.concatenate([p[1] for p in parts], axis=1).astype(np.float64)
@@ -346,9 +341,11 @@ def _check_weights(read: ReadTensor, manifest: Manifest, checkpoint: Checkpoint,
                 block_limit = min(_MAX_ERROR, max(_BLOCK_MARGIN * expected, 2e-3))
             figure = _nan_is_worst(float(errors.max()) / block_limit)
             worst["block"] = max(worst["block"], (figure, f"{item.name}, block {errors.argmax()}"))
-            whole = sum(p[0] for p in parts) / max(float(energy.sum()), 1e-30)
-            tensor_limit = min(_MAX_ERROR, max(_TENSOR_MARGIN * expected, 2e-4))
-            worst["tensor"] = max(worst["tensor"], (_nan_is_worst(whole / tensor_limit), item.name))
+            whole, along_all = np.sum([p[0] for p in parts], axis=0) / max(float(energy.sum()), 1e-30)
+            figure = whole / min(_MAX_ERROR, max(_TENSOR_MARGIN * expected, 2e-4))
+            if fed_back:
+                figure = max(whole / _MAX_ERROR, abs(along_all) / _MAX_ALONG_ALL)
+            worst["tensor"] = max(worst["tensor"], (_nan_is_worst(figure), item.name))
     return [
         Check("weights", value, 1.0, f"error of the worst {kind} as a share of what its type allows, {where}")
         for kind, (value, where) in worst.items()

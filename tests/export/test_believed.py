@@ -104,7 +104,7 @@ def test_an_adapter_is_called_one(copy, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "my-phi", "r": 8}))
-    with pytest.raises(UnsupportedError, match="PEFT adapter .* of my-phi"):
+    with pytest.raises(UnsupportedError, match=r"PEFT adapter .* of my-phi"):
         open_checkpoint(adapter)
     weights = load_file(copy / "model.safetensors")
     name = "model.layers.0.self_attn.qkv_proj.weight"

@@ -283,7 +283,7 @@ def test_longrope_changes_its_factors_where_it_should(kind, tokenizer, tmp_path)
         return Reference(decoder, read, 0).forward(text[:length], every=False)[0]
 
     def close(a, b):
-        return np.sqrt(np.square(a - b).mean()) < 0.04 * b.std()
+        return np.sqrt(np.square(a - b).mean()) < 0.06 * b.std()  # K types round activations in blocks of 256
 
     with phi_runtime.load(bundle) as phi:
         backend = phi.engine.backend

@@ -3,6 +3,7 @@ import pytest
 from support import feedback_noise
 
 from phi_export import ggml
+from phi_export.equalise import choose
 from phi_export.feedback import DAMPING, Factor, factorise, round_columns, uniform
 from phi_export.formats.gguf import _TYPES, _quantize
 from phi_export.ggml_codes import LAYOUTS, open_rows, put_codes
@@ -104,13 +105,13 @@ def test_rows_do_not_depend_on_their_neighbours():
 
 
 def test_a_factor_of_scaled_columns_gives_that_of_the_columns():
-    scale = np.ldexp(1.0, RANDOM.integers(-3, 4, C)).astype(np.float32)
+    scale = np.ldexp(1.0, choose(np.diag(MOMENT)).astype(int)).astype(np.float32)
     plain = W * 1.0
     scaled = factorise(MOMENT / scale[:, None] / scale)
     back = scaled.unscaled(scale)
     # The same inverse of the moment but for the damping, whose place is another.
     fed = [dequantize_rows(*round_rows(plain, 4, 128, f)) for f in (factorise(MOMENT), back)]
-    assert cost(fed[1]) == pytest.approx(cost(fed[0]), rel=0.25)
+    assert cost(fed[1]) == pytest.approx(cost(fed[0]), rel=0.3)
 
 
 def test_noise_is_what_feedback_leaves_behind():

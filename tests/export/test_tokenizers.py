@@ -60,7 +60,27 @@ def build(checkpoint, corpus, folder, splitter):
 def strings(count):
     """Random strings of what splits texts otherwise."""
     draw = random.Random(5)
-    words = ["a", "Word", "CamelCase", "don't", "I'LL", "x=3.14;", "123456", "7", "é", "日本語", "é", "١٢٣", "🙂", "_snake_case", "(", ")", "...", "--", "'s"]
+    words = [
+        "a",
+        "Word",
+        "CamelCase",
+        "don't",
+        "I'LL",
+        "x=3.14;",
+        "123456",
+        "7",
+        "é",
+        "日本語",
+        "é",
+        "١٢٣",
+        "🙂",
+        "_snake_case",
+        "(",
+        ")",
+        "...",
+        "--",
+        "'s",
+    ]
     pieces = [*SPECIAL, *words, " ", "  ", "\n", "\r\n", "\t", "\u00a0", "def f(x):"]
     for _ in range(count):
         yield "".join(draw.choices(pieces, k=draw.randint(1, 12)))
