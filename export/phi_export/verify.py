@@ -54,8 +54,8 @@ _TENSOR_MARGIN, _BLOCK_MARGIN = 4.5, 22
 _MAX_ERROR = 0.95
 # Error feedback moves weights further than rounding does, where outputs do not see it, and a block takes the errors of
 # others too. But that is noise: little of it lies along the weights (a quarter of a block's energy, at most, in four
-# bits), where what is lost or foreign is off by all of it. Beside a block of nothing stands a tenth of its row's mean.
-_MAX_ALONG, _MAX_ALONG_ALL, _OTHERS = 0.6, 0.25, 0.1
+# bits; coarse types shrink weights by their own error), where what is lost or foreign is off by all of it. Beside a block of nothing stands a tenth of its row's mean.
+_MAX_ALONG, _MAX_ALONG_ALL, _OTHERS = 0.6, 0.2, 0.1
 MAX_VECTOR_ERROR = 1e-6
 _MAX_HALF_ERROR = 1e-3  # of vectors that are stored in float16
 MAX_KLD = 1.0
@@ -344,7 +344,7 @@ def _check_weights(read: ReadTensor, manifest: Manifest, checkpoint: Checkpoint,
             whole, along_all = np.sum([p[0] for p in parts], axis=0) / max(float(energy.sum()), 1e-30)
             figure = whole / min(_MAX_ERROR, max(_TENSOR_MARGIN * expected, 2e-4))
             if fed_back:
-                figure = max(whole / _MAX_ERROR, abs(along_all) / _MAX_ALONG_ALL)
+                figure = max(whole / _MAX_ERROR, abs(along_all) / (_MAX_ALONG_ALL + 1.5 * expected))
             worst["tensor"] = max(worst["tensor"], (_nan_is_worst(figure), item.name))
     return [
         Check("weights", value, 1.0, f"error of the worst {kind} as a share of what its type allows, {where}")

@@ -36,9 +36,10 @@ class Options(TypedDict, total=False):
     """How to generate; what is left out takes the value behind each.
 
     max_tokens (256): of the answer. temperature (0: the likeliest token), top_k (0: all), top_p (1), min_p (0),
-    repetition_penalty (1), frequency_penalty, presence_penalty (0), logit_bias (none), seed (0): see `Sampling`. stop: texts that end the answer and are not part of it. policy
-    ("reject"): what happens where the context is too small; "truncate-left" cuts the prompt's beginning,
-    "sliding-window" also goes on in the newer half of the text once the context is full; what was dropped is reported.
+    repetition_penalty (1), frequency_penalty, presence_penalty (0), logit_bias (none), seed (0): see `Sampling`. stop:
+    texts that end the answer and are not part of it. policy ("reject"): what happens where the context is too small;
+    "truncate-left" cuts the prompt's beginning, "sliding-window" also goes on in the newer half of the text once the
+    context is full; what was dropped is reported.
     speculate (True): guess tokens by lookup where it saves time. constraint: see `Constraint`.
     top_logprobs (0): how many of the likeliest tokens each step names.
     """

@@ -269,7 +269,6 @@ def test_an_output_that_exists(copy, tmp_path):
         (["--memory=-1GB", "--out", "x"], "GiB"),
         (["--memory", "0GB", "--out", "x"], "GiB"),
         (["--memory", "1KB", "--out", "x"], "GiB"),
-        (["--int4", "--prefer", "fun", "--out", "x"], "balanced"),
         (["--int4", "--fast", "--windows", "4", "--out", "x"], "--fast leaves calibration out"),
         (["--int4", "--profile", "fp16", "--out", "x"], "one format"),
         (["--int4", "--profile", "ane", "--format", "onnx", "--out", "x"], "fp32, fp16"),
