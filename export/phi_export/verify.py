@@ -54,7 +54,8 @@ _TENSOR_MARGIN, _BLOCK_MARGIN = 4.5, 22
 _MAX_ERROR = 0.95
 # Error feedback moves weights further than rounding does, where outputs do not see it, and a block takes the errors of
 # others too. But that is noise: little of it lies along the weights (a quarter of a block's energy, at most, in four
-# bits; coarse types shrink weights by their own error), where what is lost or foreign is off by all of it. Beside a block of nothing stands a tenth of its row's mean.
+# bits; coarse types shrink weights by their own error), where what is lost or foreign is off by all of it. Beside a
+# block of nothing stands a tenth of its row's mean.
 _MAX_ALONG, _MAX_ALONG_ALL, _OTHERS = 0.6, 0.2, 0.1
 MAX_VECTOR_ERROR = 1e-6
 _MAX_HALF_ERROR = 1e-3  # of vectors that are stored in float16
