@@ -345,7 +345,7 @@ def _check_weights(read: ReadTensor, manifest: Manifest, checkpoint: Checkpoint,
             whole, along_all = np.sum([p[0] for p in parts], axis=0) / max(float(energy.sum()), 1e-30)
             figure = whole / min(_MAX_ERROR, max(_TENSOR_MARGIN * expected, 2e-4))
             if fed_back:
-                figure = max(whole / _MAX_ERROR, abs(along_all) / (_MAX_ALONG_ALL + 1.5 * expected))
+                figure = max(whole / (1 + 10 * expected), abs(along_all) / (_MAX_ALONG_ALL + 1.5 * expected))
             worst["tensor"] = max(worst["tensor"], (_nan_is_worst(figure), item.name))
     return [
         Check("weights", value, 1.0, f"error of the worst {kind} as a share of what its type allows, {where}")
