@@ -51,7 +51,8 @@ def _leave(e: BaseException, signalled: int) -> NoReturn:
         sys.stderr.close()
         sys.exit(141)
     if isinstance(e, PhiError):
-        print(f"error: {e}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, which all meet it, one says it
+            print(f"error: {e}", file=sys.stderr)
         sys.exit(e.exit_code)
     if isinstance(e, MemoryError):
         print("error: not enough memory for this; close other programs or use a smaller model", file=sys.stderr)

@@ -60,7 +60,8 @@ def load(path: Path, engine: Engine, digest: str) -> int:
 
 
 def _keeper(engine: Engine) -> Keeps:
-    if not isinstance(engine.backend, Keeps):
+    # ik_llama.cpp (0.1.5) goes on otherwise from a state that it took up again: its fifth token was another one.
+    if not isinstance(engine.backend, Keeps) or engine.backend.name == "ik_llama.cpp":
         raise UsageError(f"sessions cannot be kept on the backend {engine.backend.name}; use llama.cpp or onnxruntime")
     return engine.backend
 

@@ -141,7 +141,7 @@ def test_what_cannot_be_asked_is_refused_by_name(served):
     ):
         with pytest.raises(openai.BadRequestError, match=says):
             client.chat.completions.create(model="gguf", messages=messages)
-    for tokens in ([], [10**6], [-1], ["x"]):
+    for tokens in ([], [10**6], [-1], [["x"]], ["x", 5]):
         assert served.ask("POST", "/v1/completions", json.dumps({"prompt": tokens}))[0] == 400
 
 

@@ -10,7 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from phi_runtime.backends.llama_cpp import LlamaCppBackend
-from phi_runtime.errors import MissingExtraError
+from phi_runtime.errors import MissingExtraError, UsageError
+from phi_runtime.gguf_header import read_header
+
+# ggml types whose logits were a sixth of their spread away from llama.cpp's (0.1.5), or were not held to it.
+_UNSOUND = {3: "Q4_1", 6: "Q5_0", 7: "Q5_1"}
 
 
 class IkLlamaCppBackend(LlamaCppBackend):
@@ -22,6 +26,11 @@ class IkLlamaCppBackend(LlamaCppBackend):
 
     def __init__(self, path: Path, context: int, threads: int, kv: str, crossover: int | None) -> None:
         assert kv == "f16", "others want its flash attention, which aborts the process on some texts"
+        unsound = sorted({_UNSOUND[k] for k in read_header(path).types.values() if k in _UNSOUND})
+        if unsound:
+            raise UsageError(
+                f"{path}: ik_llama.cpp computes {', '.join(unsound)} otherwise than llama.cpp; leave the backend out"
+            )
         super().__init__(path, context, threads, kv, crossover)
 
     def drop(self, ctx: Any, row: int, position: int) -> None:
