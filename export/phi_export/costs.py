@@ -17,8 +17,8 @@ from torch import Tensor
 from phi_export.feedback import Factor
 from phi_export.formats import Options, items
 from phi_export.forward import TorchDecoder, product_type
+from phi_export.gate import LARGE
 from phi_export.kept import load_array, load_factor
-from phi_export.verify import LARGE
 from phi_runtime.checkpoint import Checkpoint
 from phi_runtime.config import num_parameters
 

@@ -21,7 +21,7 @@ from phi_runtime.decoder import F32, Decoder
 
 NOTED = 0.05  # rise of the perplexity from which on an export says so loudly
 REFUSED = 0.25  # and from which on a bundle is not called good
-_LARGE = 1_000_000_000  # parameters
+LARGE = 1_000_000_000  # parameters
 # Windows and tokens of each: enough that the rise is known to within some tenths of a percent; of a large model fewer,
 # for the sake of time.
 _WINDOWS, _WINDOWS_LARGE = (8, 512), (2, 256)
@@ -29,7 +29,7 @@ _WINDOWS, _WINDOWS_LARGE = (8, 512), (2, 256)
 
 def held_out_windows(checkpoint: Checkpoint, text: str) -> list[list[int]]:
     """Windows of what `calibration_windows` leaves unread of a text. Raises its errors."""
-    count, length = _WINDOWS_LARGE if num_parameters(checkpoint.config) >= _LARGE else _WINDOWS
+    count, length = _WINDOWS_LARGE if num_parameters(checkpoint.config) >= LARGE else _WINDOWS
     length = min(length, checkpoint.config.max_position_embeddings)
     return calibration_windows(checkpoint, text, count, length, held_out=True)
 

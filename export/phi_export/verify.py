@@ -26,7 +26,7 @@ import numpy as np
 from phi_export.compare import Agreement, windows
 from phi_export.equalise import equalised, read_scales
 from phi_export.formats import Item, Options, get_format, items, stored
-from phi_export.gate import REFUSED, judge
+from phi_export.gate import LARGE, REFUSED, judge
 from phi_export.isolated import Artifact
 from phi_runtime.backends import cores
 from phi_runtime.backends.reference import Lane, ReadTensor, Reference
@@ -41,7 +41,6 @@ from phi_runtime.tokenizer import Tokenizer
 from phi_train.init import RANDOM
 
 DEFAULT_TOKENS = 256  # or as many as reach beyond the model's window, unless the model is large
-LARGE = 1_000_000_000  # parameters
 WINDOW = 512  # tokens read from an empty context at a time, or as many
 _BEYOND = 64
 _SINGLY = 8  # tokens at the end of each piece that are fed one by one, as generation does; of a large model 2
