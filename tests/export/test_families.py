@@ -12,7 +12,7 @@ import phi_runtime
 from phi_export.calibration import WINDOW, CalibrationText, calibrate
 from phi_export.calibration_text import calibration_windows
 from phi_export.compare import Agreement
-from phi_export.equalise import equalised
+from phi_export.equalise import Scales, equalised, widths
 from phi_export.formats import Options, get_format, items
 from phi_export.forward import TorchDecoder
 from phi_export.verify import describe_source, verify
@@ -201,6 +201,23 @@ def test_phi_3_small(tokenizer, tmp_path):
     done = run("phi-export", "--int4", "--fast", folder, "--out", tmp_path / "no")
     assert done.returncode == 2
     assert "llama.cpp has no architecture for model_type 'phi3small'" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["medium: grouped queries", "phi-2: heads of 80"])
+def test_moved_scales_change_nothing(name, tokenizer, tmp_path):
+    """Any exponents, where those of a calibrated random model are nearly all zero."""
+    make(tmp_path / "ckpt", SYSTEMS[name], tokenizer)
+    checkpoint = open_checkpoint(tmp_path / "ckpt")
+    d, draw = checkpoint.config.decoder(), np.random.default_rng(0)
+    scales = []
+    for layer in d.layers:
+        parts = [draw.integers(-3, 4, n).astype(np.int8) for n in widths(d, layer)]
+        keys, half = parts[3].reshape(d.kv_heads, d.head_dim), d.rope.dims // 2
+        keys[:, half : 2 * half] = keys[:, :half]  # a rotated pair goes together
+        scales.append(Scales(*parts))
+    text = draw.integers(3, VOCAB, 40).tolist()
+    plain, moved = (Reference(d, c.read, 0).forward(text, True)[0] for c in (checkpoint, equalised(checkpoint, scales)))
+    np.testing.assert_allclose(moved, plain, atol=1e-3 * plain.std())
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
