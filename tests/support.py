@@ -82,7 +82,8 @@ def feedback_noise(factor, relative, weights, random):
     size = np.sqrt(relative * np.square(weights, dtype=np.float32).mean(axis=1, keepdims=True))
     drawn = random.standard_normal(weights.shape, dtype=np.float32) * size
     out = np.empty_like(drawn)
-    out[:, factor.order] = drawn @ factor.spread
+    for place, spread in factor.places():
+        out[:, factor.order[place]] = drawn[:, place] @ spread
     return out
 
 

@@ -17,8 +17,9 @@ from quality import parser
 from torch import nn
 
 from phi_bench.quality import hold
-from phi_export.calibration import WINDOW, CalibrationText, calibrate
+from phi_export.calibration import CalibrationText, calibrate
 from phi_export.calibration_text import calibration_windows
+from phi_export.defaults import WINDOW
 from phi_export.formats import Options, fitting, get_format, items
 from phi_export.plan import Ceiling, plan_mix
 from phi_export.quantize import dequantize_rows, round_rows

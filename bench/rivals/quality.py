@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from phi_bench.quality import Logits, hold, open_model
-from phi_export.calibration import WINDOW, CalibrationText, calibrate
+from phi_export.calibration import CalibrationText, calibrate
 from phi_export.calibration_text import calibration_windows
 from phi_export.compare import Agreement
+from phi_export.defaults import WINDOW
 from phi_export.export import export, plan
 from phi_export.formats import Options, get_format, items
 from phi_export.plan import Ceiling

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from phi_export.calibration_text import BUILT_IN, calibration_windows
+from phi_export.calibration_text import calibration_windows
+from phi_export.defaults import BUILT_IN, WINDOW, WINDOWS
 from phi_export.equalise import Scales, equalised, input_scales, unpack
 from phi_export.feedback import DAMPING, Factor
 from phi_export.formats import Format, Item, Options, Type
@@ -27,21 +28,21 @@ from phi_runtime.decoder import F32, Decoder, Linear
 from phi_runtime.errors import CheckpointError
 from phi_runtime.files import disk_full_named, locked, write_file
 
-WINDOW = 512
-_VERSION = 5
+_VERSION = 6
 _COSTS = "costs.json"
+CACHE = "calibration"  # where outcomes are kept, in the checkpoint's folder
 
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """What to calibrate on: `text` as `calibration_windows` has it, how many windows of 512 tokens of it, and where to
-    keep the outcome (by default in the checkpoint's folder).
+    """What to calibrate on: `text` as `calibration_windows` has it, how many windows of WINDOW tokens of it, and where
+    to keep the outcome (by default in the checkpoint's folder).
     """
 
     text: str = BUILT_IN
-    windows: int = 32
+    windows: int = WINDOWS
     cache: Path | None = None
 
 
@@ -152,7 +153,7 @@ def calibrate(
         "windows": texts,
     }
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-    folder = (wanted.cache or checkpoint.folder / "calibration") / digest[:16]
+    folder = (wanted.cache or checkpoint.folder / CACHE) / digest[:16]
     with disk_full_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, lambda: progress("another run is calibrating this checkpoint; waiting for it")):

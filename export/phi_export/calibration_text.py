@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from phi_export.defaults import BUILT_IN
 from phi_runtime.chat import ChatFormat, chat_name, get_format
 from phi_runtime.checkpoint import Checkpoint
 from phi_runtime.errors import CheckpointError, UsageError
 from phi_runtime.tokenizer import Tokenizer
 from phi_train.corpus import Document, document_paths, lot
 
-BUILT_IN = "built-in"
 _MANUAL = 12  # one of so many pieces of the manual is held out
 _CHARACTERS = 6  # of a text read per token wanted: more than any tokenizer needs
 

@@ -1,17 +1,15 @@
 """`phi-export`."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+from phi_export.defaults import BUILT_IN, PREFERENCES, WINDOW, WINDOWS
 from phi_runtime.bundle import FORMATS
 from phi_runtime.cli import parser, positive, run
 from phi_runtime.errors import UsageError, VerificationError, missing_extra
 from phi_runtime.memory import parse_size
-
-PREFERENCES = ("balanced", "quality", "speed")
-BUILT_IN = "built-in"
-WINDOWS = 32
 
 
 def main() -> NoReturn:
@@ -33,12 +31,13 @@ def _main(argv: list[str]) -> None:
 def _export(argv: list[str]) -> None:
     p = parser("phi-export", "Export a Phi checkpoint to 4-bit-class bundles, each verified against it.")
     p.usage = (
-        "phi-export (--int4 | --memory SIZE) CKPT --out DIR [--format gguf,onnx,coreml] [--dry-run] [--force]\n"
-        "       phi-export verify BUNDLE --against CKPT [--text FILE] [--tokens N]\n"
+        "phi-export (--int4 | --memory SIZE) CKPT [--adapter DIR] --out DIR [--format gguf,onnx,coreml] [--dry-run]\n"
+        "       phi-export verify BUNDLE --against CKPT [--adapter DIR] [--text FILE] [--tokens N]\n"
         "       phi-export lint BUNDLE\n"
         "       phi-export calibrate-speed [--threads N]"
     )
     p.add_argument("checkpoint", metavar="CKPT", help="a Hugging Face model folder")
+    _adapter(p)
     p.add_argument(
         "--int4", action="store_true", help="4 bits and more: as few as keep the model, at most Q4_K_M's bytes"
     )
@@ -64,7 +63,7 @@ def _export(argv: list[str]) -> None:
         type=positive,
         default=WINDOWS,
         metavar="N",
-        help="windows of 512 tokens to calibrate on (%(default)s)",
+        help=f"windows of {WINDOW} tokens to calibrate on (%(default)s)",
     )
     p.add_argument("--cache", type=Path, metavar="DIR", help="where calibrations are kept (default: CKPT/calibration)")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for the bundles: DIR/gguf, DIR/onnx, DIR/coreml")
@@ -97,7 +96,8 @@ def _export(argv: list[str]) -> None:
 
     try:
         from phi_export import show
-        from phi_export.calibration import CalibrationText, calibrate
+        from phi_export.adapter import adapted
+        from phi_export.calibration import CACHE, CalibrationText, calibrate
         from phi_export.export import export, plan
         from phi_export.formats import Options, get_format
         from phi_export.plan import Ceiling
@@ -113,8 +113,12 @@ def _export(argv: list[str]) -> None:
     options = Options(args.profile, args.context, args.split_qkv)
     ceiling = Ceiling(memory, args.prefer or PREFERENCES[0], args.min_speed)
     text = None if args.fast else CalibrationText(args.calibrate, args.windows, args.cache)
+    checkpoint = open_checkpoint(args.checkpoint)
+    if args.adapter:
+        checkpoint = adapted(checkpoint, args.adapter)
+        text = text and replace(text, cache=text.cache or args.adapter / CACHE)
+    show.notes(checkpoint)
     if args.dry_run:
-        checkpoint = open_checkpoint(args.checkpoint)
         calibration = None
         if text is not None:
             with show.spinner("calibrating:") as detail:
@@ -123,12 +127,13 @@ def _export(argv: list[str]) -> None:
             (planned,) = plan(checkpoint, (name,), ceiling, options, calibration)
             show.ledger(checkpoint, planned, calibration)
             if ceiling.min_speed is None:
-                mixes = {p: plan(checkpoint, (name,), Ceiling(memory, p), options, calibration)[0] for p in PREFERENCES}
-                show.frontier(mixes, ceiling.prefer, calibration is not None)
+                others = [p for p in PREFERENCES if p != ceiling.prefer]
+                mixes = {p: plan(checkpoint, (name,), Ceiling(memory, p), options, calibration)[0] for p in others}
+                show.frontier(mixes | {ceiling.prefer: planned}, ceiling.prefer, calibration is not None)
         return
     with show.export_progress() as progress:
         bundles = export(
-            args.checkpoint,
+            checkpoint,
             args.out,
             formats,
             args.force,
@@ -143,6 +148,10 @@ def _export(argv: list[str]) -> None:
     show.exported(bundles)
 
 
+def _adapter(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--adapter", type=Path, metavar="DIR", help="a PEFT LoRA or DoRA to merge into the checkpoint first")
+
+
 def _speed(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e6:
@@ -154,6 +163,7 @@ def _verify(argv: list[str]) -> None:
     p = argparse.ArgumentParser("phi-export verify", description="Hold a bundle to the checkpoint it was made from.")
     p.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder of a bundle that phi-export wrote")
     p.add_argument("--against", metavar="CKPT", required=True, help="the checkpoint's folder")
+    _adapter(p)
     p.add_argument("--text", type=Path, metavar="FILE", help="text to compare over (default: a built-in sample)")
     p.add_argument(
         "--tokens",
@@ -170,11 +180,14 @@ def _verify(argv: list[str]) -> None:
 
     try:
         from phi_export import show
-        from phi_export.gate import held_out_windows
-        from phi_export.verify import HeldOutText, sample_tokens, verify
+        from phi_export.adapter import adapted
+        from phi_export.gate import HeldOutText, held_out_windows
+        from phi_export.verify import sample_tokens, verify
     except ImportError as e:
         raise missing_extra(e, "export") from None
     checkpoint = open_checkpoint(args.against)
+    if args.adapter:
+        checkpoint = adapted(checkpoint, args.adapter)
     tokens = sample_tokens(checkpoint, args.text, args.tokens)
     held_out = HeldOutText(BUILT_IN, held_out_windows(checkpoint, BUILT_IN), args.accept_loss)
     if args.text is not None:

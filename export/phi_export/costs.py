@@ -131,7 +131,7 @@ class _Backward:
         rows *= d.embedding_scale
         if d.tied:
             factor = load_factor(self.folder, d.embedding)
-            rows = rows[:, factor.order.copy()] @ torch.from_numpy(factor.spread).T
+            rows = _left_behind(rows, factor)
         stored = np.concatenate([self.checkpoint.read(d.embedding, int(t), int(t) + 1) for t in tokens])
         size = np.square(stored).mean(axis=1)
         found = float((torch.from_numpy(size) * rows.square().sum(dim=1)).sum())
@@ -140,8 +140,7 @@ class _Backward:
     def _add(self, tensor: str, start: int, gradient_RC: Tensor, factor: Factor) -> None:
         """Count the gradient of rows from `start` on of a tensor."""
         stop = start + len(gradient_RC)
-        spread = torch.from_numpy(factor.spread).to(gradient_RC.dtype)
-        spread_RC = (gradient_RC[:, factor.order.copy()] @ spread.T).float()
+        spread_RC = _left_behind(gradient_RC, factor)
         size_R = np.square(self.checkpoint.read(tensor, start, stop)).mean(axis=1)
         found = (spread_RC.square().sum(dim=1) * torch.from_numpy(size_R)).numpy() / 2 / self.tokens.size
         for item in self.items:
@@ -149,3 +148,10 @@ class _Backward:
                 a, b = max(item.start, start), min(item.stop, stop)
                 if a < b:
                     self.costs[item.name] += float(found[a - start : b - start].sum(dtype=np.float64))
+
+
+def _left_behind(gradient_RC: Tensor, factor: Factor) -> Tensor:
+    """V g of each row g, with columns in the factor's order."""
+    ordered = gradient_RC[:, factor.order.copy()]
+    parts = [ordered[:, place] @ torch.from_numpy(spread).to(ordered.dtype).T for place, spread in factor.places()]
+    return torch.cat(parts, dim=1).float()

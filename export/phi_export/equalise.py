@@ -10,7 +10,7 @@ projection, and keys against queries, where the two of a rotated pair go togethe
 """
 
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -116,12 +116,13 @@ def _power(exponents: Exponents) -> F32:
 class ScaledTensor(Tensor):
     """A tensor whose rows (of a vector: elements) and columns are multiplied as they are read."""
 
+    of: Tensor = field(kw_only=True)
     rows: F32 | None = None
     columns: F32 | None = None
 
     def read(self, start: int = 0, stop: int | None = None) -> F32:
         """Rows start..stop as float32, scaled."""
-        out = super().read(start, stop)
+        out = self.of.read(start, stop)
         if self.rows is not None:
             rows = self.rows[start:stop]
             out = out * (rows if out.ndim == 1 else rows[:, None])
@@ -142,7 +143,7 @@ def equalised(checkpoint: Checkpoint, scales: list[Scales] | None) -> Checkpoint
             t = tensors[name]
             own = None if rows is None else rows[at : at + t.shape[0]]
             at += t.shape[0]
-            tensors[name] = ScaledTensor(t.name, t.dtype, t.shape, t.path, t.offset, own, columns)
+            tensors[name] = ScaledTensor(t.name, t.dtype, t.shape, t.path, t.offset, own, columns, of=t)
 
     for layer, s in zip(d.layers, scales, strict=True):
         columns = input_scales(d, layer, s)

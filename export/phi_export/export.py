@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from phi_export.calibration import Calibration, CalibrationText, calibrate
-from phi_export.calibration_text import BUILT_IN
+from phi_export.adapter import adapted
+from phi_export.calibration import CACHE, Calibration, CalibrationText, calibrate
+from phi_export.defaults import BUILT_IN
 from phi_export.equalise import equalised, write_scales
 from phi_export.formats import Format, Options, Uncalibrated, get_format
-from phi_export.gate import held_out_windows
+from phi_export.gate import HeldOutText, held_out_windows
 from phi_export.plan import Ceiling, Planned, plan_mix, weight_error
 from phi_export.stream import Stream
-from phi_export.verify import COMPANIONS, HeldOutText, describe_source, sample_tokens, verify_manifest
+from phi_export.verify import COMPANIONS, describe_source, sample_tokens, verify_manifest
 from phi_runtime import __version__
 from phi_runtime.backends import cores
 from phi_runtime.bundle import MANIFEST, Manifest, Parity, Source, list_files, read_manifest, write_manifest
@@ -82,7 +83,7 @@ def as_format(
 
 
 def export(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     out: str | Path,
     formats: tuple[str, ...],
     force: bool = False,
@@ -93,22 +94,25 @@ def export(
     threads: int | None = None,
     text: CalibrationText | None = None,
     accept_loss: bool = False,
+    adapter: Path | None = None,
 ) -> list[Exported]:
     """Write `out`/FORMAT for each format, verified against the checkpoint over `tokens` tokens.
 
     A new `out` appears at once, with all formats in it, or not at all. `force` replaces the bundles
     that are there, each at once, after all were verified. With a `text` it is calibrated on that, and judged by what
-    calibration leaves unread of it; with `accept_loss`, whatever the outcome. An export that
-    was interrupted goes on at the layer or tensor where it stopped.
+    calibration leaves unread of it; with `accept_loss`, whatever the outcome. The LoRA in the folder `adapter` is
+    merged as the checkpoint is read (`adapter.adapted`), its calibration kept there by default. An export that was
+    interrupted goes on at the layer or tensor where it stopped.
 
-    Raises the errors of `open_checkpoint`, `calibrate` and `plan`,
+    Raises the errors of `open_checkpoint`, `adapted`, `calibrate` and `plan`,
     OutputExistsError, MissingExtraError, VerificationError.
     """
     out = Path(os.path.realpath(out))
     check_runtimes(formats)
-    source = open_checkpoint(checkpoint)
-    for note in source.notes:
-        progress(formats[0], note, 0, 1)
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    if adapter is not None:
+        source = adapted(source, adapter)
+        text = text and replace(text, cache=text.cache or adapter / CACHE)
     planned = plan(source, formats, ceiling, options, to_calibrate=text is not None)
     _check_tokenizer(source)
     _check_output(out, formats, force)

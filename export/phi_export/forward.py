@@ -40,6 +40,7 @@ class TorchDecoder:
     ) -> None:
         self.decoder, self.dtype = decoder, dtype
         self._read, self._length = read, length
+        self._places = slice(0, length)  # of the tokens at hand, in their windows
         self._watch, self._watch_cache = watch, watch_cache
         self._tables: tuple[Tensor, Tensor] | None = None
         if self.decoder.rope is not None:
@@ -58,7 +59,7 @@ class TorchDecoder:
         rows = np.concatenate([self._read(d.embedding, int(t), int(t) + 1) for t in tokens])
         x_BTE = rows[where.reshape(len(windows), -1)] * np.float32(d.embedding_scale)
         if d.positions is not None:
-            x_BTE = x_BTE + self._read(d.positions, 0, self._length)
+            x_BTE = x_BTE + self._read(d.positions, self._places.start, self._places.stop)
         return torch.from_numpy(x_BTE)
 
     def layer(self, n: int, x_BTE: Tensor, weights: Weights) -> Tensor:
@@ -80,7 +81,8 @@ class TorchDecoder:
     def linear(self, x: Tensor, linear: Linear, weights: Weights) -> Tensor:
         """Activations times a matrix, in float32."""
         self._watch(linear, x)
-        w = torch.cat([weights[name] for name in linear.weight])
+        parts = [weights[name] for name in linear.weight]
+        w = parts[0] if len(parts) == 1 else torch.cat(parts)
         y = F.linear(x.to(self.dtype), w).float()
         return y + torch.cat([self._vector(name) for name in linear.bias]) if linear.bias else y
 
@@ -144,7 +146,7 @@ class TorchDecoder:
         """Rotate the pairs (d, d + dims/2) of each head's first `dims` values."""
         if self._tables is None:
             return x
-        cos, sin = self._tables
+        cos, sin = (table[self._places] for table in self._tables)
         half = cos.shape[-1]
         a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)

@@ -34,22 +34,39 @@ def held_out_windows(checkpoint: Checkpoint, text: str) -> list[list[int]]:
     return calibration_windows(checkpoint, text, count, length, held_out=True)
 
 
+class HeldOutText:
+    """What the gate reads: windows of one length, of a text called `name`, and what the checkpoint makes of them.
+
+    accept_loss: refuse nothing.
+    """
+
+    def __init__(self, name: str, windows: list[list[int]], accept_loss: bool = False) -> None:
+        self.name, self.windows, self.accept_loss = name, windows, accept_loss
+        self._exact: dict[int, _Torch] = {}
+
+    def exact(self, checkpoint: Checkpoint, length: int) -> "_Torch":
+        """The checkpoint on windows cut to a length; run once for all formats."""
+        if length not in self._exact:
+            windows = [window[:length] for window in self.windows]
+            self._exact[length] = _Torch(checkpoint.config.decoder(), checkpoint.read, windows)
+        return self._exact[length]
+
+
 def judge(
     bundle: Path,
     manifest: Manifest,
     checkpoint: Checkpoint,
-    windows: list[list[int]],
-    name: str,
+    text: HeldOutText,
     progress: Callable[[str], None] = lambda _: None,
 ) -> HeldOut:
-    """Hold a bundle to its checkpoint over windows of one length of a text called `name`. Raises BundleError."""
-    decoder = checkpoint.config.decoder()
-    windows = [window[: manifest.context] for window in windows]
+    """Hold a bundle to its checkpoint over a text. Raises BundleError."""
+    windows = [window[: manifest.context] for window in text.windows]
     progress("the checkpoint on held-out text")
-    exact = _Torch(decoder, checkpoint.read, windows)
+    exact = text.exact(checkpoint, min(len(text.windows[0]), manifest.context))
     progress("the artifact on held-out text")
     agreement = Agreement()
     if manifest.format == "coreml":
+        decoder = checkpoint.config.decoder()
         stored = _Torch(decoder, get_format("coreml").read(bundle, manifest), windows)
         for i, window in enumerate(windows):
             agreement.add(exact.logits(i), stored.logits(i), window[1:])
@@ -58,7 +75,7 @@ def judge(
             for i, window in enumerate(windows):
                 agreement.add(exact.logits(i), artifact.logits(window, 0), window[1:])
     return HeldOut(
-        text=name,
+        text=text.name,
         tokens=agreement.tokens,
         kld_mean=agreement.kld_mean,
         top1_agreement=agreement.top1_agreement,
@@ -81,9 +98,9 @@ class _Torch:
             self._x_BTE = model.embed(windows)
             for n, layer in enumerate(model.decoder.layers):
                 self._x_BTE = model.layer(n, self._x_BTE, model.weights(*layer.linears()))
-            self._head = model.weights(model.decoder.head)
 
     def logits(self, window: int) -> F32:
         """Of one window, [T, V]."""
         with self._inference():
-            return np.asarray(self._model.logits(self._x_BTE[window : window + 1], self._head)[0].numpy())
+            head = self._model.weights(self._model.decoder.head)  # read anew: too large to keep between formats
+            return np.asarray(self._model.logits(self._x_BTE[window : window + 1], head)[0].numpy())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from phi_export.costs import shown, shown_path
 from phi_export.equalise import choose_scales, input_scales
-from phi_export.feedback import factorise
+from phi_export.feedback import factorise, groups
 from phi_export.forward import TorchDecoder, product_type
 from phi_export.kept import load_array, save_array, save_factor
 from phi_runtime.checkpoint import Checkpoint
@@ -28,7 +28,9 @@ Progress = Callable[[str], None]
 
 
 class _Moments:
-    """Adds up the second moments of what enters each matrix, of these the upper triangle alone, and its squares."""
+    """Adds up the second moments of what enters each matrix, group by group (`feedback.groups`), of these the upper
+    triangles alone, and its squares.
+    """
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[Tensor, Tensor]] = {}
@@ -36,27 +38,30 @@ class _Moments:
     def see(self, linear: Linear, x_BTC: Tensor) -> None:
         """Count activations that enter a matrix."""
         x = x_BTC.reshape(-1, x_BTC.shape[-1])
-        squares = x.square().sum(dim=0)
-        moment, sizes = self._found.setdefault(
-            linear.weight[0], (torch.zeros(x.shape[1], x.shape[1]), torch.zeros(x.shape[1]))
+        count, width = groups(x.shape[1]), x.shape[1] // groups(x.shape[1])
+        moments, sizes = self._found.setdefault(
+            linear.weight[0], (torch.zeros(count, width, width), torch.zeros(x.shape[1]))
         )
-        sizes += squares
+        sizes += torch.linalg.vector_norm(x, dim=0).square()
         x = x.to(product_type())
-        for start, stop in _stripes(x.shape[1]):
-            moment[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
+        for n, moment in enumerate(moments):
+            own = x[:, n::count].contiguous()
+            for start, stop in _stripes(width):
+                moment[start:stop, start:] += own[:, start:stop].T @ own[:, start:]
 
     def squares(self, linear: Linear, count: int) -> F32:
         """The mean squares of what enters a matrix, [columns]."""
         return np.asarray((self._found[linear.weight[0]][1] / count).numpy())
 
-    def take(self, linear: Linear, count: int) -> F32:
-        """The moment of what enters a matrix, per token; forgets it."""
-        moment, squares = self._found.pop(linear.weight[0])
-        for start, stop in _stripes(len(moment)):
-            moment[stop:, start:stop] = moment[start:stop, stop:].T
-        # Products of bfloat16 are rounded to it, which could leave a matrix that has no factor.
-        moment.diagonal().copy_(squares * _ROUNDED)
-        return np.asarray(moment.div_(count).numpy())
+    def take(self, linear: Linear, count: int) -> list[F32]:
+        """The moments of what enters a matrix, per token, one for each group; forgets them."""
+        moments, squares = self._found.pop(linear.weight[0])
+        for n, moment in enumerate(moments):
+            for start, stop in _stripes(len(moment)):
+                moment[stop:, start:stop] = moment[start:stop, stop:].T
+            # Products of bfloat16 are rounded to it, which could leave a matrix that has no factor.
+            moment.diagonal().copy_(squares[n :: len(moments)] * _ROUNDED)
+        return list(moments.div_(count).numpy())
 
 
 def _stripes(width: int) -> Iterator[tuple[int, int]]:
@@ -108,12 +113,16 @@ def gather(checkpoint: Checkpoint, texts: list[list[int]], folder: Path, progres
     at_a_time = max(1, BATCH // len(texts[0]))
 
     def keep(linear: Linear, scale: F32) -> None:
-        moment = moments.take(linear, count)
-        if not np.isfinite(moment).all():
-            raise CheckpointError(f"{checkpoint.folder}: its activations grow beyond float32 on the calibration text")
-        moment /= scale[:, None]
-        moment /= scale
-        save_factor(folder, linear.weight[0], factorise(moment))
+        found = moments.take(linear, count)
+        for n, moment in enumerate(found):
+            if not np.isfinite(moment).all():
+                raise CheckpointError(
+                    f"{checkpoint.folder}: its activations grow beyond float32 on the calibration text"
+                )
+            own = scale[n :: len(found)]
+            moment /= own[:, None]
+            moment /= own
+        save_factor(folder, linear.weight[0], factorise(*found))
 
     for n in range(begun, len(d.layers)):
         layer = d.layers[n]

@@ -1,42 +1,52 @@
 """What calibration keeps on disk: arrays, and the factors of error feedback as the rows of a triangle in float16."""
 
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from phi_export.feedback import Factor
+from phi_export.feedback import Factor, groups
 from phi_runtime.errors import CheckpointError
 
 
 def save_factor(folder: Path, name: str, factor: Factor) -> None:
     """Keep a factor as NAME-spread.npy, NAME-importance.npy and NAME-order.npy."""
-    n = len(factor.order)
-    triangle = np.empty(n * (n + 1) // 2, np.float16)
-    at = 0
-    for j in range(n):
-        triangle[at : at + n - j] = factor.spread[j, j:]
-        at += n - j
-    save_array(folder / f"{name}-spread.npy", triangle)
+    n = len(factor.spread[0])
+    triangles = np.empty((len(factor.spread), n * (n + 1) // 2), np.float16)
+    for spread, triangle in zip(factor.spread, triangles, strict=True):
+        for j, row in _rows(triangle, n):
+            row[:] = spread[j, j:]
+    save_array(folder / f"{name}-spread.npy", triangles)
     save_array(folder / f"{name}-importance.npy", factor.importance)
     save_array(folder / f"{name}-order.npy", factor.order)
+
+
+def _rows(triangle: np.ndarray, n: int) -> Iterator[tuple[int, np.ndarray]]:
+    at = 0
+    for j in range(n):
+        yield j, triangle[at : at + n - j]
+        at += n - j
 
 
 @lru_cache(maxsize=1)  # parts of a matrix share it, and two of the widest are much memory
 def load_factor(folder: Path, name: str) -> Factor:
     """The factor kept by that name. Raises CheckpointError."""
-    order, triangle = load_array(folder / f"{name}-order.npy"), load_array(folder / f"{name}-spread.npy")
+    order, triangles = load_array(folder / f"{name}-order.npy"), load_array(folder / f"{name}-spread.npy")
     importance = load_array(folder / f"{name}-importance.npy")
-    n = len(order)
-    whole = triangle.shape == (n * (n + 1) // 2,) and importance.shape == (n,) and bool((importance > 0).all())
-    if not whole or not np.array_equal(np.sort(order), np.arange(n)):
+    count = groups(len(order))
+    n = len(order) // count
+    whole = triangles.shape == (count, n * (n + 1) // 2) and importance.shape == order.shape
+    dealt = whole and all(
+        np.array_equal(np.sort(order[g * n : (g + 1) * n]), np.arange(g, len(order), count)) for g in range(count)
+    )
+    if not dealt or not (importance > 0).all():
         raise CheckpointError(f"{folder}: {name} is damaged; delete the folder and calibrate again")
-    spread = np.zeros((n, n), np.float32)
-    at = 0
-    for j in range(n):
-        spread[j, j:] = triangle[at : at + n - j]
-        at += n - j
-    return Factor(order, spread, importance)
+    spreads = [np.zeros((n, n), np.float32) for _ in range(count)]
+    for spread, triangle in zip(spreads, triangles, strict=True):
+        for j, row in _rows(triangle, n):
+            spread[j, j:] = row
+    return Factor(order, tuple(spreads), importance)
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from phi_export.defaults import PREFERENCES
 from phi_export.equalise import scales_bytes
 from phi_export.formats import Format, Item, Options, Plan, Type, fitting, items, stored
 from phi_export.verify import COMPANIONS
@@ -27,7 +28,6 @@ _ROLE = {"head": 4.0, "down": 2.0, "embedding": 0.5}
 # What `--int4` aims at, nats of KL divergence per token; a hundredth is about a percent more perplexity.
 INT4_LOSS = 0.012
 _HALVINGS = 20  # of the bytes between the least and the most of `--int4`
-PREFERENCES = ("balanced", "quality", "speed")
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Ceiling:
     memory: bytes that a bundle's files may take together; None for `--int4`: as few as `INT4_LOSS` takes in types of at
     least 4 bits, at most those of llama.cpp's Q4_K_M; uncalibrated, the format's yardstick. prefer: quality, the least
     expected loss; balanced, the same among the mixes predicted to decode no slower than the format's yardstick
-    (`Format.yardstick`); speed, among the types that decode as fast as the fastest 4-bit one. min_speed: the least loss
-    of those predicted to decode so many tokens per second.
+    (`Format.yardstick`; of `--int4`, where that keeps to `INT4_LOSS`); speed, among the types that decode as fast as
+    the fastest 4-bit one. min_speed: the least loss of those predicted to decode so many tokens per second.
     """
 
     memory: int | None
@@ -107,13 +107,14 @@ def plan_mix(
         kinds = _eligible(module, item, options, ceiling, speeds, timed=limit is not None)
         choices.append([(n, t.nbytes(item.rows, item.columns), sensitivity(item, t)) for n, t in kinds.items()])
     least = sum(min(size for _, size, _ in c) for c in choices)
+    most = max(least, q4_k_m_bytes(checkpoint))  # of `--int4`
     times = [
         {n: speeds.nanoseconds.get(n, 0.0) * i.weights * i.uses / 1e6 for n, _, _ in c}
         for i, c in zip(matrices, choices, strict=True)
     ]
 
-    def within(room: int) -> list[str]:
-        if limit is None:
+    def within(room: int, timed: bool = True) -> list[str]:
+        if limit is None or not timed:
             return _allocate(choices, room)
         return _allocate_in_time(choices, times, room, limit, strict=ceiling.min_speed is not None)
 
@@ -121,10 +122,12 @@ def plan_mix(
         layers = 1 + max(i.layer for i in matrices)
         chosen = [module.yardstick(i, layers, options) for i in matrices]
         size = sum(stored(module, i, n, options).bytes for i, n in zip(matrices, chosen, strict=True))
-        if size > (most := max(least, q4_k_m_bytes(checkpoint))):
+        if size > most:
             chosen = within(most)
     elif ceiling.memory is None:
-        chosen = _fewest_bytes(choices, within, least, q4_k_m_bytes(checkpoint))
+        chosen = _fewest_bytes(choices, within, least, most)
+        if _lost(choices, chosen) > INT4_LOSS:  # what keeps the model goes before speed
+            chosen = _fewest_bytes(choices, lambda room: within(room, timed=False), least, most)
     else:
         beside = _overhead(module, checkpoint, options) + sum(q.bytes for q in fixed.values())
         if least > ceiling.memory - beside:
@@ -182,20 +185,19 @@ def q4_k_m_bytes(checkpoint: Checkpoint) -> int:
     return total
 
 
+def _lost(choices: list[list[_Choice]], chosen: list[str]) -> float:
+    return sum(next(loss for n, _, loss in c if n == name) for c, name in zip(choices, chosen, strict=True))
+
+
 def _fewest_bytes(choices: list[list[_Choice]], within: Callable[[int], list[str]], least: int, most: int) -> list[str]:
     """The smallest mix that is expected to lose no more than INT4_LOSS, within `most` bytes."""
-    most = max(least, most)
     best = within(most)
-
-    def lost(chosen: list[str]) -> float:
-        return sum(next(loss for n, _, loss in c if n == name) for c, name in zip(choices, chosen, strict=True))
-
-    if lost(best) > INT4_LOSS:
+    if _lost(choices, best) > INT4_LOSS:
         return best
     for _ in range(_HALVINGS):
         middle = (least + most) // 2
         found = within(middle)
-        if lost(found) <= INT4_LOSS:
+        if _lost(choices, found) <= INT4_LOSS:
             most, best = middle, found
         else:
             least = middle

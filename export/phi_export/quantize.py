@@ -1,8 +1,9 @@
 """Rounding weights onto uniform grids and palettes, a piece of rows at a time.
 
 Grid: value = scale * code, signed codes of `bits` bits, one float16 scale per block of weights along
-a row. That is MatMulNBits' symmetric grid and Core ML's per-block int4 alike. Palette: value =
-table[code], one float16 table per group of rows (Core ML). GGUF's grids are ggml's own (`ggml`).
+a row. That is MatMulNBits' symmetric grid and Core ML's per-block int4 alike. Affine grid: value = scale *
+(code - zero), each block with a zero point of its own (MatMulNBits). Palette: value = table[code], one float16
+table per group of rows (Core ML). GGUF's grids are ggml's own (`ggml`).
 """
 
 import numpy as np
@@ -22,6 +23,7 @@ FLOAT16_MAX = 65504.0
 _CACHED = 1 << 16  # weights worked on at a time, so that every step stays in the cache
 _BINS = 2048  # of the histogram that palettes are fitted to
 _ROUNDS = 12  # of Lloyd's algorithm
+_AFFINE_SHRINK = (1.0, 0.92, 0.84)  # of a block's range, tried as the grid's
 
 
 def finite(tensor: Tensor, start: int = 0, stop: int | None = None) -> F32:
@@ -93,12 +95,59 @@ def _round_cached(x: F32, bits: int, block: int, importance: F32 | None) -> tupl
     return rounded.astype(np.int8).reshape(x.shape), stored.reshape(len(x), -1)
 
 
-def _to_grid(blocks: F32, scale: F32, low: int, high: int, out: F32) -> None:
+def _to_grid(blocks: F32, scale: F32, low: int | F32, high: int | F32, out: F32) -> None:
     """Codes of each block under its scale into `out`; 0 where the scale is 0 or too small to divide by."""
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=np.abs(scale) > 1e-30)
     np.multiply(blocks, inverse[:, None], out=out)
     np.rint(out, out=out)
     np.clip(out, low, high, out=out)
+
+
+def round_affine(x: F32, bits: int, block: int, factor: Factor | None = None) -> tuple[U8, F16, U8]:
+    """Codes [rows, columns], scales and zero points [rows, columns / block] of finite rows, with error feedback given a
+    factor.
+    """
+    importance = None if factor is None else factor.importance
+    rows, columns = x.shape
+    codes = np.empty(x.shape, np.uint8)
+    scales, zeros = np.empty((rows, columns // block), np.float16), np.empty((rows, columns // block), np.uint8)
+    step = max(1, _CACHED // columns)
+    for i in range(0, rows, step):
+        part = slice(i, i + step)
+        codes[part], scales[part], zeros[part] = _affine_cached(x[part], bits, block, importance)
+    if factor is None:
+        return codes, scales, zeros
+    level = uniform(scales.astype(np.float32), block, bits, zeros.astype(np.float32))
+    return round_columns(x, factor, level), scales, zeros
+
+
+def _affine_cached(x: F32, bits: int, block: int, importance: F32 | None) -> tuple[U8, F16, U8]:
+    blocks = x.reshape(-1, block)
+    weights = None if importance is None else np.broadcast_to(importance, x.shape).reshape(-1, block)
+    weighted = blocks if weights is None else blocks * weights
+    top = (1 << bits) - 1
+    upper, lower = blocks.max(axis=1).clip(min=0), blocks.min(axis=1).clip(max=0)
+    reach = upper - lower
+    even = np.rint(np.divide(-lower * top, reach, out=np.zeros_like(reach), where=reach > 0))
+    rounded = np.empty_like(blocks)
+    best, scale, zero = np.zeros(len(blocks), np.float32), np.zeros(len(blocks), np.float32), even
+    for shrink in _AFFINE_SHRINK:
+        for shift in (0, -1, 1):
+            z = np.clip(even + np.float32(shift), 0, top)
+            _to_grid(blocks, reach * np.float32(shrink / top), -z[:, None], top - z[:, None], rounded)
+            dot = np.einsum("ij,ij->i", weighted, rounded)
+            if weights is None:
+                norm = np.einsum("ij,ij->i", rounded, rounded)
+            else:
+                norm = np.einsum("ij,ij,ij->i", rounded, rounded, weights)
+            fitted = np.divide(dot, norm, out=np.zeros_like(dot), where=norm > 0)
+            gain = dot * fitted
+            better = gain > best
+            scale, zero, best = np.where(better, fitted, scale), np.where(better, z, zero), np.maximum(best, gain)
+    stored = scale.astype(np.float16)
+    _to_grid(blocks, stored.astype(np.float32), -zero[:, None], top - zero[:, None], rounded)
+    codes = (rounded + zero[:, None]).astype(np.uint8)
+    return codes.reshape(x.shape), stored.reshape(len(x), -1), zero.astype(np.uint8).reshape(len(x), -1)
 
 
 def dequantize_rows(codes: I8, scales: F16) -> F32:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from phi_export.calibration import Calibration
+from phi_export.defaults import PREFERENCES
 from phi_export.equalise import FILE
 from phi_export.export import Exported
 from phi_export.export import Progress as ExportProgress
@@ -28,6 +29,12 @@ from phi_runtime.speed import load_speeds
 RUNTIME_BYTES = 150_000_000
 _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
+
+
+def notes(checkpoint: Checkpoint) -> None:
+    """What was read otherwise than it is spelt."""
+    for note in checkpoint.notes:
+        _err.print(note, markup=False, soft_wrap=True)
 
 
 def ledger(checkpoint: Checkpoint, planned: Planned, calibration: Calibration | None = None) -> None:
@@ -95,7 +102,8 @@ def frontier(mixes: dict[str, Planned], chosen: str, calibrated: bool) -> None:
     for column in ("--prefer", "weights", "expected loss" if calibrated else "loss, relative", "ms per token"):
         table.add_column(column, justify="left" if column == "--prefer" else "right")
     least = min(m.expected_loss for m in mixes.values())
-    for name, mix in mixes.items():
+    for name in PREFERENCES:
+        mix = mixes[name]
         ms = mix.milliseconds(load_speeds(get_format(mix.format).ENGINE))
         lost = f"{mix.expected_loss:.5f}" if calibrated else f"{mix.expected_loss / max(least, 1e-30):.2f}"
         label = f"{name} (this one)" if name == chosen else name
@@ -138,26 +146,16 @@ def spinner(what: str) -> Iterator[Callable[[str], None]]:
 
 def exported(bundles: list[Exported]) -> None:
     """The table of bundles that were written."""
-    table = Table()
-    for column in (
-        "bundle",
-        "files",
-        "bits/weight",
-        "KL divergence",
-        "top-1 agreement",
-        "perplexity (checkpoint)",
-        "written",
-        "verified",
-    ):
+    table = Table(title=f"{bundles[0].folder.parent}:", title_justify="left")  # fits into 80 columns
+    for column in ("bundle", "files", "bits/weight", "KL", "top-1", "written", "verified"):
         table.add_column(column, justify="left" if column == "bundle" else "right")
     for b in bundles:
         table.add_row(
-            str(b.folder),
+            b.folder.name,
             gb(b.manifest.file_bytes()),
             f"{b.manifest.bits_per_weight():.3f}",
             f"{b.parity.kld_mean:.4f}",
             f"{100 * b.parity.top1_agreement:.1f} %",
-            f"{b.parity.perplexity:.2f} ({b.parity.checkpoint_perplexity:.2f})",
             f"{b.write_s:.1f} s",
             f"{b.verify_s:.1f} s",
         )

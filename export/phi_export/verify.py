@@ -26,13 +26,13 @@ import numpy as np
 from phi_export.compare import Agreement, windows
 from phi_export.equalise import equalised, read_scales
 from phi_export.formats import Item, Options, get_format, items, stored
-from phi_export.gate import LARGE, REFUSED, judge
+from phi_export.gate import LARGE, REFUSED, HeldOutText, judge
 from phi_export.isolated import Artifact
 from phi_runtime.backends import cores
 from phi_runtime.backends.reference import Lane, ReadTensor, Reference
 from phi_runtime.bundle import HeldOut, Manifest, Parity, Source, check_files, find_bundle, read_manifest
 from phi_runtime.chat import chat_name
-from phi_runtime.checkpoint import Checkpoint, stop_tokens
+from phi_runtime.checkpoint import ADAPTER, Checkpoint, stop_tokens
 from phi_runtime.config import num_parameters, read_json
 from phi_runtime.decoder import F32, Decoder
 from phi_runtime.errors import BundleError, CheckpointError, PhiError, UnsupportedError, UsageError, VerificationError
@@ -79,15 +79,6 @@ _AROUND = (" ", "  ", "\n", "\n\n ", "a", " b", "word ", " 42", "\u00e9\u65e5", 
 _PROBED = 200  # added tokens looked at, and random strings of them
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class HeldOutText:
-    """What the quality gate reads: windows of one length, of a text called `name`. accept_loss: refuse nothing."""
-
-    name: str
-    windows: list[list[int]]
-    accept_loss: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,6 +154,8 @@ def verify_manifest(
     held_out: HeldOutText | None = None,
 ) -> Verification:
     """As `verify`, for a bundle whose manifest is not written yet; files `written_now` are not digested again."""
+    if ADAPTER in manifest.source.sha256 and not any(f.name == ADAPTER for f in checkpoint.files):
+        raise UsageError(f"{bundle}: was made with a LoRA adapter; give its folder with --adapter")
     if manifest.config() != checkpoint.config:
         raise UsageError(f"{bundle}: is not of the architecture of {checkpoint.folder}; give its own checkpoint")
     tokens = sample_tokens(checkpoint) if tokens is None else tokens
@@ -216,7 +209,7 @@ def verify_manifest(
     )
     judged = None
     if held_out is not None and not manifest.source.random and all(c.passed for c in checks):
-        judged = judge(bundle, manifest, checkpoint, held_out.windows, held_out.name, progress)
+        judged = judge(bundle, manifest, checkpoint, held_out, progress)
         allowed = math.inf if held_out.accept_loss else REFUSED
         where = f"rise of the perplexity on {judged.tokens} held-out tokens"
         checks.append(Check("held-out text", judged.rise, allowed, where))

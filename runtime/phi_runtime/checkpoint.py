@@ -29,6 +29,7 @@ _BUFFERS = re.compile(r".*(\.attn\.attention\.(masked_)?bias|\.rotary_emb\.inv_f
 _MAX_HEADER = 100_000_000  # the format's own cap
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"  # PEFT's
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,11 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 def _check_kind(folder: Path) -> None:
     """Say what a folder is that holds no plain weights. Raises UnsupportedError."""
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
         raise UnsupportedError(
-            f"{folder}: is a PEFT adapter (LoRA) of {base}, not a whole model; merge it first: "
-            "PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(DIR), then export DIR"
+            f"{folder}: is a PEFT adapter (LoRA) of {base}, not a whole model; give that model's folder, and this one "
+            "with phi-export's --adapter"
         )
     if (folder / "config.json").is_file():
         how = read_json(folder / "config.json").get("quantization_config")

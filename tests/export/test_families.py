@@ -9,9 +9,10 @@ import transformers
 from support import feedback_noise, run
 
 import phi_runtime
-from phi_export.calibration import WINDOW, CalibrationText, calibrate
+from phi_export.calibration import CalibrationText, calibrate
 from phi_export.calibration_text import calibration_windows
 from phi_export.compare import Agreement
+from phi_export.defaults import WINDOW
 from phi_export.equalise import Scales, equalised, widths
 from phi_export.formats import Options, get_format, items
 from phi_export.forward import TorchDecoder

@@ -4,7 +4,7 @@ from support import feedback_noise
 
 from phi_export import ggml
 from phi_export.equalise import choose
-from phi_export.feedback import DAMPING, Factor, factorise, round_columns, uniform
+from phi_export.feedback import DAMPING, Factor, factorise, groups, round_columns, uniform
 from phi_export.formats.gguf import _TYPES, _quantize
 from phi_export.ggml_codes import LAYOUTS, open_rows, put_codes
 from phi_export.quantize import dequantize_rows, fit_palettes, round_rows
@@ -30,13 +30,13 @@ def test_the_factor_is_that_of_the_inverse():
     damped = MOMENT.astype(np.float64)[np.ix_(f.order, f.order)]
     damped[np.diag_indices(C)] += DAMPING * np.diag(MOMENT).mean()
     upper = np.linalg.cholesky(np.linalg.inv(damped)).T
-    np.testing.assert_allclose(f.spread, upper / np.diag(upper)[:, None], atol=1e-4)
+    np.testing.assert_allclose(f.spread[0], upper / np.diag(upper)[:, None], atol=1e-4)
 
 
 @pytest.mark.parametrize("used", [0.0, 1e-20])
 def test_inputs_that_were_never_used_do_no_harm(used):
     f = factorise(np.full((C, C), used, np.float32))
-    assert np.isfinite(f.spread).all()
+    assert np.isfinite(f.spread[0]).all()
 
 
 def test_feedback_is_optimal_column_by_column():
@@ -91,7 +91,7 @@ def test_feedback_costs_less_with_palettes(bits):
 
 
 def test_without_shared_directions_feedback_is_plain_rounding():
-    alone = Factor(RANDOM.permutation(C), np.eye(C, dtype=np.float32), np.ones(C, np.float32))
+    alone = Factor(RANDOM.permutation(C), (np.eye(C, dtype=np.float32),), np.ones(C, np.float32))
     for bits, block in ((2, 64), (4, 32), (8, 128)):
         for a, b in zip(round_rows(W, bits, block), round_rows(W, bits, block, alone), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -102,6 +102,21 @@ def test_rows_do_not_depend_on_their_neighbours():
     whole, _ = round_rows(W, 4, 128, f)
     parts = [round_rows(W[i : i + 16], 4, 128, f)[0] for i in range(0, 64, 16)]
     assert (whole != np.concatenate(parts)).mean() < 1e-3  # but for the order of sums
+
+
+def test_groups_of_columns_are_a_moment_without_what_lies_between():
+    apart = np.zeros_like(MOMENT)
+    for n in range(2):
+        apart[n::2, n::2] = MOMENT[n::2, n::2]
+    dealt, whole = factorise(MOMENT[::2, ::2], MOMENT[1::2, 1::2]), factorise(apart)
+    np.testing.assert_allclose(dealt.importance, whole.importance, rtol=1e-3)
+    for a, b in zip(round_rows(W, 4, 128, dealt), round_rows(W, 4, 128, whole), strict=True):
+        assert (a != b).mean() < 1e-3  # but for the order of sums
+    scale = np.ldexp(1.0, choose(np.diag(MOMENT)).astype(int)).astype(np.float32)
+    parts = [MOMENT[n::2, n::2] / scale[n::2, None] / scale[n::2] for n in range(2)]
+    fed = [dequantize_rows(*round_rows(W, 4, 128, f)) for f in (dealt, factorise(*parts).unscaled(scale))]
+    assert cost(fed[1]) == pytest.approx(cost(fed[0]), rel=0.3)
+    assert [groups(c) for c in (192, 4096, 8192, 16384, 17920)] == [1, 1, 2, 4, 5]
 
 
 def test_a_factor_of_scaled_columns_gives_that_of_the_columns():

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from support import run
 
+from phi_export.defaults import PREFERENCES
 from phi_export.export import plan
 from phi_export.formats import Options, get_format
-from phi_export.plan import PREFERENCES, Ceiling, _allocate, _allocate_in_time, _undominated, plan_mix, q4_k_m_bytes
+from phi_export.plan import Ceiling, _allocate, _allocate_in_time, _undominated, plan_mix, q4_k_m_bytes
 from phi_runtime.checkpoint import Checkpoint, Tensor
 from phi_runtime.errors import UsageError
 from phi_runtime.memory import parse_size

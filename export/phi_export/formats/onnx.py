@@ -7,6 +7,7 @@ that a block of 256 costs the fp32 profile what one of 128 costs the other.
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import onnx_ir as ir
 from phi_export.feedback import Factor
 from phi_export.formats import Calibrated, Item, Options, Plan, Type, choose_profile, items, more_bits, piece
 from phi_export.formats.onnx_graph import ACTIVATIONS, Matrix, build_model, genai_config, rope_positions
-from phi_export.quantize import dequantize_rows, finite, round_rows
+from phi_export.quantize import dequantize_rows, finite, round_affine, round_rows
 from phi_export.stream import PlacedFile, Stream, align
 from phi_runtime.backends.onnxruntime import INT8_KV, WINDOWED
 from phi_runtime.backends.reference import ReadTensor, round_int8
@@ -43,7 +44,7 @@ _HEADROOM = 1.1  # of a cache of 8 bits, for magnitudes beyond those of the cali
 
 @dataclass(frozen=True)
 class Grid:
-    """Unsigned codes with an implicit zero point of half their range, and a scale per block along a row."""
+    """Unsigned codes and a scale per block along a row; the zero point is half their range, or stored (`affine`)."""
 
     name: str
     bits: int
@@ -51,6 +52,7 @@ class Grid:
     scale_bytes: int
     error: float
     fed_back: float
+    affine: bool = False
 
     @property
     def multiple(self) -> int:
@@ -58,17 +60,24 @@ class Grid:
         return self.block
 
     def nbytes(self, rows: int, columns: int) -> int:
-        """Codes and scales."""
-        return rows * columns * self.bits // 8 + rows * columns // self.block * self.scale_bytes
+        """Codes, scales and zero points."""
+        zeros = rows * self.zeros_bytes(columns) if self.affine else 0
+        return rows * columns * self.bits // 8 + rows * columns // self.block * self.scale_bytes + zeros
+
+    def zeros_bytes(self, columns: int) -> int:
+        """Of a row's zero points, which are as wide as codes and packed as they are."""
+        return -(-(columns // self.block) * self.bits // 8)
 
 
-# Bits and block of each type, and its errors; 2 bits with other blocks take onnxruntime's slow path.
+# Bits and block of each type, and its errors; 2 bits with other blocks take onnxruntime's slow path. `uint4` types have
+# zero points.
 _ERRORS = {
     (2, 64): (0.127, 0.144), (2, 128): (0.137, 0.154),
     (4, 16): (0.0052, 0.0060), (4, 32): (0.0068, 0.0077), (4, 64): (0.0082, 0.0093), (4, 128): (0.0095, 0.0107),
     (4, 256): (0.0104, 0.0119),
     (8, 64): (0.00004, 0.00004), (8, 128): (0.00004, 0.00005),
 }  # fmt: skip
+_AFFINE_ERRORS = {16: (0.0035, 0.0040), 32: (0.0053, 0.0060), 64: (0.0070, 0.0080), 128: (0.0085, 0.0096)}
 
 
 def check(config: Config, options: Options) -> None:
@@ -94,7 +103,9 @@ def types(options: Options) -> dict[str, Type]:
 
 def _grids(options: Options) -> dict[str, Grid]:
     width = vector_bytes(options)
-    return {f"int{b}-g{g}": Grid(f"int{b}-g{g}", b, g, width, *errors) for (b, g), errors in _ERRORS.items()}
+    symmetric = [Grid(f"int{b}-g{g}", b, g, width, *errors) for (b, g), errors in _ERRORS.items()]
+    affine = [Grid(f"uint4-g{g}", 4, g, width, *errors, affine=True) for g, errors in _AFFINE_ERRORS.items()]
+    return {grid.name: grid for grid in (*symmetric, *affine)}
 
 
 def rounding(x: F32) -> F32:
@@ -179,9 +190,11 @@ def write(
             layout.add(item.tensor, real, checkpoint.tensors[item.tensor].shape)
             continue
         blocks = item.columns // kind.block
-        matrices[item.tensor] = Matrix(kind.bits, kind.block)
+        matrices[item.tensor] = Matrix(kind.bits, kind.block, kind.affine)
         layout.add(f"{item.tensor}.codes", ir.DataType.UINT8, (item.rows, blocks, kind.block * kind.bits // 8))
         layout.add(f"{item.tensor}.scales", real, (item.rows, blocks))
+        if kind.affine:
+            layout.add(f"{item.tensor}.zeros", ir.DataType.UINT8, (item.rows, kind.zeros_bytes(item.columns)))
     tables = _rope_tables(d, options)
     for name, table in tables.items():
         layout.add(name, real, table.shape)
@@ -232,14 +245,30 @@ def _write_item(
     codes_at, scales_at = (layout.places[f"{item.tensor}.{part}"].offset for part in ("codes", "scales"))
     row_codes, row_scales = item.columns * kind.bits // 8, item.columns // kind.block * kind.scale_bytes
     bits, block, half = kind.bits, kind.block, np.int8(-128) if kind.bits == 8 else np.int8(1 << kind.bits - 1)
+    work: Callable[[int, int], None]
+    if kind.affine:
+        zeros_at, row_zeros = layout.places[f"{item.tensor}.zeros"].offset, kind.zeros_bytes(item.columns)
 
-    def work(start: int, stop: int) -> None:
-        codes, scales = round_rows(finite(tensor, start, stop), bits, block, factor)
-        codes ^= half  # signed to unsigned: adds half the range
-        file.write(codes_at + start * row_codes, pack(codes, bits))
-        file.write(scales_at + start * row_scales, scales.astype(real))
+        def work(start: int, stop: int) -> None:
+            codes, scales, zeros = round_affine(finite(tensor, start, stop), bits, block, factor)
+            file.write(codes_at + start * row_codes, pack(codes, bits))
+            file.write(scales_at + start * row_scales, scales.astype(real))
+            file.write(zeros_at + start * row_zeros, _pack_zeros(zeros, bits))
+    else:
+
+        def work(start: int, stop: int) -> None:
+            codes, scales = round_rows(finite(tensor, start, stop), bits, block, factor)
+            codes ^= half  # signed to unsigned: adds half the range
+            file.write(codes_at + start * row_codes, pack(codes, bits))
+            file.write(scales_at + start * row_scales, scales.astype(real))
 
     stream.pieces(item.rows, item.columns, 1, work, piece(factor))
+
+
+def _pack_zeros(zeros: np.ndarray, bits: int) -> np.ndarray:
+    """Rows of zero points, each row in whole bytes."""
+    each = 8 // bits
+    return pack(np.pad(zeros, ((0, 0), (0, -zeros.shape[1] % each))), bits)
 
 
 def _rope_tables(d: Decoder, options: Options) -> dict[str, np.ndarray]:
@@ -255,6 +284,10 @@ def _rope_tables(d: Decoder, options: Options) -> dict[str, np.ndarray]:
 def rounded(x: F32, kind: str, options: Options) -> F32:
     """As MatMulNBits dequantises it."""
     grid = _grids(options)[kind]
+    if grid.affine:
+        codes, scales, zeros = round_affine(x, grid.bits, grid.block)
+        signed = codes.reshape(*zeros.shape, -1).astype(np.int8) - zeros.astype(np.int8)[:, :, None]
+        return dequantize_rows(signed.reshape(x.shape), scales)
     return dequantize_rows(*round_rows(x, grid.bits, grid.block))
 
 
@@ -348,9 +381,14 @@ def read(folder: Path, manifest: Manifest) -> ReadTensor:
         if not len(codes):
             return np.zeros((0, 0), np.float32)
         stored = np.ascontiguousarray(codes).reshape(*scales.shape, -1)
-        bits = kinds[manifest.quantization[name].type].bits
-        out = unpack(stored, bits, False).astype(np.float32)
-        out -= np.float32(1 << bits - 1)
+        kind = kinds[manifest.quantization[name].type]
+        out = unpack(stored, kind.bits, False).astype(np.float32)
+        if kind.affine:
+            packed = initializer(f"{name}.zeros", start, stop)
+            zeros = unpack(np.ascontiguousarray(packed), kind.bits, False)[:, : scales.shape[1]]
+            out -= zeros.astype(np.float32)[:, :, None]
+        else:
+            out -= np.float32(1 << kind.bits - 1)
         out *= scales.astype(np.float32)[:, :, None]
         return out.reshape(len(stored), -1)
 

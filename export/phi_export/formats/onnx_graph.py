@@ -24,10 +24,11 @@ _INT8_ACTIVATIONS = 4  # MatMulNBits accuracy_level: activations to int8 per blo
 
 @dataclass(frozen=True)
 class Matrix:
-    """Bits and block of a quantised matrix."""
+    """Bits and block of a quantised matrix, and whether its blocks have zero points of their own."""
 
     bits: int
     block: int
+    affine: bool = False
 
 
 def rope_positions(d: Decoder) -> list[tuple[int, int]]:
@@ -194,7 +195,7 @@ class _Graph:
         m = self._matrices[d.embedding]
         x = self._op(
             "GatherBlockQuantized",
-            [f"{d.embedding}.rows", "input_ids", f"{d.embedding}.scales"],
+            [f"{d.embedding}.rows", "input_ids", f"{d.embedding}.scales", f"{d.embedding}.zeros" if m.affine else ""],
             ["embedded"],
             _MS,
             bits=m.bits,
@@ -298,9 +299,9 @@ class _Graph:
         m = self._matrices[weight]
         tensor = next(t for t in self._initializers if t.name == f"{weight}.codes")
         rows, blocks, _ = tensor.shape.numpy()
-        inputs = [x, f"{weight}.codes", f"{weight}.scales"]
+        inputs = [x, f"{weight}.codes", f"{weight}.scales", f"{weight}.zeros" if m.affine else ""]
         if bias is not None:
-            inputs += ["", "", bias]
+            inputs += ["", bias]
         return self._op(
             "MatMulNBits",
             inputs,
