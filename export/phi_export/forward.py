@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from phi_runtime.backends.reference import ReadTensor
 from phi_runtime.decoder import Decoder, Layer, Linear, Norm, visible
 
-# Told a matrix and what enters it, [B, T, columns].
+# Told a matrix and what enters it, [B, T, columns], in the type of the products.
 Watch = Callable[[Linear, Tensor], None]
 
 # Told keys before they are rotated, and values, [B, G, T, D].
@@ -80,10 +80,11 @@ class TorchDecoder:
 
     def linear(self, x: Tensor, linear: Linear, weights: Weights) -> Tensor:
         """Activations times a matrix, in float32."""
+        x = x.to(self.dtype)
         self._watch(linear, x)
         parts = [weights[name] for name in linear.weight]
         w = parts[0] if len(parts) == 1 else torch.cat(parts)
-        y = F.linear(x.to(self.dtype), w).float()
+        y = F.linear(x, w).float()
         return y + torch.cat([self._vector(name) for name in linear.bias]) if linear.bias else y
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:

@@ -29,21 +29,17 @@ Progress = Callable[[str], None]
 
 class _Moments:
     """Adds up the second moments of what enters each matrix, group by group (`feedback.groups`), of these the upper
-    triangles alone, and its squares.
+    triangles alone.
     """
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[Tensor, Tensor]] = {}
+        self._found: dict[str, Tensor] = {}
 
     def see(self, linear: Linear, x_BTC: Tensor) -> None:
         """Count activations that enter a matrix."""
         x = x_BTC.reshape(-1, x_BTC.shape[-1])
         count, width = groups(x.shape[1]), x.shape[1] // groups(x.shape[1])
-        moments, sizes = self._found.setdefault(
-            linear.weight[0], (torch.zeros(count, width, width), torch.zeros(x.shape[1]))
-        )
-        sizes += torch.linalg.vector_norm(x, dim=0).square()
-        x = x.to(product_type())
+        moments = self._found.setdefault(linear.weight[0], torch.zeros(count, width, width))
         for n, moment in enumerate(moments):
             own = x[:, n::count].contiguous()
             for start, stop in _stripes(width):
@@ -51,16 +47,17 @@ class _Moments:
 
     def squares(self, linear: Linear, count: int) -> F32:
         """The mean squares of what enters a matrix, [columns]."""
-        return np.asarray((self._found[linear.weight[0]][1] / count).numpy())
+        moments = self._found[linear.weight[0]]
+        return np.asarray((moments.diagonal(dim1=1, dim2=2).T.reshape(-1) / count).numpy())
 
     def take(self, linear: Linear, count: int) -> list[F32]:
         """The moments of what enters a matrix, per token, one for each group; forgets them."""
-        moments, squares = self._found.pop(linear.weight[0])
-        for n, moment in enumerate(moments):
+        moments = self._found.pop(linear.weight[0])
+        for moment in moments:
             for start, stop in _stripes(len(moment)):
                 moment[stop:, start:stop] = moment[start:stop, stop:].T
             # Products of bfloat16 are rounded to it, which could leave a matrix that has no factor.
-            moment.diagonal().copy_(squares[n :: len(moments)] * _ROUNDED)
+            moment.diagonal().mul_(_ROUNDED)
         return list(moments.div_(count).numpy())
 
 

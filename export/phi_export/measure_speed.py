@@ -19,7 +19,7 @@ from phi_export.stream import Stream
 from phi_runtime.backends import cores, open_backend
 from phi_runtime.bundle import Manifest, Source
 from phi_runtime.checkpoint import Checkpoint, open_checkpoint
-from phi_runtime.errors import MissingExtraError, PhiError
+from phi_runtime.errors import MissingExtraError, PhiError, UsageError
 from phi_runtime.files import write_file
 from phi_runtime.machine import machine
 from phi_runtime.package import Package, open_bundle
@@ -104,7 +104,10 @@ def _measure(
     engine: str, packages: dict[str, Package], threads: int, progress: Callable[[str], None]
 ) -> dict[str, float]:
     """Nanoseconds per weight by type. Raises MissingExtraError."""
-    backends = {kind: open_backend(p, engine, _CONTEXT, threads) for kind, p in packages.items()}
+    backends = {}
+    for kind, package in packages.items():
+        with suppress(UsageError):  # a type that this engine refuses
+            backends[kind] = open_backend(package, engine, _CONTEXT, threads)
     taken: dict[str, list[float]] = {kind: [] for kind in backends}
     for r in range(_ROUNDS):
         progress(f"{engine}: round {r + 1} of {_ROUNDS}")
@@ -117,5 +120,5 @@ def _measure(
             taken[kind].append((time.perf_counter() - began) / _TOKENS)
     for backend in backends.values():
         backend.close()
-    weights = {kind: sum(count for _, count in p.matrices) for kind, p in packages.items()}
+    weights = {kind: sum(count for _, count in packages[kind].matrices) for kind in backends}
     return {kind: round(1e9 * statistics.median(seconds) / weights[kind], 5) for kind, seconds in taken.items()}

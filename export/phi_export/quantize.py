@@ -23,7 +23,7 @@ FLOAT16_MAX = 65504.0
 _CACHED = 1 << 16  # weights worked on at a time, so that every step stays in the cache
 _BINS = 2048  # of the histogram that palettes are fitted to
 _ROUNDS = 12  # of Lloyd's algorithm
-_AFFINE_SHRINK = (1.0, 0.92, 0.84)  # of a block's range, tried as the grid's
+_AFFINE_SHRINK = (1.04, 1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)  # of a block's range, tried as the grid's
 
 
 def finite(tensor: Tensor, start: int = 0, stop: int | None = None) -> F32:
