@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ import pytest
 from support import SCRIPTS, run
 
 import phi_runtime
+from phi_export import calibration_text
 from phi_export.calibration import CalibrationText, calibrate
 from phi_export.calibration_text import calibration_windows
 from phi_export.compare import Agreement, windows
@@ -176,6 +178,10 @@ def test_the_built_in_text_is_enough_and_half_of_it_a_chat(source):
     user = Tokenizer(source.folder).id("<|user|>")
     assert sum(user in w for w in found) == 16
     assert found == calibration_windows(source, BUILT_IN, 32, 128)
+    read = [Tokenizer(source.folder).decode(w) for w in found[::2]]  # every other window is of prose
+    prose = " ".join(Path(calibration_text.__file__).with_name("prose.txt").read_text().split())
+    assert sum(" ".join(text.split())[-80:] in prose for text in read) == 16
+    assert not {tuple(w) for w in found} & {tuple(w) for w in calibration_windows(source, BUILT_IN, 8, 128, True)}
 
 
 def test_the_ledger_shows_what_each_group_is_expected_to_cost(checkpoint, wanted, calibration):

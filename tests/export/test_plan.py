@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support import run
 
+from phi_export import measure_speed
 from phi_export.defaults import PREFERENCES
 from phi_export.export import plan
 from phi_export.formats import Options, get_format
@@ -17,7 +18,7 @@ from phi_runtime.checkpoint import Checkpoint, Tensor
 from phi_runtime.errors import UsageError
 from phi_runtime.memory import parse_size
 from phi_runtime.speed import Speeds, load_speeds
-from phi_train.published import PUBLISHED
+from phi_train.published import PUBLISHED, phi3_mini_4k
 
 
 def headers(name, folder):
@@ -186,6 +187,22 @@ def test_a_damaged_table_of_speeds_is_named(tmp_path, checkpoint):
     done = run("phi-export", "--int4", "--fast", checkpoint, "--dry-run", env={"XDG_CACHE_HOME": str(tmp_path)})
     assert done.returncode == 2
     assert "calibrate-speed" in done.stderr
+
+
+def test_speeds_are_measured_of_every_type_that_an_engine_runs(tmp_path, monkeypatch):
+    small = replace(
+        phi3_mini_4k(), hidden_size=256, intermediate_size=256, num_attention_heads=4, num_key_value_heads=4
+    )
+    for name, value in {"_LAYERS": 1, "_ROUNDS": 1, "_TOKENS": 1, "phi3_mini_4k": lambda: small}.items():
+        monkeypatch.setattr(measure_speed, name, value)
+    path, table = measure_speed.calibrate_speed(tmp_path / "speed.json", 1)
+    engines = table["engines"]
+    assert engines == json.loads(path.read_text())["engines"]
+    for engine, name in (("llama.cpp", "gguf"), ("onnxruntime", "onnx")):
+        assert set(engines[engine]) == set(get_format(name).types(Options()))
+        assert all(ns > 0 for ns in engines[engine].values())
+    if "ik_llama.cpp" in engines:
+        assert set(engines["llama.cpp"]) - set(engines["ik_llama.cpp"]) == {"Q4_1", "Q5_0", "Q5_1"}
 
 
 def test_sizes_have_units():
