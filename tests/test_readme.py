@@ -8,7 +8,9 @@ import sys
 import urllib.request
 from importlib import import_module
 
+import peft
 import pytest
+import transformers
 from support import ROOT, SCRIPTS, TINY
 
 README = (ROOT / "README.md").read_text()
@@ -25,10 +27,13 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def desk(checkpoint, tmp_path_factory):
-    """A folder with a checkpoint by the name that the README uses."""
+    """A folder with a checkpoint and an adapter by the names that the README uses."""
     folder = tmp_path_factory.mktemp("desk")
     shutil.copytree(checkpoint, folder / "my-phi", ignore=shutil.ignore_patterns("training"))
     shutil.copy(checkpoint / "training" / "shards" / "heldout.txt", folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    peft.get_peft_model(model, lora).save_pretrained(folder / "my-lora")
     return folder
 
 
