@@ -19,7 +19,7 @@ import numpy as np
 
 from phi_export.verify import COMPANIONS
 from phi_runtime.checkpoint import ADAPTER, Checkpoint, Tensor, read_header
-from phi_runtime.config import read_json
+from phi_runtime.config import Config, read_json
 from phi_runtime.decoder import F32, Decoder
 from phi_runtime.errors import CheckpointError, NotFoundError, UnsupportedError
 
@@ -36,6 +36,12 @@ _KNOWN = {
     *("rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "trainable_token_indices"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora", "velora_config", "lora_bias"),
     *("qalora_group_size", "ensure_weight_tying", "runtime_config"),
+}
+# What those that are read here have to be.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "alpha_pattern": dict,
+    "modules_to_save": list,
+    "trainable_token_indices": (list, dict),
 }
 # Beginnings of training that leave the base as it was; the others (PiSSA, OLoRA, CorDA, LoftQ) change it.
 _BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -88,7 +94,8 @@ def adapted(checkpoint: Checkpoint, adapter: Path) -> Checkpoint:
     base) and UnsupportedError (no LoRA, or a kind of it that cannot be merged).
     """
     merge = _Merge(checkpoint, adapter)
-    for name in list(merge.left):
+    # What is saved whole comes first: the rest is put on top of it.
+    for name in sorted(merge.left, key=lambda n: (".token_adapter.trainable" in n, ".lora_" in n, n)):
         merge.take(name)
     if merge.left:
         name = min(merge.left)
@@ -124,7 +131,7 @@ class _Merge:
         elif key.endswith(".token_adapter.trainable_tokens_delta"):
             self._single_rows(key.removesuffix(".token_adapter.trainable_tokens_delta"), self.left.pop(key))
         else:
-            self._whole(key.replace(".base_layer.", "."), key)
+            self._whole(key.replace(".token_adapter.", ".").replace(".base_layer.", "."), key)
 
     def _low_rank(self, module: str, embedding: bool) -> None:
         part = "lora_embedding_" if embedding else "lora_"
@@ -134,13 +141,18 @@ class _Merge:
         magnitude = self._pop(f"{name}magnitude_vector", f"{name}magnitude_vector.weight")
         bias = self.left.pop(f"{module}.lora_B.bias", None)
         found = self._place(f"{module}.weight")
-        if a is None or b is None or found is None:
+        if a is None or b is None or found is None or len(self.tensors[found[0]].shape) != 2:
             self.left[f"{name}A.weight"] = a or b or magnitude or bias  # type: ignore[assignment]
             return
         target, start, rows = found
         columns = self.tensors[target].shape[1]
         wanted = (columns, rows) if embedding else (rows, columns)
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != wanted:
+        if (
+            len(a.shape) != 2
+            or len(b.shape) != 2
+            or not a.shape[0] == b.shape[1] > 0
+            or (b.shape[0], a.shape[1]) != wanted
+        ):
             raise CheckpointError(
                 f"{self.adapter / WEIGHTS}: {module} has A {list(a.shape)} and B {list(b.shape)}, its base "
                 f"[{rows}, {columns}]; is this its own base, and was the adapter gathered before it was saved (ZeRO-3)?"
@@ -201,19 +213,16 @@ class _Merge:
             )
         del self.left[key]
         original = self.left.pop(name.replace(".weight", ".original_module.weight"), None)
-        before = self.tensors[name]
-        updates = before.updates if isinstance(before, AdaptedTensor) else ()
-        whole = AdaptedTensor(**_place_of(given, name), of=given, updates=updates)
-        self.tensors[name] = whole
+        self.tensors[name] = given
         saved = self.settings.get("modules_to_save") or []
         apart = name.split(".")[-2] in saved and not self.settings.get("ensure_weight_tying")
         if self.decoder.tied and vocabulary and apart:
             self.head_of_its_own = True  # PEFT trains a copy of the one and leaves the other
             other = _HEAD if name == self.decoder.embedding else self.decoder.embedding
-            if original is not None and not isinstance(self.tensors[other], AdaptedTensor):
-                self.tensors[other] = AdaptedTensor(**_place_of(original, other), of=original)
+            if original is not None and self.tensors[other] is self.base.tensors[self.decoder.embedding]:
+                self.tensors[other] = original
         elif self.decoder.tied and vocabulary and not self.head_of_its_own:
-            self.tensors[self.decoder.embedding] = self.tensors[_HEAD] = whole
+            self.tensors[self.decoder.embedding] = self.tensors[_HEAD] = given
 
     def _own_head(self, target: str) -> None:
         if target in (self.decoder.embedding, _HEAD):
@@ -225,7 +234,7 @@ class _Merge:
 
     def _adapted(self, target: str) -> AdaptedTensor:
         t = self.tensors[target]
-        return t if isinstance(t, AdaptedTensor) else AdaptedTensor(**_place_of(t, target), of=t)
+        return t if isinstance(t, AdaptedTensor) else AdaptedTensor(t.name, t.dtype, t.shape, t.path, t.offset, of=t)
 
     def _pop(self, *names: str) -> Tensor | None:
         return next((self.left.pop(name) for name in names if name in self.left), None)
@@ -235,8 +244,7 @@ class _Merge:
         if name in self.tensors:
             return name, 0, self.tensors[name].shape[0]
         d = self.decoder
-        kv = d.kv_heads * d.head_dim
-        q = d.heads * d.head_dim
+        q, kv = d.q_size, d.kv_size
         fused = {
             "q_proj": ("qkv_proj", 0, q),
             "k_proj": ("qkv_proj", q, kv),
@@ -285,18 +293,10 @@ class _Merge:
                 )
         made_for = self.settings.get("base_model_name_or_path")
         note = f"{self.adapter}: merged into {self.base.folder}, {self.merged} matrices of LoRA (trained on {made_for})"
-        folder = _companions(self.base, self.adapter, {"vocab_size": config.vocab_size, **_tied(config)})
+        folder = _companions(self.base, self.adapter, config)
         files = (*self.base.files, self.adapter / ADAPTER, self.adapter / WEIGHTS)
         named = {name: tensors[name] for name in config.tensor_shapes()}
         return Checkpoint(folder, config, named, files, (*self.base.notes, note))
-
-
-def _tied(config: Any) -> dict[str, bool]:
-    return {"tie_word_embeddings": config.tie_word_embeddings} if hasattr(config, "tie_word_embeddings") else {}
-
-
-def _place_of(t: Tensor, name: str) -> dict[str, Any]:
-    return {"name": name, "dtype": t.dtype, "shape": t.shape, "path": t.path, "offset": t.offset}
 
 
 def _settings(adapter: Path) -> dict[str, Any]:
@@ -318,6 +318,11 @@ def _settings(adapter: Path) -> dict[str, Any]:
             f"{adapter}: {unknown} is set, which cannot be merged here; merge it in PEFT (merge_and_unload) and export "
             "the whole model"
         )
+    for name, kinds in _KINDS.items():
+        if raw.get(name) is not None and not isinstance(raw[name], kinds):
+            raise CheckpointError(
+                f"{adapter / ADAPTER}: {name} is {raw[name]!r}, which PEFT never writes; save it again"
+            )
     return raw
 
 
@@ -359,7 +364,7 @@ def _matches(adapter: Path, pattern: str, module: str) -> bool:
         raise CheckpointError(f"{adapter / ADAPTER}: alpha_pattern {pattern[:60]!r} is no pattern") from None
 
 
-def _companions(base: Checkpoint, adapter: Path, changed: dict[str, Any]) -> Path:
+def _companions(base: Checkpoint, adapter: Path, config: Config) -> Path:
     """A folder of what belongs to the merged model beside its weights; gone when the process ends."""
     home = Path(tempfile.mkdtemp(prefix="phi-adapter-"))
     atexit.register(shutil.rmtree, home, ignore_errors=True)
@@ -370,8 +375,10 @@ def _companions(base: Checkpoint, adapter: Path, changed: dict[str, Any]) -> Pat
         source = (adapter if own and name not in _BASE_FILES else base.folder) / name
         if source.is_file():
             shutil.copyfile(source, folder / name)
-    config = read_json(folder / "config.json")
-    if any(config.get(name) != value for name, value in changed.items() if name in config or name == "vocab_size"):
-        config |= changed
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if config != base.config:  # of what a merge can change
+        changed = {
+            name: getattr(config, name) for name in ("vocab_size", "tie_word_embeddings") if hasattr(config, name)
+        }
+        raw = read_json(folder / "config.json") | changed
+        (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     return folder

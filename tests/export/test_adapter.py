@@ -126,6 +126,20 @@ def test_an_embedding_that_grew(saved, kind, request, tmp_path, tokens):
         adapted(open_checkpoint(base), adapter)
 
 
+@pytest.mark.parametrize("kind", ["base", "tied"])
+@pytest.mark.parametrize("targets", [ALL, ["o_proj", "embed_tokens"]], ids=["tokens", "embedding"])
+def test_new_rows_that_were_trained(targets, kind, request, tmp_path, tokens):
+    """Tokens were added and only these trained, or a LoRA was laid over the grown embedding."""
+    base = request.getfixturevalue(kind)
+    trained = {"trainable_token_indices": [3, 770]} if targets is ALL else {}
+    adapter = train(base, tmp_path / "adapter", grown=8, target_modules=targets, **trained)
+    if targets is not ALL and kind == "base":  # PEFT leaves the head's new rows out, whatever they were
+        with pytest.raises(CheckpointError, match="save both"):
+            adapted(open_checkpoint(base), adapter)
+        return
+    agree(base, adapter, [*tokens[:40], 770], grown=8)
+
+
 def test_a_head_that_did_not_grow_along(base, tmp_path):
     adapter = train(base, tmp_path / "adapter", grown=8, target_modules=ALL)
     path = adapter / "adapter_model.safetensors"
@@ -200,6 +214,9 @@ def test_the_bundle_is_the_merged_models(base, tmp_path):
         ({"alpha_pattern": {"(a+)+b": 2}}, UnsupportedError, "alpha_pattern"),
         ({"alpha_pattern": {"(": 2}}, CheckpointError, "no pattern"),
         ({"lora_alpha": "16"}, CheckpointError, "lora_alpha"),
+        ({"alpha_pattern": ["o_proj"]}, CheckpointError, "alpha_pattern"),
+        ({"trainable_token_indices": 5}, CheckpointError, "trainable_token_indices"),
+        ({"modules_to_save": "lm_head"}, CheckpointError, "modules_to_save"),
     ],
 )
 def test_what_cannot_be_merged_is_refused_by_name(fields, error, why, base, tmp_path):
@@ -223,6 +240,11 @@ def test_damaged_and_foreign_adapters(base, tmp_path):
 
     refused({**weights, first: weights[first][:-1].contiguous()}, "its own base")
     refused({**weights, first: torch.zeros(0)}, "ZeRO-3")
+    partner = first.replace("lora_B", "lora_A")
+    rankless = {first: weights[first][:, :0].contiguous(), partner: weights[partner][:0].contiguous()}
+    refused({**weights, **rankless}, "its own base")
+    norm = "base_model.model.model.norm.lora_{}.weight"
+    refused({**weights, norm.format("A"): torch.zeros(4, 192), norm.format("B"): torch.zeros(192, 4)}, "fits no tensor")
     refused({name.replace("layers.1", "layers.9"): w for name, w in weights.items()}, "fits no tensor")
     refused({name: w for name, w in weights.items() if name != first}, "fits no tensor")
     refused({name.removeprefix("base_model."): w for name, w in weights.items()}, "no name that PEFT gives")
