@@ -40,7 +40,6 @@ class TorchDecoder:
     ) -> None:
         self.decoder, self.dtype = decoder, dtype
         self._read, self._length = read, length
-        self._places = slice(0, length)  # of the tokens at hand, in their windows
         self._watch, self._watch_cache = watch, watch_cache
         self._tables: tuple[Tensor, Tensor] | None = None
         if self.decoder.rope is not None:
@@ -59,7 +58,7 @@ class TorchDecoder:
         rows = np.concatenate([self._read(d.embedding, int(t), int(t) + 1) for t in tokens])
         x_BTE = rows[where.reshape(len(windows), -1)] * np.float32(d.embedding_scale)
         if d.positions is not None:
-            x_BTE = x_BTE + self._read(d.positions, self._places.start, self._places.stop)
+            x_BTE = x_BTE + self._read(d.positions, 0, self._length)
         return torch.from_numpy(x_BTE)
 
     def layer(self, n: int, x_BTE: Tensor, weights: Weights) -> Tensor:
@@ -147,7 +146,7 @@ class TorchDecoder:
         """Rotate the pairs (d, d + dims/2) of each head's first `dims` values."""
         if self._tables is None:
             return x
-        cos, sin = (table[self._places] for table in self._tables)
+        cos, sin = self._tables
         half = cos.shape[-1]
         a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)

@@ -110,27 +110,28 @@ def plan_mix(
         kinds = _eligible(module, item, options, ceiling, speeds, timed=limit is not None)
         choices.append([(n, t.nbytes(item.rows, item.columns), sensitivity(item, t)) for n, t in kinds.items()])
     least = sum(min(size for _, size, _ in c) for c in choices)
-    most = max(least, q4_k_m_bytes(checkpoint))  # of `--int4`
     times = [
         {n: speeds.nanoseconds.get(n, 0.0) * i.weights * i.uses / 1e6 for n, _, _ in c}
         for i, c in zip(matrices, choices, strict=True)
     ]
 
-    def within(room: int, timed: bool = True) -> list[str]:
-        if limit is None or not timed:
+    def within(room: int) -> list[str]:
+        if limit is None:
             return _allocate(choices, room)
         return _allocate_in_time(choices, times, room, limit, strict=ceiling.min_speed is not None)
 
-    if ceiling.memory is None and sensitivity is weight_error and ceiling.prefer != "speed":
-        layers = 1 + max(i.layer for i in matrices)
-        chosen = [module.yardstick(i, layers, options) for i in matrices]
-        size = sum(stored(module, i, n, options).bytes for i, n in zip(matrices, chosen, strict=True))
-        if size > most:
-            chosen = within(most)
-    elif ceiling.memory is None:
-        chosen = _fewest_bytes(choices, within, least, most)
-        if _lost(choices, chosen) > INT4_LOSS:  # what keeps the model goes before speed
-            chosen = _fewest_bytes(choices, lambda room: within(room, timed=False), least, most)
+    if ceiling.memory is None:
+        most = max(least, q4_k_m_bytes(checkpoint))
+        if sensitivity is weight_error and ceiling.prefer != "speed":
+            layers = 1 + max(i.layer for i in matrices)
+            chosen = [module.yardstick(i, layers, options) for i in matrices]
+            size = sum(stored(module, i, n, options).bytes for i, n in zip(matrices, chosen, strict=True))
+            if size > most:
+                chosen = within(most)
+        else:
+            chosen = _fewest_bytes(choices, within, least, most)
+            if limit is not None and _lost(choices, chosen) > INT4_LOSS:  # what keeps the model goes before speed
+                chosen = _fewest_bytes(choices, lambda room: _allocate(choices, room), least, most)
     else:
         beside = _overhead(module, checkpoint, options) + sum(q.bytes for q in fixed.values())
         if least > ceiling.memory - beside:
