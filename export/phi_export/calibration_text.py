@@ -1,8 +1,8 @@
 """The text that calibration reads: windows of tokens, spread over a corpus, some as a chat where the model has one.
 
 The built-in text is half prose (`prose.txt`: State of the Union addresses of 1934 to 2021 and Melville's Moby-Dick,
-both in the public domain), a quarter code and a quarter the reference manual of this Python. Code and manual alone serve
-prose badly; docs/quality.md has figures.
+both in the public domain), a quarter code and a quarter the reference manual of this Python. Code and manual alone
+serve prose badly; docs/quality.md has figures.
 """
 
 from collections.abc import Iterator
