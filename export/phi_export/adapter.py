@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from phi_export.verify import COMPANIONS
-from phi_runtime.checkpoint import ADAPTER, Checkpoint, Tensor, read_header
+from phi_runtime.checkpoint import ADAPTER, Checkpoint, Tensor, open_checkpoint, read_header
 from phi_runtime.config import Config, read_json
 from phi_runtime.decoder import F32, Decoder
 from phi_runtime.errors import CheckpointError, NotFoundError, UnsupportedError
@@ -85,6 +85,12 @@ class AdaptedTensor(Tensor):
             if start <= row < stop:
                 out[row - start] = value
         return out
+
+
+def open_adapted(folder: str | Path, adapter: Path | None) -> Checkpoint:
+    """A checkpoint, with an adapter merged where one is given. Raises the errors of `open_checkpoint` and `adapted`."""
+    checkpoint = open_checkpoint(folder)
+    return checkpoint if adapter is None else adapted(checkpoint, adapter)
 
 
 def adapted(checkpoint: Checkpoint, adapter: Path) -> Checkpoint:
@@ -296,7 +302,7 @@ class _Merge:
         folder = _companions(self.base, self.adapter, config)
         files = (*self.base.files, self.adapter / ADAPTER, self.adapter / WEIGHTS)
         named = {name: tensors[name] for name in config.tensor_shapes()}
-        return Checkpoint(folder, config, named, files, (*self.base.notes, note))
+        return Checkpoint(folder, config, named, files, (*self.base.notes, note), home=self.adapter)
 
 
 def _settings(adapter: Path) -> dict[str, Any]:

@@ -30,7 +30,6 @@ from phi_runtime.files import disk_full_named, locked, write_file
 
 _VERSION = 6
 _COSTS = "costs.json"
-CACHE = "calibration"  # where outcomes are kept, in the checkpoint's folder
 
 Progress = Callable[[str], None]
 
@@ -153,7 +152,7 @@ def calibrate(
         "windows": texts,
     }
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-    folder = (wanted.cache or checkpoint.folder / CACHE) / digest[:16]
+    folder = (wanted.cache or (checkpoint.home or checkpoint.folder) / "calibration") / digest[:16]
     with disk_full_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, lambda: progress("another run is calibrating this checkpoint; waiting for it")):

@@ -1,7 +1,6 @@
 """`phi-export`."""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,6 +31,7 @@ def _export(argv: list[str]) -> None:
     p = parser("phi-export", "Export a Phi checkpoint to 4-bit-class bundles, each verified against it.")
     p.usage = (
         "phi-export (--int4 | --memory SIZE) CKPT [--adapter DIR] --out DIR [--format gguf,onnx,coreml] [--dry-run]\n"
+        "                  [--force]\n"
         "       phi-export verify BUNDLE --against CKPT [--adapter DIR] [--text FILE] [--tokens N]\n"
         "       phi-export lint BUNDLE\n"
         "       phi-export calibrate-speed [--threads N]"
@@ -92,12 +92,10 @@ def _export(argv: list[str]) -> None:
     memory = parse_size(args.memory) if args.memory is not None else None
     formats = tuple(dict.fromkeys(f.strip() for f in args.format.split(",")))
 
-    from phi_runtime.checkpoint import open_checkpoint
-
     try:
         from phi_export import show
-        from phi_export.adapter import adapted
-        from phi_export.calibration import CACHE, CalibrationText, calibrate
+        from phi_export.adapter import open_adapted
+        from phi_export.calibration import CalibrationText, calibrate
         from phi_export.export import export, plan
         from phi_export.formats import Options, get_format
         from phi_export.plan import Ceiling
@@ -113,10 +111,7 @@ def _export(argv: list[str]) -> None:
     options = Options(args.profile, args.context, args.split_qkv)
     ceiling = Ceiling(memory, args.prefer or PREFERENCES[0], args.min_speed)
     text = None if args.fast else CalibrationText(args.calibrate, args.windows, args.cache)
-    checkpoint = open_checkpoint(args.checkpoint)
-    if args.adapter:
-        checkpoint = adapted(checkpoint, args.adapter)
-        text = text and replace(text, cache=text.cache or args.adapter / CACHE)
+    checkpoint = open_adapted(args.checkpoint, args.adapter)
     show.notes(checkpoint)
     if args.dry_run:
         calibration = None
@@ -176,24 +171,20 @@ def _verify(argv: list[str]) -> None:
     )
     args = p.parse_args(argv)
 
-    from phi_runtime.checkpoint import open_checkpoint
-
     try:
         from phi_export import show
-        from phi_export.adapter import adapted
+        from phi_export.adapter import open_adapted
         from phi_export.gate import HeldOutText, held_out_windows
         from phi_export.verify import sample_tokens, verify
     except ImportError as e:
         raise missing_extra(e, "export") from None
-    checkpoint = open_checkpoint(args.against)
-    if args.adapter:
-        checkpoint = adapted(checkpoint, args.adapter)
+    checkpoint = open_adapted(args.against, args.adapter)
     tokens = sample_tokens(checkpoint, args.text, args.tokens)
-    held_out = HeldOutText(BUILT_IN, held_out_windows(checkpoint, BUILT_IN), args.accept_loss)
+    held_out = HeldOutText(checkpoint, BUILT_IN, held_out_windows(checkpoint, BUILT_IN), args.accept_loss)
     if args.text is not None:
         length = len(held_out.windows[0])
         windows = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)] or [tokens]
-        held_out = HeldOutText(args.text.name, windows, args.accept_loss)
+        held_out = HeldOutText(checkpoint, args.text.name, windows, args.accept_loss)
     with show.spinner("verifying") as progress:
         outcome = verify(args.bundle, checkpoint, tokens, progress, held_out)
     show.verified(args.bundle, outcome)

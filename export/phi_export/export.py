@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from phi_export.adapter import adapted
-from phi_export.calibration import CACHE, Calibration, CalibrationText, calibrate
+from phi_export.calibration import Calibration, CalibrationText, calibrate
 from phi_export.defaults import BUILT_IN
 from phi_export.equalise import equalised, write_scales
 from phi_export.formats import Format, Options, Uncalibrated, get_format
@@ -94,25 +93,20 @@ def export(
     threads: int | None = None,
     text: CalibrationText | None = None,
     accept_loss: bool = False,
-    adapter: Path | None = None,
 ) -> list[Exported]:
     """Write `out`/FORMAT for each format, verified against the checkpoint over `tokens` tokens.
 
     A new `out` appears at once, with all formats in it, or not at all. `force` replaces the bundles
     that are there, each at once, after all were verified. With a `text` it is calibrated on that, and judged by what
-    calibration leaves unread of it; with `accept_loss`, whatever the outcome. The LoRA in the folder `adapter` is
-    merged as the checkpoint is read (`adapter.adapted`), its calibration kept there by default. An export that was
-    interrupted goes on at the layer or tensor where it stopped.
+    calibration leaves unread of it; with `accept_loss`, whatever the outcome. An export that was interrupted goes on at
+    the layer or tensor where it stopped.
 
-    Raises the errors of `open_checkpoint`, `adapted`, `calibrate` and `plan`,
+    Raises the errors of `open_checkpoint`, `calibrate` and `plan`,
     OutputExistsError, MissingExtraError, VerificationError.
     """
     out = Path(os.path.realpath(out))
     check_runtimes(formats)
     source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-    if adapter is not None:
-        source = adapted(source, adapter)
-        text = text and replace(text, cache=text.cache or adapter / CACHE)
     planned = plan(source, formats, ceiling, options, to_calibrate=text is not None)
     _check_tokenizer(source)
     _check_output(out, formats, force)
@@ -122,7 +116,7 @@ def export(
     held_out = None
     if not described.random:
         name = text.text if text else BUILT_IN
-        held_out = HeldOutText(name, held_out_windows(source, name), accept_loss)
+        held_out = HeldOutText(source, name, held_out_windows(source, name), accept_loss)
     calibration = None
     if text is not None:
 

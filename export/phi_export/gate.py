@@ -6,6 +6,7 @@ PyTorch instead; that its graph computes the same is `verify`'s to check.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from phi_runtime.bundle import HeldOut, Manifest
 from phi_runtime.checkpoint import Checkpoint
 from phi_runtime.config import num_parameters
 from phi_runtime.decoder import F32, Decoder
+
+if TYPE_CHECKING:
+    from phi_export.forward import Weights
 
 NOTED = 0.05  # rise of the perplexity from which on an export says so loudly
 REFUSED = 0.25  # and from which on a bundle is not called good
@@ -40,40 +44,41 @@ class HeldOutText:
     accept_loss: refuse nothing.
     """
 
-    def __init__(self, name: str, windows: list[list[int]], accept_loss: bool = False) -> None:
+    def __init__(self, checkpoint: Checkpoint, name: str, windows: list[list[int]], accept_loss: bool = False) -> None:
         self.name, self.windows, self.accept_loss = name, windows, accept_loss
+        self._checkpoint = checkpoint
         self._exact: dict[int, _Torch] = {}
 
-    def exact(self, checkpoint: Checkpoint, length: int) -> "_Torch":
+    def exact(self, length: int) -> "_Torch":
         """The checkpoint on windows cut to a length; run once for all formats."""
         if length not in self._exact:
             windows = [window[:length] for window in self.windows]
-            self._exact[length] = _Torch(checkpoint.config.decoder(), checkpoint.read, windows)
+            self._exact[length] = _Torch(self._checkpoint.config.decoder(), self._checkpoint.read, windows)
         return self._exact[length]
 
 
 def judge(
     bundle: Path,
     manifest: Manifest,
-    checkpoint: Checkpoint,
     text: HeldOutText,
     progress: Callable[[str], None] = lambda _: None,
 ) -> HeldOut:
-    """Hold a bundle to its checkpoint over a text. Raises BundleError."""
+    """Hold a bundle to the checkpoint of a text over that text. Raises BundleError."""
     windows = [window[: manifest.context] for window in text.windows]
     progress("the checkpoint on held-out text")
-    exact = text.exact(checkpoint, min(len(text.windows[0]), manifest.context))
+    exact = text.exact(min(len(text.windows[0]), manifest.context))
+    head = exact.head()
     progress("the artifact on held-out text")
     agreement = Agreement()
     if manifest.format == "coreml":
-        decoder = checkpoint.config.decoder()
-        stored = _Torch(decoder, get_format("coreml").read(bundle, manifest), windows)
+        stored = _Torch(manifest.config().decoder(), get_format("coreml").read(bundle, manifest), windows)
+        stored_head = stored.head()
         for i, window in enumerate(windows):
-            agreement.add(exact.logits(i), stored.logits(i), window[1:])
+            agreement.add(exact.logits(i, head), stored.logits(i, stored_head), window[1:])
     else:
         with Artifact(bundle) as artifact:
             for i, window in enumerate(windows):
-                agreement.add(exact.logits(i), artifact.logits(window, 0), window[1:])
+                agreement.add(exact.logits(i, head), artifact.logits(window, 0), window[1:])
     return HeldOut(
         text=text.name,
         tokens=agreement.tokens,
@@ -99,8 +104,11 @@ class _Torch:
             for n, layer in enumerate(model.decoder.layers):
                 self._x_BTE = model.layer(n, self._x_BTE, model.weights(*layer.linears()))
 
-    def logits(self, window: int) -> F32:
+    def head(self) -> "Weights":
+        """The head's weights, too large to keep between formats."""
+        return self._model.weights(self._model.decoder.head)
+
+    def logits(self, window: int, head: "Weights") -> F32:
         """Of one window, [T, V]."""
         with self._inference():
-            head = self._model.weights(self._model.decoder.head)  # read anew: too large to keep between formats
             return np.asarray(self._model.logits(self._x_BTE[window : window + 1], head)[0].numpy())

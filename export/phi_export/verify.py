@@ -209,7 +209,7 @@ def verify_manifest(
     )
     judged = None
     if held_out is not None and not manifest.source.random and all(c.passed for c in checks):
-        judged = judge(bundle, manifest, checkpoint, held_out, progress)
+        judged = judge(bundle, manifest, held_out, progress)
         allowed = math.inf if held_out.accept_loss else REFUSED
         where = f"rise of the perplexity on {judged.tokens} held-out tokens"
         checks.append(Check("held-out text", judged.rise, allowed, where))

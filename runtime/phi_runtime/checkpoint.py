@@ -66,6 +66,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()  # what was read otherwise than it is spelt, a line each
+    home: Path | None = None  # where to keep what is made of it, None for its folder
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> F32:
         """Rows start..stop of a tensor as float32, in the checkpoint's own shape."""
