@@ -6,6 +6,8 @@ a row. That is MatMulNBits' symmetric grid and Core ML's per-block int4 alike. A
 table per group of rows (Core ML). GGUF's grids are ggml's own (`ggml`).
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -70,15 +72,43 @@ def grid_rows(x: F32, bits: int, block: int, importance: F32 | None = None) -> t
 
 def _round_cached(x: F32, bits: int, block: int, importance: F32 | None) -> tuple[I8, F16]:
     blocks = x.reshape(-1, block)
-    weighted = blocks if importance is None else (x * importance).reshape(-1, block)
-    low, high = -(1 << bits - 1), (1 << bits - 1) - 1
+    low = -(1 << bits - 1)
     upper, lower = blocks.max(axis=1), blocks.min(axis=1)
     # The largest weight goes to the lowest code: the grid reaches one step further that way.
     reach = np.where(upper > -lower, upper, lower)
+    zero = np.full(len(blocks), np.float32(-low))
+    candidates = ((reach * np.float32(shrink / low), zero) for shrink in SHRINK[bits])
+    rounded, scale, _ = _best_grid(x, bits, block, importance, candidates)
+    return rounded.astype(np.int8).reshape(x.shape), scale
+
+
+def _affine_cached(x: F32, bits: int, block: int, importance: F32 | None) -> tuple[U8, F16, U8]:
+    blocks, top = x.reshape(-1, block), (1 << bits) - 1
+    upper, lower = blocks.max(axis=1).clip(min=0), blocks.min(axis=1).clip(max=0)
+    reach = upper - lower
+    even = np.rint(np.divide(-lower * top, reach, out=np.zeros_like(reach), where=reach > 0))
+    candidates = (
+        (reach * np.float32(shrink / top), np.clip(even + np.float32(shift), 0, top))
+        for shrink in _AFFINE_SHRINK
+        for shift in (0, -1, 1)
+    )
+    rounded, scale, zero = _best_grid(x, bits, block, importance, candidates)
+    codes = (rounded + zero[:, None]).astype(np.uint8)
+    return codes.reshape(x.shape), scale, zero.astype(np.uint8).reshape(len(x), -1)
+
+
+def _best_grid(
+    x: F32, bits: int, block: int, importance: F32 | None, candidates: Iterable[tuple[F32, F32]]
+) -> tuple[F32, F16, F32]:
+    """Of grids (scale and zero point of each block), the best for each: codes less zero points [blocks, block], scales
+    [rows, columns / block], refitted, and zero points [blocks].
+    """
+    blocks, top = x.reshape(-1, block), (1 << bits) - 1
+    weighted = blocks if importance is None else (x * importance).reshape(-1, block)
     rounded = np.empty_like(blocks)
-    best, scale = np.zeros(len(blocks), np.float32), np.zeros(len(blocks), np.float32)
-    for shrink in SHRINK[bits]:
-        _to_grid(blocks, reach * np.float32(shrink / low), low, high, rounded)
+    best, scale, zero = (np.zeros(len(blocks), np.float32) for _ in range(3))
+    for step, z in candidates:
+        _to_grid(blocks, step, -z[:, None], top - z[:, None], rounded)
         # Under the scale that fits these codes best, the (weighted) error is |x|^2 less this gain.
         dot = np.einsum("ij,ij->i", weighted, rounded)
         if importance is None:
@@ -88,14 +118,14 @@ def _round_cached(x: F32, bits: int, block: int, importance: F32 | None) -> tupl
             norm = norm.reshape(-1)
         fitted = np.divide(dot, norm, out=np.zeros_like(dot), where=norm > 0)
         gain = dot * fitted
-        scale = np.where(gain > best, fitted, scale)
-        best = np.maximum(best, gain)
+        better = gain > best
+        scale, zero, best = np.where(better, fitted, scale), np.where(better, z, zero), np.maximum(best, gain)
     stored = scale.astype(np.float16)
-    _to_grid(blocks, stored.astype(np.float32), low, high, rounded)
-    return rounded.astype(np.int8).reshape(x.shape), stored.reshape(len(x), -1)
+    _to_grid(blocks, stored.astype(np.float32), -zero[:, None], top - zero[:, None], rounded)
+    return rounded, stored.reshape(len(x), -1), zero
 
 
-def _to_grid(blocks: F32, scale: F32, low: int | F32, high: int | F32, out: F32) -> None:
+def _to_grid(blocks: F32, scale: F32, low: F32, high: F32, out: F32) -> None:
     """Codes of each block under its scale into `out`; 0 where the scale is 0 or too small to divide by."""
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=np.abs(scale) > 1e-30)
     np.multiply(blocks, inverse[:, None], out=out)
@@ -119,35 +149,6 @@ def round_affine(x: F32, bits: int, block: int, factor: Factor | None = None) ->
         return codes, scales, zeros
     level = uniform(scales.astype(np.float32), block, bits, zeros.astype(np.float32))
     return round_columns(x, factor, level), scales, zeros
-
-
-def _affine_cached(x: F32, bits: int, block: int, importance: F32 | None) -> tuple[U8, F16, U8]:
-    blocks = x.reshape(-1, block)
-    weights = None if importance is None else np.broadcast_to(importance, x.shape).reshape(-1, block)
-    weighted = blocks if weights is None else blocks * weights
-    top = (1 << bits) - 1
-    upper, lower = blocks.max(axis=1).clip(min=0), blocks.min(axis=1).clip(max=0)
-    reach = upper - lower
-    even = np.rint(np.divide(-lower * top, reach, out=np.zeros_like(reach), where=reach > 0))
-    rounded = np.empty_like(blocks)
-    best, scale, zero = np.zeros(len(blocks), np.float32), np.zeros(len(blocks), np.float32), even
-    for shrink in _AFFINE_SHRINK:
-        for shift in (0, -1, 1):
-            z = np.clip(even + np.float32(shift), 0, top)
-            _to_grid(blocks, reach * np.float32(shrink / top), -z[:, None], top - z[:, None], rounded)
-            dot = np.einsum("ij,ij->i", weighted, rounded)
-            if weights is None:
-                norm = np.einsum("ij,ij->i", rounded, rounded)
-            else:
-                norm = np.einsum("ij,ij,ij->i", rounded, rounded, weights)
-            fitted = np.divide(dot, norm, out=np.zeros_like(dot), where=norm > 0)
-            gain = dot * fitted
-            better = gain > best
-            scale, zero, best = np.where(better, fitted, scale), np.where(better, z, zero), np.maximum(best, gain)
-    stored = scale.astype(np.float16)
-    _to_grid(blocks, stored.astype(np.float32), -zero[:, None], top - zero[:, None], rounded)
-    codes = (rounded + zero[:, None]).astype(np.uint8)
-    return codes.reshape(x.shape), stored.reshape(len(x), -1), zero.astype(np.uint8).reshape(len(x), -1)
 
 
 def dequantize_rows(codes: I8, scales: F16) -> F32:

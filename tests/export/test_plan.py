@@ -12,8 +12,17 @@ from support import run
 from phi_export import measure_speed
 from phi_export.defaults import PREFERENCES
 from phi_export.export import plan
-from phi_export.formats import Options, get_format
-from phi_export.plan import Ceiling, _allocate, _allocate_in_time, _undominated, plan_mix, q4_k_m_bytes
+from phi_export.formats import Options, get_format, items
+from phi_export.plan import (
+    INT4_LOSS,
+    Ceiling,
+    _allocate,
+    _allocate_in_time,
+    _time_limit,
+    _undominated,
+    plan_mix,
+    q4_k_m_bytes,
+)
 from phi_runtime.checkpoint import Checkpoint, Tensor
 from phi_runtime.errors import UsageError
 from phi_runtime.memory import parse_size
@@ -136,6 +145,22 @@ def test_a_balanced_mix_is_no_slower_than_q4_k_m(tmp_path):
     yardstick = speeds.milliseconds([(get_format("gguf").yardstick(i, layers, Options()), i.weights) for i in matrices])
     assert mixes["balanced"].milliseconds(speeds) <= yardstick
     assert mixes["quality"].expected_loss <= mixes["balanced"].expected_loss <= mixes["speed"].expected_loss
+
+
+def test_int4_keeps_the_model_before_it_keeps_the_speed(tmp_path):
+    checkpoint, module, speeds = headers("phi3-mini-4k", tmp_path), get_format("onnx"), load_speeds("onnxruntime")
+
+    def mix(prefer, scale):
+        return plan_mix(
+            "onnx", module, checkpoint, Options(), Ceiling(None, prefer), speeds, lambda i, k: scale * k.error
+        )
+
+    matrices = [i for i in items(checkpoint.config, Options()) if i.role != "vector"]
+    limit = _time_limit(module, matrices, Options(), Ceiling(None), speeds)
+    easy, hard = mix("balanced", 1e-3), mix("balanced", 1.0)
+    assert easy.expected_loss <= INT4_LOSS and easy.milliseconds(speeds) <= limit
+    assert hard.expected_loss == mix("quality", 1.0).expected_loss > INT4_LOSS
+    assert hard.milliseconds(speeds) > limit
 
 
 def test_more_bytes_never_mean_more_loss(tmp_path):

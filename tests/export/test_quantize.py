@@ -5,7 +5,7 @@ from phi_export import ggml
 from phi_export.formats import Options, get_format
 from phi_export.formats.gguf import _TYPES as GGML
 from phi_export.q4 import quantize_q4_0, quantize_q4_k
-from phi_export.quantize import dequantize_rows, fit_palettes, round_rows
+from phi_export.quantize import dequantize_rows, fit_palettes, round_affine, round_rows
 from phi_runtime.mil.blob import pack, unpack
 
 
@@ -47,6 +47,19 @@ def test_what_the_grid_holds_comes_back_exactly():
     codes[:, ::32] = -8
     exact = dequantize_rows(codes, scales)
     assert np.array_equal(dequantize_rows(*round_rows(exact, 4, 32)), exact)
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+def test_zero_points_are_worth_their_bits(block, weights):
+    for x in (weights, *odd(weights)):
+        codes, scales, zeros = round_affine(x, 4, block)
+        assert codes.max() <= 15 and zeros.max() <= 15
+        signed = codes.reshape(*zeros.shape, -1).astype(np.int8) - zeros.astype(np.int8)[:, :, None]
+        error = relative(dequantize_rows(signed.reshape(x.shape), scales), x)
+        assert error <= relative(dequantize_rows(*round_rows(x, 4, block)), x)
+    one_sided = np.abs(weights)
+    codes, scales, zeros = round_affine(one_sided, 4, block)
+    assert (zeros <= 1).all()  # the whole range of the codes goes where the weights are
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])

@@ -7,7 +7,6 @@ that a block of 256 costs the fp32 profile what one of 128 costs the other.
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import onnx_ir as ir
 from phi_export.feedback import Factor
 from phi_export.formats import Calibrated, Item, Options, Plan, Type, choose_profile, items, more_bits, piece
 from phi_export.formats.onnx_graph import ACTIVATIONS, Matrix, build_model, genai_config, rope_positions
-from phi_export.quantize import dequantize_rows, finite, round_affine, round_rows
+from phi_export.quantize import F16, U8, finite, round_affine, round_rows
 from phi_export.stream import PlacedFile, Stream, align
 from phi_runtime.backends.onnxruntime import INT8_KV, WINDOWED
 from phi_runtime.backends.reference import ReadTensor, round_int8
@@ -242,27 +241,36 @@ def _write_item(
     if not isinstance(kind, Grid):
         file.write(layout.places[item.tensor].offset, finite(tensor).astype(real))
         return
-    codes_at, scales_at = (layout.places[f"{item.tensor}.{part}"].offset for part in ("codes", "scales"))
-    row_codes, row_scales = item.columns * kind.bits // 8, item.columns // kind.block * kind.scale_bytes
-    bits, block, half = kind.bits, kind.block, np.int8(-128) if kind.bits == 8 else np.int8(1 << kind.bits - 1)
-    work: Callable[[int, int], None]
+    at = {part: layout.places[f"{item.tensor}.{part}"].offset for part in ("codes", "scales")}
     if kind.affine:
-        zeros_at, row_zeros = layout.places[f"{item.tensor}.zeros"].offset, kind.zeros_bytes(item.columns)
+        at["zeros"] = layout.places[f"{item.tensor}.zeros"].offset
 
-        def work(start: int, stop: int) -> None:
-            codes, scales, zeros = round_affine(finite(tensor, start, stop), bits, block, factor)
-            file.write(codes_at + start * row_codes, pack(codes, bits))
-            file.write(scales_at + start * row_scales, scales.astype(real))
-            file.write(zeros_at + start * row_zeros, _pack_zeros(zeros, bits))
-    else:
-
-        def work(start: int, stop: int) -> None:
-            codes, scales = round_rows(finite(tensor, start, stop), bits, block, factor)
-            codes ^= half  # signed to unsigned: adds half the range
-            file.write(codes_at + start * row_codes, pack(codes, bits))
-            file.write(scales_at + start * row_scales, scales.astype(real))
+    def work(start: int, stop: int) -> None:
+        codes, scales, zeros = _round(finite(tensor, start, stop), kind, factor)
+        parts = {"codes": pack(codes, kind.bits), "scales": scales.astype(real)}
+        if kind.affine:
+            parts["zeros"] = _pack_zeros(zeros, kind.bits)
+        for part, rows in parts.items():
+            file.write(at[part] + start * rows[0].nbytes, rows)
 
     stream.pieces(item.rows, item.columns, 1, work, piece(factor))
+
+
+def _round(x: F32, kind: Grid, factor: Factor | None = None) -> tuple[U8, F16, U8]:
+    """Unsigned codes, scales and zero points of finite rows."""
+    if kind.affine:
+        return round_affine(x, kind.bits, kind.block, factor)
+    codes, scales = round_rows(x, kind.bits, kind.block, factor)
+    half = np.uint8(1 << kind.bits - 1)
+    return codes.view(np.uint8) + half, scales, np.full(scales.shape, half)
+
+
+def _dequantize(codes: U8, scales: np.ndarray, zeros: U8) -> F32:
+    """What MatMulNBits computes with, [rows, columns]."""
+    out = codes.reshape(*scales.shape, -1).astype(np.float32)
+    out -= zeros.astype(np.float32)[:, :, None]
+    out *= scales.astype(np.float32)[:, :, None]
+    return out.reshape(len(scales), -1)
 
 
 def _pack_zeros(zeros: np.ndarray, bits: int) -> np.ndarray:
@@ -283,12 +291,7 @@ def _rope_tables(d: Decoder, options: Options) -> dict[str, np.ndarray]:
 
 def rounded(x: F32, kind: str, options: Options) -> F32:
     """As MatMulNBits dequantises it."""
-    grid = _grids(options)[kind]
-    if grid.affine:
-        codes, scales, zeros = round_affine(x, grid.bits, grid.block)
-        signed = codes.reshape(*zeros.shape, -1).astype(np.int8) - zeros.astype(np.int8)[:, :, None]
-        return dequantize_rows(signed.reshape(x.shape), scales)
-    return dequantize_rows(*round_rows(x, grid.bits, grid.block))
+    return _dequantize(*_round(x, _grids(options)[kind]))
 
 
 def examine(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
@@ -382,14 +385,10 @@ def read(folder: Path, manifest: Manifest) -> ReadTensor:
             return np.zeros((0, 0), np.float32)
         stored = np.ascontiguousarray(codes).reshape(*scales.shape, -1)
         kind = kinds[manifest.quantization[name].type]
-        out = unpack(stored, kind.bits, False).astype(np.float32)
+        zeros = np.full(scales.shape, np.uint8(1 << kind.bits - 1))
         if kind.affine:
-            packed = initializer(f"{name}.zeros", start, stop)
-            zeros = unpack(np.ascontiguousarray(packed), kind.bits, False)[:, : scales.shape[1]]
-            out -= zeros.astype(np.float32)[:, :, None]
-        else:
-            out -= np.float32(1 << kind.bits - 1)
-        out *= scales.astype(np.float32)[:, :, None]
-        return out.reshape(len(stored), -1)
+            packed = np.ascontiguousarray(initializer(f"{name}.zeros", start, stop))
+            zeros = unpack(packed, kind.bits, False)[:, : scales.shape[1]]
+        return _dequantize(unpack(stored, kind.bits, False), scales, zeros)
 
     return tensor
