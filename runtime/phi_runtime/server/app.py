@@ -5,7 +5,7 @@ import hmac
 import ipaddress
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from importlib.resources import files
 from typing import Any
@@ -131,9 +131,12 @@ class _Server:
                 raise ClientDisconnect
             return JSONResponse(form.whole(generating.result(), self.phi))
         finally:
-            self._leave()
             generating.cancel()
             leaving.cancel()
+            try:
+                await asyncio.wait({generating})  # ends within one token
+            finally:
+                self._leave()
 
     def _options(self, asked: Asked, tokens: list[int], choice: int) -> Options:
         """Of one of the answers to a prompt."""
@@ -181,7 +184,7 @@ class _Server:
         finally:
             self.counts["cancelled"] += not ended
 
-    async def _events(self, asked: Asked, wanted: list[_Wanted], form: Form) -> AsyncIterator[str]:
+    async def _events(self, asked: Asked, wanted: list[_Wanted], form: Form) -> AsyncGenerator[str, None]:
         def event(data: dict[str, Any]) -> str:
             return f"data: {json.dumps(data)}\n\n"
 
@@ -206,16 +209,19 @@ class _Server:
 class _Stream(StreamingResponse):
     """Events, and a word when they are over, however that came."""
 
-    def __init__(self, events: AsyncIterator[str], over: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncGenerator[str, None], over: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._over = over
+        self._generator, self._over = events, over
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send them."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._over()
+            try:
+                await self._generator.aclose()  # a client that left during `send` leaves it suspended, with the engine
+            finally:
+                self._over()
 
 
 def _error(message: str, kind: str) -> dict[str, Any]:
