@@ -97,3 +97,18 @@ def assert_same_greedy(phi, prompt, ours, theirs, margin=0.05):
         return
     logits = phi.logits([*prompt, *ours[:at]])[-1]
     assert abs(float(logits[ours[at]] - logits[theirs[at]])) < margin, (at, ours, theirs)
+
+
+def any_scales(d):
+    """Scales of a decoder's layers, drawn: those of a calibrated random model are nearly all zero."""
+    import numpy as np
+
+    from phi_export.equalise import Scales, widths
+
+    draw, scales = np.random.default_rng(0), []
+    for layer in d.layers:
+        parts = [draw.integers(-3, 4, n).astype(np.int8) for n in widths(d, layer)]
+        keys, half = parts[3].reshape(d.kv_heads, d.head_dim), d.rope.dims // 2
+        keys[:, half : 2 * half] = keys[:, :half]  # a rotated pair goes together
+        scales.append(Scales(*parts))
+    return scales

@@ -9,9 +9,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support import run
+from support import any_scales, run
 
 from phi_export.adapter import adapted
+from phi_export.equalise import equalised
 from phi_runtime.backends.reference import Reference
 from phi_runtime.bundle import read_manifest
 from phi_runtime.checkpoint import open_checkpoint
@@ -183,6 +184,29 @@ def test_rows_are_the_same_however_they_are_read(base, tmp_path):
         whole = merged.read(name)
         pieces = [merged.read(name, i, i + 17) for i in range(0, len(whole), 17)]
         np.testing.assert_allclose(np.concatenate(pieces), whole, rtol=2e-5, atol=1e-6)
+
+
+def test_scales_are_moved_in_the_merged_model(base, tokens, tmp_path):
+    merged = adapted(open_checkpoint(base), train(base, tmp_path / "adapter", target_modules=ALL))
+    d = merged.config.decoder()
+    plain, moved = (
+        Reference(d, c.read, 0).forward(tokens[:40], True)[0] for c in (merged, equalised(merged, any_scales(d)))
+    )
+    np.testing.assert_allclose(moved, plain, atol=1e-3 * plain.std())
+
+
+def test_what_is_saved_whole_comes_before_what_is_put_on_top(base, tmp_path):
+    """However the file spells it: older versions of PEFT have `weight` for `base_layer.weight`."""
+    adapter = train(base, tmp_path / "adapter", grown=8, target_modules=["embed_tokens", "lm_head"])
+    merged = adapted(open_checkpoint(base), adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    renamed = {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    other = shutil.copytree(adapter, tmp_path / "older")
+    save_file(renamed, other / "adapter_model.safetensors")
+    older = adapted(open_checkpoint(base), other)
+    for name in merged.tensors:
+        assert np.array_equal(merged.read(name), older.read(name))
 
 
 def test_the_bundle_is_the_merged_models(base, tmp_path):

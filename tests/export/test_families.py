@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from support import feedback_noise, run
+from support import any_scales, feedback_noise, run
 
 import phi_runtime
 from phi_export.calibration import CalibrationText, calibrate
 from phi_export.calibration_text import calibration_windows
 from phi_export.compare import Agreement
 from phi_export.defaults import WINDOW
-from phi_export.equalise import Scales, equalised, widths
+from phi_export.equalise import equalised
 from phi_export.formats import Options, get_format, items
 from phi_export.forward import TorchDecoder
 from phi_export.verify import describe_source, verify
@@ -209,15 +209,11 @@ def test_moved_scales_change_nothing(name, tokenizer, tmp_path):
     """Any exponents, where those of a calibrated random model are nearly all zero."""
     make(tmp_path / "ckpt", SYSTEMS[name], tokenizer)
     checkpoint = open_checkpoint(tmp_path / "ckpt")
-    d, draw = checkpoint.config.decoder(), np.random.default_rng(0)
-    scales = []
-    for layer in d.layers:
-        parts = [draw.integers(-3, 4, n).astype(np.int8) for n in widths(d, layer)]
-        keys, half = parts[3].reshape(d.kv_heads, d.head_dim), d.rope.dims // 2
-        keys[:, half : 2 * half] = keys[:, :half]  # a rotated pair goes together
-        scales.append(Scales(*parts))
-    text = draw.integers(3, VOCAB, 40).tolist()
-    plain, moved = (Reference(d, c.read, 0).forward(text, True)[0] for c in (checkpoint, equalised(checkpoint, scales)))
+    d = checkpoint.config.decoder()
+    text = np.random.default_rng(1).integers(3, VOCAB, 40).tolist()
+    plain, moved = (
+        Reference(d, c.read, 0).forward(text, True)[0] for c in (checkpoint, equalised(checkpoint, any_scales(d)))
+    )
     np.testing.assert_allclose(moved, plain, atol=1e-3 * plain.std())
 
 
