@@ -9,16 +9,20 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from support import SCRIPTS, run
 
 import phi_runtime
-from phi_export import calibration_text
+from phi_export import calibration_text, feedback
 from phi_export.calibration import CalibrationText, calibrate
 from phi_export.calibration_text import calibration_windows
 from phi_export.compare import Agreement, windows
-from phi_export.defaults import BUILT_IN
+from phi_export.defaults import BUILT_IN, WINDOW
+from phi_export.equalise import equalised
 from phi_export.export import export, plan
 from phi_export.formats import Options, get_format, items
+from phi_export.forward import TorchDecoder
 from phi_export.plan import Ceiling
 from phi_export.verify import describe_source, verify
 from phi_runtime.backends.reference import Reference
@@ -41,6 +45,39 @@ def wanted(corpus, tmp_path_factory):
 @pytest.fixture(scope="module")
 def calibration(source, wanted):
     return calibrate(source, describe_source(source), wanted)
+
+
+@pytest.mark.parametrize("widest", [4096, 128])  # as they are, and every matrix with its columns dealt to two groups
+def test_factors_are_of_what_enters_under_the_moved_scales(widest, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(feedback, "WIDEST", widest)
+    folder = shutil.copytree(checkpoint, tmp_path / "ckpt", ignore=shutil.ignore_patterns("training", "calibration"))
+    weights = load_file(folder / "model.safetensors")
+    up = weights["model.layers.0.mlp.gate_up_proj.weight"]
+    hidden = len(up) // 2
+    up[hidden::8] *= 16  # a few of the channels that the down projection reads become large, nothing else changes
+    weights["model.layers.0.mlp.down_proj.weight"][:, ::8] /= 16
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    source = open_checkpoint(folder)
+    calibration = calibrate(source, describe_source(source), CalibrationText(windows=4))
+    assert calibration.scales[0].hidden.any()
+    scaled, d = equalised(source, calibration.scales), source.config.decoder()
+    texts = calibration_windows(source, BUILT_IN, 4, WINDOW)
+    entered = {}
+
+    def see(linear, x):
+        entered[linear.weight[0]] = x.reshape(-1, x.shape[-1]).numpy().copy()
+
+    model = TorchDecoder(d, scaled.read, len(texts[0]), watch=see)
+    with torch.no_grad():
+        x = model.embed(texts)
+        for n, layer in enumerate(d.layers):
+            x = model.layer(n, x, model.weights(*layer.linears()))
+    assert widest > hidden or all(feedback.groups(x.shape[1]) > 1 for x in entered.values())
+    for name, x in entered.items():
+        parts = [x[:, n :: feedback.groups(x.shape[1])] for n in range(feedback.groups(x.shape[1]))]
+        expected = feedback.factorise(*(part.T @ part / len(x) for part in parts))
+        off = np.abs(np.log(calibration.factor(name).importance / expected.importance))
+        assert off.mean() < 0.1 and off.max() < 0.5  # products in bfloat16
 
 
 def divergence(source, read, tokens) -> float:
