@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from phi_runtime.bundle import list_files, read_manifest, write_manifest
-from phi_runtime.mil.schema import messages
+from phi_runtime.backends.mil.schema import messages
+from phi_runtime.package.manifest import list_files, read_manifest, write_manifest
 
 FIRST, SECOND = "model.layers.0.mlp.gate_up_proj.weight", "model.layers.1.mlp.gate_up_proj.weight"
 

@@ -46,7 +46,7 @@ def text(checkpoint) -> Path:
 @pytest.fixture(scope="session")
 def tokens(checkpoint, text) -> list[int]:
     """Some hundreds of its tokens."""
-    from phi_runtime.tokenizer import Tokenizer
+    from phi_runtime.text.tokenizer import Tokenizer
 
     found = Tokenizer(checkpoint).encode(text.read_text())
     assert len(found) > 1000

@@ -103,7 +103,7 @@ def any_scales(d):
     """Scales of a decoder's layers, drawn: those of a calibrated random model are nearly all zero."""
     import numpy as np
 
-    from phi_export.equalise import Scales, widths
+    from phi_export.calibrate.equalise import Scales, widths
 
     draw, scales = np.random.default_rng(0), []
     for layer in d.layers:

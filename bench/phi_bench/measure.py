@@ -11,15 +11,15 @@ from typing import Any
 
 import phi_runtime
 from phi_bench.worker import Speed
-from phi_export.compare import Agreement, windows
-from phi_export.verify import WINDOW, sample_tokens
+from phi_export.verify.metrics import Agreement, windows
+from phi_export.verify.verification import WINDOW, sample_tokens
+from phi_runtime.architecture.checkpoint import Checkpoint, open_checkpoint
+from phi_runtime.architecture.config import num_parameters, read_json
 from phi_runtime.backends import BACKENDS, ON_REQUEST
 from phi_runtime.backends.reference import Reference
-from phi_runtime.bundle import Manifest, find_bundle, read_manifest
-from phi_runtime.checkpoint import Checkpoint, open_checkpoint
-from phi_runtime.config import num_parameters, read_json
 from phi_runtime.errors import BundleError, UsageError
-from phi_runtime.machine import machine
+from phi_runtime.package.manifest import Manifest, find_bundle, read_manifest
+from phi_runtime.planning.machine import machine
 
 PROMPTS = (
     'def read_lines(path):\n    """Return the lines of',

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 import phi_runtime
-from phi_export.compare import Agreement, windows
-from phi_export.verify import WINDOW, sample_tokens
+from phi_export.verify.metrics import Agreement, windows
+from phi_export.verify.verification import WINDOW, sample_tokens
+from phi_runtime.architecture.checkpoint import Checkpoint, open_checkpoint
 from phi_runtime.backends import cores
 from phi_runtime.backends.llama_cpp import KV_TYPES, LlamaCppBackend
 from phi_runtime.backends.reference import Reference
-from phi_runtime.bundle import find_bundle, read_manifest
-from phi_runtime.checkpoint import Checkpoint, open_checkpoint
 from phi_runtime.errors import UsageError
+from phi_runtime.package.manifest import find_bundle, read_manifest
 
 Progress = Callable[[str], None]
 # Gives the logits [T, vocab_size] of a text that is read from an empty context.

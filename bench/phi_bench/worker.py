@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 import phi_runtime
-from phi_runtime.engine import Engine
-from phi_runtime.sampler import Sampling
+from phi_runtime.generation.engine import Engine
+from phi_runtime.generation.sampler import Sampling
 
 
 @dataclass(frozen=True)

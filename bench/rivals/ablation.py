@@ -17,16 +17,16 @@ from quality import parser
 from torch import nn
 
 from phi_bench.quality import hold
-from phi_export.calibration import CalibrationText, calibrate
-from phi_export.calibration_text import calibration_windows
+from phi_export.allocate import Ceiling, plan_mix
+from phi_export.calibrate.calibration import CalibrationText, calibrate
+from phi_export.calibrate.text import calibration_windows
 from phi_export.defaults import WINDOW
 from phi_export.formats import Options, fitting, get_format, items
-from phi_export.plan import Ceiling, plan_mix
-from phi_export.quantize import dequantize_rows, round_rows
-from phi_export.verify import describe_source, sample_tokens
+from phi_export.quantize.uniform import dequantize_rows, round_rows
+from phi_export.verify.verification import describe_source, sample_tokens
+from phi_runtime.architecture.checkpoint import Checkpoint, open_checkpoint
 from phi_runtime.backends.reference import Reference
-from phi_runtime.checkpoint import Checkpoint, open_checkpoint
-from phi_runtime.speed import load_speeds
+from phi_runtime.planning.speed import load_speeds
 from phi_train.models.phi3 import Phi3DecoderLayer, rope_tables, window_mask
 
 BLOCK = 128

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from runs import phi, train
 
-from phi_runtime.checkpoint import open_checkpoint
-from phi_train.data import open_data
-from phi_train.longrope import WAYS
+from phi_runtime.architecture.checkpoint import open_checkpoint
+from phi_train.checkpoints.extend import WAYS
+from phi_train.data.shards import open_data
 from phi_train.models import load_model
 
 SHORT, LONG = 128, 1024

@@ -32,8 +32,8 @@ def main() -> None:
     p.add_argument("--out", type=Path)
     args = p.parse_args()
     from phi_runtime.backends import choose_backend, kv_types
-    from phi_runtime.memory import predict
-    from phi_runtime.package import open_package
+    from phi_runtime.package.open import open_package
+    from phi_runtime.planning.memory import predict
 
     rows = []
     for model in args.models:

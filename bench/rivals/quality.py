@@ -22,19 +22,19 @@ from typing import Any
 import numpy as np
 
 from phi_bench.quality import Logits, hold, open_model
-from phi_export.calibration import CalibrationText, calibrate
-from phi_export.calibration_text import calibration_windows
-from phi_export.compare import Agreement
+from phi_export.allocate import Ceiling
+from phi_export.calibrate.calibration import CalibrationText, calibrate
+from phi_export.calibrate.text import calibration_windows
 from phi_export.defaults import WINDOW
-from phi_export.export import export, plan
 from phi_export.formats import Options, get_format, items
-from phi_export.plan import Ceiling
-from phi_export.verify import COMPANIONS, describe_source, sample_tokens
+from phi_export.pipeline import export, plan
+from phi_export.verify.metrics import Agreement
+from phi_export.verify.verification import COMPANIONS, describe_source, sample_tokens
+from phi_runtime.architecture.checkpoint import Checkpoint, open_checkpoint
 from phi_runtime.backends.llama_cpp import KV_TYPES
 from phi_runtime.backends.reference import Reference
-from phi_runtime.bundle import read_manifest
-from phi_runtime.checkpoint import Checkpoint, open_checkpoint
-from phi_runtime.tokenizer import Tokenizer
+from phi_runtime.package.manifest import read_manifest
+from phi_runtime.text.tokenizer import Tokenizer
 
 PRESETS = ("Q2_K", "IQ3_XXS", "Q3_K_S", "IQ3_S", "IQ3_M", "Q3_K_M", "IQ4_XS", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M")
 
@@ -137,7 +137,7 @@ def _unquantised(ours: Path, out: Path, checkpoint: Checkpoint) -> None:
     """Our GGUF's metadata around the checkpoint's own weights in float32."""
     import gguf
 
-    from phi_export.formats.gguf import gguf_names
+    from phi_export.formats.gguf.write import gguf_names
 
     reader = gguf.GGUFReader(ours)
     architecture = str(reader.fields["general.architecture"].contents())

@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 
 import phi_runtime
-from phi_runtime.engine import Backend, Engine
+from phi_runtime.generation.engine import Backend, Engine
+from phi_runtime.generation.sampler import Sampling
 from phi_runtime.model import Phi
-from phi_runtime.sampler import Sampling
 
 _PROMPT = 16
 

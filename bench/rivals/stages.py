@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from runs import phi, train
 
-from phi_runtime.checkpoint import open_checkpoint
-from phi_train.data import open_data
-from phi_train.examples import Preferences, open_examples
+from phi_runtime.architecture.checkpoint import open_checkpoint
+from phi_train.data.conversations import Preferences, open_examples
+from phi_train.data.questions import write_questions
+from phi_train.data.shards import open_data
 from phi_train.models import load_model
-from phi_train.objectives import likelihoods
-from phi_train.questions import write_questions
-from phi_train.rounding import train_on_grid
+from phi_train.trainer.objectives import likelihoods
+from phi_train.trainer.qat import train_on_grid
 
 MODEL = {
     "model.vocab_size": 768, "model.hidden_size": 192, "model.intermediate_size": 512, "model.num_hidden_layers": 4,

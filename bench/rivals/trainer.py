@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from runs import log, train
 
-from phi_train.plan import plan
-from phi_train.recipes import get_recipe
+from phi_train.recipes.catalogue import get_recipe
+from phi_train.recipes.estimate import plan
 
 RECIPE = "phi3-proxy-small"  # 27 M parameters
 WARM, STEPS = 4, 16
@@ -83,7 +83,7 @@ def theirs(settings: list[str], data: Path) -> float:
     """Tokens per second of transformers."""
     from transformers import Phi3Config, Phi3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from phi_train.data import open_data
+    from phi_train.data.shards import open_data
 
     r = get_recipe(RECIPE, settings)
     model = Phi3ForCausalLM(Phi3Config(**{**r.model.to_json(), "pad_token_id": 0, "attn_implementation": "sdpa"}))

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from phi_export.verify import COMPANIONS
-from phi_runtime.checkpoint import ADAPTER, Checkpoint, Tensor, open_checkpoint, read_header
-from phi_runtime.config import Config, read_json
-from phi_runtime.decoder import F32, Decoder
+from phi_export.verify.verification import COMPANIONS
+from phi_runtime.architecture.checkpoint import ADAPTER, Checkpoint, Tensor, open_checkpoint, read_header
+from phi_runtime.architecture.config import Config, read_json
+from phi_runtime.architecture.decoder import F32, Decoder
 from phi_runtime.errors import CheckpointError, NotFoundError, UnsupportedError
 
 WEIGHTS = "adapter_model.safetensors"

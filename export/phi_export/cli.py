@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from phi_export.defaults import BUILT_IN, PREFERENCES, WINDOW, WINDOWS
-from phi_runtime.bundle import FORMATS
 from phi_runtime.cli import parser, positive, run
 from phi_runtime.errors import UsageError, VerificationError, missing_extra
-from phi_runtime.memory import parse_size
+from phi_runtime.package.manifest import FORMATS
+from phi_runtime.planning.memory import parse_size
 
 
 def main() -> NoReturn:
@@ -93,13 +93,13 @@ def _export(argv: list[str]) -> None:
     formats = tuple(dict.fromkeys(f.strip() for f in args.format.split(",")))
 
     try:
-        from phi_export import show
+        from phi_export import console
         from phi_export.adapter import open_adapted
-        from phi_export.calibration import CalibrationText, calibrate
-        from phi_export.export import export, plan
+        from phi_export.allocate import Ceiling
+        from phi_export.calibrate.calibration import CalibrationText, calibrate
         from phi_export.formats import Options, get_format
-        from phi_export.plan import Ceiling
-        from phi_export.verify import describe_source
+        from phi_export.pipeline import export, plan
+        from phi_export.verify.verification import describe_source
     except ImportError as e:
         raise missing_extra(e, "export") from None
     for name in formats:
@@ -112,21 +112,21 @@ def _export(argv: list[str]) -> None:
     ceiling = Ceiling(memory, args.prefer or PREFERENCES[0], args.min_speed)
     text = None if args.fast else CalibrationText(args.calibrate, args.windows, args.cache)
     checkpoint = open_adapted(args.checkpoint, args.adapter)
-    show.notes(checkpoint)
+    console.notes(checkpoint)
     if args.dry_run:
         calibration = None
         if text is not None:
-            with show.spinner("calibrating:") as detail:
+            with console.spinner("calibrating:") as detail:
                 calibration = calibrate(checkpoint, describe_source(checkpoint), text, detail)
         for name in formats:
             (planned,) = plan(checkpoint, (name,), ceiling, options, calibration)
-            show.ledger(checkpoint, planned, calibration)
+            console.ledger(checkpoint, planned, calibration)
             if ceiling.min_speed is None:
                 others = [p for p in PREFERENCES if p != ceiling.prefer]
                 mixes = {p: plan(checkpoint, (name,), Ceiling(memory, p), options, calibration)[0] for p in others}
-                show.frontier(mixes | {ceiling.prefer: planned}, ceiling.prefer, calibration is not None)
+                console.frontier(mixes | {ceiling.prefer: planned}, ceiling.prefer, calibration is not None)
         return
-    with show.export_progress() as progress:
+    with console.export_progress() as progress:
         bundles = export(
             checkpoint,
             args.out,
@@ -140,7 +140,7 @@ def _export(argv: list[str]) -> None:
             text,
             args.accept_loss,
         )
-    show.exported(bundles)
+    console.exported(bundles)
 
 
 def _adapter(p: argparse.ArgumentParser) -> None:
@@ -172,10 +172,10 @@ def _verify(argv: list[str]) -> None:
     args = p.parse_args(argv)
 
     try:
-        from phi_export import show
+        from phi_export import console
         from phi_export.adapter import open_adapted
-        from phi_export.gate import HeldOutText, held_out_windows
-        from phi_export.verify import sample_tokens, verify
+        from phi_export.verify.gate import HeldOutText, held_out_windows
+        from phi_export.verify.verification import sample_tokens, verify
     except ImportError as e:
         raise missing_extra(e, "export") from None
     checkpoint = open_adapted(args.against, args.adapter)
@@ -185,9 +185,9 @@ def _verify(argv: list[str]) -> None:
         length = len(held_out.windows[0])
         windows = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)] or [tokens]
         held_out = HeldOutText(checkpoint, args.text.name, windows, args.accept_loss)
-    with show.spinner("verifying") as progress:
+    with console.spinner("verifying") as progress:
         outcome = verify(args.bundle, checkpoint, tokens, progress, held_out)
-    show.verified(args.bundle, outcome)
+    console.verified(args.bundle, outcome)
     outcome.require(args.bundle)
 
 
@@ -198,9 +198,9 @@ def _lint(argv: list[str]) -> None:
     p.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder of a Core ML bundle that phi-export wrote")
     args = p.parse_args(argv)
     try:
-        from phi_export import show
-        from phi_export.lint import lint
-        from phi_runtime.bundle import find_bundle, read_manifest
+        from phi_export import console
+        from phi_export.formats.coreml.lint import lint
+        from phi_runtime.package.manifest import find_bundle, read_manifest
     except ImportError as e:
         raise missing_extra(e, "export") from None
     bundle = find_bundle(args.bundle)
@@ -208,7 +208,7 @@ def _lint(argv: list[str]) -> None:
     if manifest.format != "coreml":
         raise UsageError(f"{bundle}: is of format {manifest.format}; lint looks at coreml bundles")
     found = lint(bundle / manifest.artifact, manifest.options.get("profile") or "gpu")
-    show.findings(found)
+    console.findings(found)
     if any(f.refused for f in found):
         raise VerificationError(f"{bundle}: a device would refuse it")
 
@@ -223,10 +223,10 @@ def _calibrate_speed(argv: list[str]) -> None:
     )
     args = p.parse_args(argv)
     try:
-        from phi_export import show
+        from phi_export import console
         from phi_export.measure_speed import calibrate_speed
     except ImportError as e:
         raise missing_extra(e, "export") from None
-    with show.spinner("measuring") as progress:
+    with console.spinner("measuring") as progress:
         path, table = calibrate_speed(args.out, args.threads, progress)
-    show.speeds(path, table)
+    console.speeds(path, table)

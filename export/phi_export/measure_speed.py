@@ -13,19 +13,19 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from phi_export.export import check_runtimes
 from phi_export.formats import Options, Uncalibrated, get_format, items, stored
-from phi_export.stream import Stream
+from phi_export.formats.parallel_writer import Stream
+from phi_export.pipeline import check_runtimes
+from phi_runtime.architecture.checkpoint import Checkpoint, open_checkpoint
 from phi_runtime.backends import cores, open_backend
-from phi_runtime.bundle import Manifest, Source
-from phi_runtime.checkpoint import Checkpoint, open_checkpoint
 from phi_runtime.errors import MissingExtraError, PhiError, UsageError
 from phi_runtime.files import write_file
-from phi_runtime.machine import machine
-from phi_runtime.package import Package, open_bundle
-from phi_runtime.speed import calibrated_path
-from phi_train.init import init
-from phi_train.published import phi3_mini_4k
+from phi_runtime.package.manifest import Manifest, Source
+from phi_runtime.package.open import Package, open_bundle
+from phi_runtime.planning.machine import machine
+from phi_runtime.planning.speed import calibrated_path
+from phi_train.checkpoints.init import init
+from phi_train.recipes.published import phi3_mini_4k
 
 _LAYERS = 8  # 906 million weights: more than caches hold
 _CONTEXT = 64

@@ -11,10 +11,10 @@ from typing import NoReturn, cast
 
 from phi_runtime import __version__
 from phi_runtime.backends.llama_cpp import KV_TYPES
-from phi_runtime.engine import POLICIES, Step
 from phi_runtime.errors import PhiError, missing_extra
-from phi_runtime.memory import DEVICES
+from phi_runtime.generation.engine import POLICIES, Step
 from phi_runtime.model import Options, Phi, load
+from phi_runtime.planning.memory import DEVICES
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
@@ -179,14 +179,14 @@ def _timings(phi: Phi, steps: list[Step]) -> str:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from phi_runtime.terminal import converse
+    from phi_runtime.commands.terminal import converse
 
     with _load(args) as phi:
         converse(phi, args.system, _options(args))
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from phi_runtime.memory import plan
+    from phi_runtime.planning.memory import plan
 
     found = plan(args.path, args.device, args.context, args.memory, args.kv, args.backend)
     print(f"{found.device}: context {found.context}, cache {found.kv}")

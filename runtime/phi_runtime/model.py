@@ -14,19 +14,19 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from phi_runtime import session
+from phi_runtime.architecture.decoder import F32
 from phi_runtime.backends import open_backend, own_tokenizer
-from phi_runtime.batch import Batches, generate
-from phi_runtime.bundle import Manifest
-from phi_runtime.chat import ChatFormat, Messages, get_format
-from phi_runtime.decoder import F32
-from phi_runtime.engine import Constraint, Engine, Policy, Step, StopReason
 from phi_runtime.errors import ChatError, TokenError, UsageError
-from phi_runtime.memory import plan_package
-from phi_runtime.package import Package, open_package
-from phi_runtime.sampler import Sampling
-from phi_runtime.tokenizer import FILE as TOKENIZER
-from phi_runtime.tokenizer import Codec, StreamDecoder, TextStop, Tokenizer
+from phi_runtime.generation import prompt_cache
+from phi_runtime.generation.batch import Batches, generate
+from phi_runtime.generation.engine import Constraint, Engine, Policy, Step, StopReason
+from phi_runtime.generation.sampler import Sampling
+from phi_runtime.package.manifest import Manifest
+from phi_runtime.package.open import Package, open_package
+from phi_runtime.planning.memory import plan_package
+from phi_runtime.text.chat_templates import ChatFormat, Messages, get_format
+from phi_runtime.text.tokenizer import FILE as TOKENIZER
+from phi_runtime.text.tokenizer import Codec, StreamDecoder, TextStop, Tokenizer
 
 _POLL = 0.005  # seconds
 _MOST_ROWS = 64
@@ -174,7 +174,7 @@ class Phi:
         if self.chat_format is None:
             raise ChatError(
                 f"{self.package.path}: its chat template is none that we know; give load(…, chat=…) or --chat-format, "
-                "see phi_runtime.chat, or write the prompt yourself for generate()"
+                "see phi_runtime.text.chat_templates, or write the prompt yourself for generate()"
             )
         said: Messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         return self.tokenize(self.chat_format.render(said, self.package.bos_token))
@@ -261,7 +261,7 @@ class Phi:
         Raises UsageError for a backend that cannot, DiskFullError.
         """
         with self._my_turn():
-            session.save(Path(path), self.engine, self.package.digest)
+            prompt_cache.save(Path(path), self.engine, self.package.digest)
 
     def load_session(self, path: str | Path) -> int:
         """Take up what `save_session` kept; how many tokens that are. Calls that begin with them read on from there.
@@ -270,7 +270,7 @@ class Phi:
         damaged or of another model, engine or version, ContextError for one that is too long for this context.
         """
         with self._my_turn():
-            return session.load(Path(path), self.engine, self.package.digest)
+            return prompt_cache.load(Path(path), self.engine, self.package.digest)
 
     def close(self) -> None:
         """Give back the memory. What is being generated ends within a token; any later call gets a UsageError."""
@@ -438,9 +438,8 @@ def load(
     backend: see `phi_runtime.backends`, by default the first of the format. context: tokens to reserve, by default
     what the model has, up to 4,096. memory: bytes, or a size such as "2.5GB", that context and cache are chosen within
     (see `plan`). threads: by default one per core. kv: the type of the cache, such as q8_0 (llama.cpp) or int8
-    (onnxruntime, calibrated bundles). chat: a format of
-    `phi_runtime.chat`, for a model whose template is not known. draft: a small model of the same tokenizer, which
-    guesses tokens for this one to check.
+    (onnxruntime, calibrated bundles). chat: a format of `phi_runtime.text.chat_templates`, for a model whose template
+    is not known. draft: a small model of the same tokenizer, which guesses tokens for this one to check.
 
     Raises NotFoundError, BundleError, UnsupportedError, MissingExtraError, UsageError for a backend that does not run
     the format, ContextError for a context beyond the model's, MemoryPlanError where `memory` is too little.

@@ -6,7 +6,7 @@ import sys
 import pytest
 from support import run
 
-from phi_runtime.bundle import FORMATS, read_manifest
+from phi_runtime.package.manifest import FORMATS, read_manifest
 
 FIELDS = {
     "format",

@@ -6,10 +6,10 @@ from support import run
 
 import phi_runtime
 from phi_bench.quality import quality
-from phi_export.compare import Agreement
+from phi_export.verify.metrics import Agreement
+from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.backends.reference import Reference
-from phi_runtime.checkpoint import open_checkpoint
-from phi_runtime.sampler import log_softmax
+from phi_runtime.generation.sampler import log_softmax
 
 WINDOW, TOKENS = 100, 700
 

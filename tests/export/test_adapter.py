@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from support import any_scales, run
 
 from phi_export.adapter import adapted
-from phi_export.equalise import equalised
+from phi_export.calibrate.equalise import equalised
+from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.backends.reference import Reference
-from phi_runtime.bundle import read_manifest
-from phi_runtime.checkpoint import open_checkpoint
 from phi_runtime.errors import CheckpointError, NotFoundError, UnsupportedError
+from phi_runtime.package.manifest import read_manifest
 
 ALL = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 

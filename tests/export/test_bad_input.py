@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support import SCRIPTS, run
 
-from phi_train.published import PUBLISHED
+from phi_train.recipes.published import PUBLISHED
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from support import run
 
+from phi_runtime.architecture.checkpoint import open_checkpoint, stop_tokens
 from phi_runtime.backends.reference import Reference
-from phi_runtime.checkpoint import open_checkpoint, stop_tokens
 from phi_runtime.errors import CheckpointError, UnsupportedError
-from phi_runtime.tokenizer import Tokenizer
+from phi_runtime.text.tokenizer import Tokenizer
 
 
 @pytest.fixture

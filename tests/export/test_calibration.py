@@ -14,22 +14,23 @@ from safetensors.torch import load_file, save_file
 from support import SCRIPTS, run
 
 import phi_runtime
-from phi_export import calibration_text, feedback
-from phi_export.calibration import CalibrationText, calibrate
-from phi_export.calibration_text import calibration_windows
-from phi_export.compare import Agreement, windows
+from phi_export.allocate import Ceiling
+from phi_export.calibrate import text as calibration_text
+from phi_export.calibrate.calibration import CalibrationText, calibrate
+from phi_export.calibrate.equalise import equalised
+from phi_export.calibrate.forward import TorchDecoder
+from phi_export.calibrate.text import calibration_windows
 from phi_export.defaults import BUILT_IN, WINDOW
-from phi_export.equalise import equalised
-from phi_export.export import export, plan
 from phi_export.formats import Options, get_format, items
-from phi_export.forward import TorchDecoder
-from phi_export.plan import Ceiling
-from phi_export.verify import describe_source, verify
+from phi_export.pipeline import export, plan
+from phi_export.quantize import gptq
+from phi_export.verify.metrics import Agreement, windows
+from phi_export.verify.verification import describe_source, verify
+from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.backends.reference import Reference
-from phi_runtime.bundle import FORMATS, read_manifest
-from phi_runtime.checkpoint import open_checkpoint
-from phi_runtime.tokenizer import Tokenizer
-from phi_train.corpus import Document, documents
+from phi_runtime.package.manifest import FORMATS, read_manifest
+from phi_runtime.text.tokenizer import Tokenizer
+from phi_train.data.corpus import Document, documents
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def calibration(source, wanted):
 
 @pytest.mark.parametrize("widest", [4096, 128])  # as they are, and every matrix with its columns dealt to two groups
 def test_factors_are_of_what_enters_under_the_moved_scales(widest, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(feedback, "WIDEST", widest)
+    monkeypatch.setattr(gptq, "WIDEST", widest)
     folder = shutil.copytree(checkpoint, tmp_path / "ckpt", ignore=shutil.ignore_patterns("training", "calibration"))
     weights = load_file(folder / "model.safetensors")
     up = weights["model.layers.0.mlp.gate_up_proj.weight"]
@@ -72,10 +73,10 @@ def test_factors_are_of_what_enters_under_the_moved_scales(widest, checkpoint, t
         x = model.embed(texts)
         for n, layer in enumerate(d.layers):
             x = model.layer(n, x, model.weights(*layer.linears()))
-    assert widest > hidden or all(feedback.groups(x.shape[1]) > 1 for x in entered.values())
+    assert widest > hidden or all(gptq.groups(x.shape[1]) > 1 for x in entered.values())
     for name, x in entered.items():
-        parts = [x[:, n :: feedback.groups(x.shape[1])] for n in range(feedback.groups(x.shape[1]))]
-        expected = feedback.factorise(*(part.T @ part / len(x) for part in parts))
+        parts = [x[:, n :: gptq.groups(x.shape[1])] for n in range(gptq.groups(x.shape[1]))]
+        expected = gptq.factorise(*(part.T @ part / len(x) for part in parts))
         off = np.abs(np.log(calibration.factor(name).importance / expected.importance))
         assert off.mean() < 0.1 and off.max() < 0.5  # products in bfloat16
 

@@ -11,8 +11,8 @@ import pytest
 from support import run, settings
 
 import phi_runtime
-from phi_runtime.bundle import list_files
-from phi_runtime.tokenizer import Tokenizer
+from phi_runtime.package.manifest import list_files
+from phi_runtime.text.tokenizer import Tokenizer
 
 PROMPT = 40
 NEW = 32

@@ -8,16 +8,16 @@ from breakage import rehash
 from support import run
 
 import phi_runtime
-from phi_export.export import export
 from phi_export.formats import Options, coreml, get_format
-from phi_export.formats.coreml_graph import kv_capacity
-from phi_export.lint import lint
+from phi_export.formats.coreml.graph import kv_capacity
+from phi_export.formats.coreml.lint import lint
+from phi_export.pipeline import export
+from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.backends.coreml import package_paths
+from phi_runtime.backends.mil.schema import messages
 from phi_runtime.backends.reference import Reference
-from phi_runtime.bundle import read_manifest
-from phi_runtime.checkpoint import open_checkpoint
-from phi_runtime.mil.schema import messages
-from phi_train.published import PUBLISHED
+from phi_runtime.package.manifest import read_manifest
+from phi_train.recipes.published import PUBLISHED
 
 
 def close(a, b):

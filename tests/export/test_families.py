@@ -9,20 +9,20 @@ import transformers
 from support import any_scales, feedback_noise, run
 
 import phi_runtime
-from phi_export.calibration import CalibrationText, calibrate
-from phi_export.calibration_text import calibration_windows
-from phi_export.compare import Agreement
+from phi_export.calibrate.calibration import CalibrationText, calibrate
+from phi_export.calibrate.equalise import equalised
+from phi_export.calibrate.forward import TorchDecoder
+from phi_export.calibrate.text import calibration_windows
 from phi_export.defaults import WINDOW
-from phi_export.equalise import equalised
 from phi_export.formats import Options, get_format, items
-from phi_export.forward import TorchDecoder
-from phi_export.verify import describe_source, verify
+from phi_export.verify.metrics import Agreement
+from phi_export.verify.verification import describe_source, verify
+from phi_runtime.architecture.checkpoint import open_checkpoint
+from phi_runtime.architecture.config import parse_config
 from phi_runtime.backends.reference import Reference
-from phi_runtime.bundle import read_manifest
-from phi_runtime.checkpoint import open_checkpoint
-from phi_runtime.config import parse_config
-from phi_train.init import _pieces
-from phi_train.tokenizer import build_tokenizer, tokenizer_config
+from phi_runtime.package.manifest import read_manifest
+from phi_train.checkpoints.init import _pieces
+from phi_train.data.tokenizer import build_tokenizer, tokenizer_config
 
 VOCAB = 700
 PHI3 = {

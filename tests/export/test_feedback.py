@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 from support import feedback_noise
 
-from phi_export import ggml
-from phi_export.equalise import choose
-from phi_export.feedback import DAMPING, Factor, factorise, groups, round_columns, uniform
-from phi_export.formats.gguf import _TYPES, _quantize
-from phi_export.ggml_codes import LAYOUTS, open_rows, put_codes
-from phi_export.quantize import dequantize_rows, fit_palettes, round_rows
+from phi_export.calibrate.equalise import choose
+from phi_export.formats.gguf.write import _TYPES, _quantize
+from phi_export.quantize import ggml
+from phi_export.quantize.ggml_codes import LAYOUTS, open_rows, put_codes
+from phi_export.quantize.gptq import DAMPING, Factor, factorise, groups, round_columns, uniform
+from phi_export.quantize.uniform import dequantize_rows, fit_palettes, round_rows
 
 C = 512
 RANDOM = np.random.default_rng(0)

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from support import run
 
-from phi_export.export import export, plan
-from phi_export.formats import Options, get_format, onnx
-from phi_runtime.bundle import FORMATS, check_files, list_files, read_manifest
-from phi_runtime.checkpoint import open_checkpoint
+from phi_export.formats import Options, get_format
+from phi_export.formats.onnx import write as onnx
+from phi_export.pipeline import export, plan
+from phi_runtime.architecture.checkpoint import open_checkpoint
+from phi_runtime.package.manifest import FORMATS, check_files, list_files, read_manifest
 
 
 @pytest.mark.parametrize("name", FORMATS)

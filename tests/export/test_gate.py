@@ -5,11 +5,11 @@ import torch
 import transformers
 
 import phi_runtime
-from phi_export import gate, verify
-from phi_export.compare import Agreement
-from phi_export.gate import HeldOutText, held_out_windows, judge
-from phi_runtime.bundle import FORMATS, read_manifest
-from phi_runtime.checkpoint import open_checkpoint
+from phi_export.verify import gate, verification
+from phi_export.verify.gate import HeldOutText, held_out_windows, judge
+from phi_export.verify.metrics import Agreement
+from phi_runtime.architecture.checkpoint import open_checkpoint
+from phi_runtime.package.manifest import FORMATS, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,9 @@ def test_its_figures_are_those_of_transformers(name, held_out, bundles, checkpoi
 
 @pytest.mark.parametrize(("accepted", "passed"), [(False, False), (True, True)])
 def test_what_lost_too_much_is_not_called_good(accepted, passed, held_out, bundles, tokens, monkeypatch):
-    monkeypatch.setattr(verify, "REFUSED", -1.0)  # no rise is small enough
+    monkeypatch.setattr(verification, "REFUSED", -1.0)  # no rise is small enough
     assert gate.REFUSED < 1
     text = HeldOutText(held_out._checkpoint, held_out.name, held_out.windows[:1], accepted)
-    outcome = verify.verify(bundles / "gguf", held_out._checkpoint, tokens[:200], held_out=text)
+    outcome = verification.verify(bundles / "gguf", held_out._checkpoint, tokens[:200], held_out=text)
     assert outcome.passed is passed
     assert [c.passed for c in outcome.checks if c.name == "held-out text"] == [passed]

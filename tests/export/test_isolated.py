@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 import phi_runtime
-from phi_export.isolated import Artifact
-from phi_runtime.bundle import FORMATS
+from phi_export.verify.subprocess_run import Artifact
 from phi_runtime.errors import BundleError
-from phi_runtime.tokenizer import Tokenizer
+from phi_runtime.package.manifest import FORMATS
+from phi_runtime.text.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize("name", FORMATS)

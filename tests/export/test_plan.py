@@ -10,10 +10,7 @@ import pytest
 from support import run
 
 from phi_export import measure_speed
-from phi_export.defaults import PREFERENCES
-from phi_export.export import plan
-from phi_export.formats import Options, get_format, items
-from phi_export.plan import (
+from phi_export.allocate import (
     INT4_LOSS,
     Ceiling,
     _allocate,
@@ -23,11 +20,14 @@ from phi_export.plan import (
     plan_mix,
     q4_k_m_bytes,
 )
-from phi_runtime.checkpoint import Checkpoint, Tensor
+from phi_export.defaults import PREFERENCES
+from phi_export.formats import Options, get_format, items
+from phi_export.pipeline import plan
+from phi_runtime.architecture.checkpoint import Checkpoint, Tensor
 from phi_runtime.errors import UsageError
-from phi_runtime.memory import parse_size
-from phi_runtime.speed import Speeds, load_speeds
-from phi_train.published import PUBLISHED, phi3_mini_4k
+from phi_runtime.planning.memory import parse_size
+from phi_runtime.planning.speed import Speeds, load_speeds
+from phi_train.recipes.published import PUBLISHED, phi3_mini_4k
 
 
 def headers(name, folder):

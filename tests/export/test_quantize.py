@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
-from phi_export import ggml
 from phi_export.formats import Options, get_format
-from phi_export.formats.gguf import _TYPES as GGML
-from phi_export.q4 import quantize_q4_0, quantize_q4_k
-from phi_export.quantize import dequantize_rows, fit_palettes, round_affine, round_rows
-from phi_runtime.mil.blob import pack, unpack
+from phi_export.formats.gguf.write import _TYPES as GGML
+from phi_export.quantize import ggml
+from phi_export.quantize.q4 import quantize_q4_0, quantize_q4_k
+from phi_export.quantize.uniform import dequantize_rows, fit_palettes, round_affine, round_rows
+from phi_runtime.backends.mil.blob import pack, unpack
 
 
 @pytest.fixture

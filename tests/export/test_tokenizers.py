@@ -9,8 +9,8 @@ from support import run
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import phi_runtime
-from phi_export.formats.gguf_tokenizer import _PATTERNS
-from phi_runtime.tokenizer import Tokenizer as Ours
+from phi_export.formats.gguf.tokenizer import _PATTERNS
+from phi_runtime.text.tokenizer import Tokenizer as Ours
 
 CL100K, O200K = next(iter(_PATTERNS)), list(_PATTERNS)[-1]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|dummy_1|>"]

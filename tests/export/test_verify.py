@@ -8,13 +8,13 @@ from breakage import BREAKERS, overwrite, rehash
 from support import run
 
 import phi_runtime
-from phi_export.compare import Agreement
 from phi_export.formats import get_format
-from phi_export.verify import verify
-from phi_runtime.bundle import FORMATS
-from phi_runtime.checkpoint import open_checkpoint
+from phi_export.verify.metrics import Agreement
+from phi_export.verify.verification import verify
+from phi_runtime.architecture.checkpoint import open_checkpoint
+from phi_runtime.backends.mil.schema import messages
 from phi_runtime.files import sha256
-from phi_runtime.mil.schema import messages
+from phi_runtime.package.manifest import FORMATS
 
 
 @pytest.fixture

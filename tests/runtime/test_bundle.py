@@ -4,8 +4,8 @@ import shutil
 import pytest
 
 import phi_runtime
-from phi_runtime.bundle import MANIFEST, read_manifest
 from phi_runtime.errors import BundleError, ContextError, NotFoundError, PhiError, TokenError, UsageError
+from phi_runtime.package.manifest import MANIFEST, read_manifest
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import pytest
 import transformers
 
 import phi_runtime
-from phi_runtime.chat import FORMATS, chat_name, get_format, recognise
 from phi_runtime.errors import ChatError, UsageError
-from phi_runtime.tokenizer import Tokenizer
-from phi_train.tokenizer import CHAT_TEMPLATE
+from phi_runtime.text.chat_templates import FORMATS, chat_name, get_format, recognise
+from phi_runtime.text.tokenizer import Tokenizer
+from phi_train.data.tokenizer import CHAT_TEMPLATE
 
 # As published in each model's tokenizer_config.json; ROLE and CONTENT stand for what is long and the same.
 _SHORT = {"ROLE": "message['role']", "CONTENT": "message['content']", "EACH": "{% for message in messages %}"}

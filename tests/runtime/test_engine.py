@@ -5,10 +5,10 @@ import time
 import numpy as np
 import pytest
 
-from phi_runtime.engine import CHUNK, Engine
 from phi_runtime.errors import ContextError, TokenError, UsageError
-from phi_runtime.guesses import Guesses
-from phi_runtime.sampler import Sampling
+from phi_runtime.generation.engine import CHUNK, Engine
+from phi_runtime.generation.prompt_lookup import Guesses
+from phi_runtime.generation.sampler import Sampling
 
 VOCABULARY = 50
 

@@ -7,10 +7,10 @@ import struct
 import numpy as np
 import pytest
 
-from phi_runtime.checkpoint import open_checkpoint
+from phi_runtime.architecture.checkpoint import open_checkpoint
+from phi_runtime.backends.mil.blob import ENTRY_HEAD, BlobReader
+from phi_runtime.backends.mil.interpreter import open_functions
 from phi_runtime.errors import BundleError, PhiError
-from phi_runtime.mil.blob import ENTRY_HEAD, BlobReader
-from phi_runtime.mil.interpreter import open_functions
 
 ROUNDS = 300
 

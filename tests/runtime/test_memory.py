@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from phi_runtime.errors import ContextError, MemoryPlanError, UsageError
-from phi_runtime.memory import DEVICES, available, parse_size, plan, predict, resident
-from phi_runtime.package import open_package
+from phi_runtime.package.open import open_package
+from phi_runtime.planning.memory import DEVICES, available, parse_size, plan, predict, resident
 
 _CHILD = """
 import sys, phi_runtime

@@ -20,8 +20,8 @@ from support import assert_same_greedy, run
 import phi_runtime
 from phi_runtime.backends.llama_cpp import KV_TYPES
 from phi_runtime.errors import BundleError, ContextError, NotFoundError, PhiError, UnsupportedError, UsageError
-from phi_runtime.gguf_header import TYPE_SIZES, read_header
-from phi_runtime.package import open_package
+from phi_runtime.package.gguf_header import TYPE_SIZES, read_header
+from phi_runtime.package.open import open_package
 
 PROMPT = "def f(x):\n    return"
 
@@ -346,7 +346,8 @@ def test_minis_window_is_known_where_a_file_does_not_say_it(stranger, monkeypatc
     said = {"phi3.context_length": 4096, "phi3.block_count": 32, "phi3.embedding_length": 3072}
     old = {k: v for k, v in header.metadata.items() if k != "phi3.attention.sliding_window"} | said
     monkeypatch.setattr(
-        "phi_runtime.package.read_header", lambda path: type(header)(old, header.tensors, header.types, header.digest)
+        "phi_runtime.package.open.read_header",
+        lambda path: type(header)(old, header.tensors, header.types, header.digest),
     )
     assert open_package(stranger).context == 2047
 

@@ -1,6 +1,6 @@
 import numpy as np
 
-from phi_runtime.sampler import Sampler, Sampling, log_softmax
+from phi_runtime.generation.sampler import Sampler, Sampling, log_softmax
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
 

@@ -6,7 +6,7 @@ import pytest
 import transformers
 
 from phi_runtime.errors import UsageError
-from phi_runtime.tokenizer import StreamDecoder, TextStop, Tokenizer
+from phi_runtime.text.tokenizer import StreamDecoder, TextStop, Tokenizer
 
 _RANGES = (
     (0x20, 0x7F), (0xA0, 0x250), (0x370, 0x400), (0x4E00, 0x4F00), (0x1F300, 0x1F6FF), (0x600, 0x6FF), (0x300, 0x36F),

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from phi_runtime.errors import UsageError
-from phi_runtime.tokenizer import StreamDecoder, Tokenizer
-from phi_train.corpus import documents
-from phi_train.data import open_data
-from phi_train.recipes import get_recipe
-from phi_train.streams import Packed, Phases
-from phi_train.tokenizer import CHAT_TOKENS, train_tokenizer
+from phi_runtime.text.tokenizer import StreamDecoder, Tokenizer
+from phi_train.data.corpus import documents
+from phi_train.data.shards import open_data
+from phi_train.data.streams import Packed, Phases
+from phi_train.data.tokenizer import CHAT_TOKENS, train_tokenizer
+from phi_train.recipes.catalogue import get_recipe
 
 STRINGS = [
     "def f(x):\n    return x\n",

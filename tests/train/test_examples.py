@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from support import run
 
-from phi_runtime.chat import FORMATS
 from phi_runtime.errors import UsageError
-from phi_runtime.tokenizer import Tokenizer
-from phi_train.examples import Conversations, Preferences, Reader, open_examples, write_examples
+from phi_runtime.text.chat_templates import FORMATS
+from phi_runtime.text.tokenizer import Tokenizer
+from phi_train.data.conversations import Conversations, Preferences, Reader, open_examples, write_examples
 
 TURNS = [
     {"role": "system", "content": "Be brief."},

@@ -8,11 +8,11 @@ import pytest
 import torch
 from support import run
 
-from phi_runtime.checkpoint import open_checkpoint
-from phi_runtime.config import parse_config
+from phi_runtime.architecture.checkpoint import open_checkpoint
+from phi_runtime.architecture.config import parse_config
 from phi_runtime.errors import UsageError
-from phi_train.checkpoint import write_checkpoint
-from phi_train.grow import grow
+from phi_train.checkpoints.grow import grow
+from phi_train.checkpoints.write import write_checkpoint
 from phi_train.models import build
 
 PHI3 = {

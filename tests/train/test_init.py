@@ -7,12 +7,12 @@ import pytest
 import transformers
 from support import run
 
-from phi_runtime.checkpoint import open_checkpoint
-from phi_runtime.config import num_parameters
-from phi_runtime.tokenizer import Tokenizer
-from phi_train import init as module
-from phi_train.init import init
-from phi_train.published import PUBLISHED
+from phi_runtime.architecture.checkpoint import open_checkpoint
+from phi_runtime.architecture.config import num_parameters
+from phi_runtime.text.tokenizer import Tokenizer
+from phi_train.checkpoints import init as module
+from phi_train.checkpoints.init import init
+from phi_train.recipes.published import PUBLISHED
 
 
 def test_a_small_one_by_name(tmp_path):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from support import run
 
-from phi_runtime.checkpoint import open_checkpoint
-from phi_runtime.config import LongRope
+from phi_runtime.architecture.checkpoint import open_checkpoint
+from phi_runtime.architecture.config import LongRope
 from phi_runtime.errors import UsageError
-from phi_train.longrope import extend, loss_under, search, yarn
+from phi_train.checkpoints.extend import extend, loss_under, search, yarn
 from phi_train.models import load_model
 
 

@@ -8,11 +8,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from phi_runtime.architecture.checkpoint import open_checkpoint
+from phi_runtime.architecture.config import num_parameters, parse_config
 from phi_runtime.backends.reference import ReferenceBackend
-from phi_runtime.checkpoint import open_checkpoint
-from phi_runtime.config import num_parameters, parse_config
 from phi_train.models.phi3 import Phi3ForCausalLM
-from phi_train.published import PUBLISHED, phi3_mini_4k
+from phi_train.recipes.published import PUBLISHED, phi3_mini_4k
 
 
 def published(**changes):
@@ -95,7 +95,7 @@ def test_every_shape_agrees_with_transformers(kv_heads, window, theta):
 
 def test_the_tokenizer_opens_in_transformers(checkpoint, text):
     theirs = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    from phi_runtime.tokenizer import Tokenizer
+    from phi_runtime.text.tokenizer import Tokenizer
 
     sample = text.read_text()[:20000]
     assert theirs(sample, add_special_tokens=False)["input_ids"] == Tokenizer(checkpoint).encode(sample)

@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers
 
+from phi_runtime.architecture.config import num_parameters, parse_config
 from phi_runtime.backends.reference import Reference
-from phi_runtime.config import num_parameters, parse_config
 from phi_train.models import build
 from phi_train.models.attention import Sight, init_weights
-from phi_train.published import PUBLISHED
+from phi_train.recipes.published import PUBLISHED
 
 PHI3 = {
     "model_type": "phi3", "vocab_size": 300, "hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 2,

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from phi_export.quantize import dequantize_rows, round_rows
+from phi_export.quantize.uniform import dequantize_rows, round_rows
 from phi_runtime.errors import UsageError
-from phi_train.batch import Batch
+from phi_train.data.batch import Batch
 from phi_train.models import build
-from phi_train.objectives import next_token, preference
-from phi_train.recipes import get_recipe
-from phi_train.rounding import round_weight, train_on_grid
+from phi_train.recipes.catalogue import get_recipe
+from phi_train.trainer.objectives import next_token, preference
+from phi_train.trainer.qat import round_weight, train_on_grid
 
 DRAW = torch.Generator().manual_seed(0)
 

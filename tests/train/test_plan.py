@@ -6,12 +6,12 @@ import json
 import pytest
 from support import run
 
-from phi_runtime.config import num_parameters
+from phi_runtime.architecture.config import num_parameters
 from phi_runtime.errors import UsageError
 from phi_train.models import build
-from phi_train.plan import GPUS, REPORTED, plan
-from phi_train.recipe import Recipe, check
-from phi_train.recipes import RECIPES, get_recipe
+from phi_train.recipes.catalogue import RECIPES, get_recipe
+from phi_train.recipes.config import Recipe, check
+from phi_train.recipes.estimate import GPUS, REPORTED, plan
 
 # Tokens that the papers and model cards give, in billions.
 TOKENS = {"phi1-base": 75.5, "phi1": 3.15, "phi15": 150, "phi15-web": 300, "phi2": 1400, "phi3-mini-4k": 3300,

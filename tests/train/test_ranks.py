@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from support import SCRIPTS, run, settings
 
-from phi_train.loop import _number, learning_rate
-from phi_train.recipes import get_recipe
+from phi_train.recipes.catalogue import get_recipe
+from phi_train.trainer.loop import _number, learning_rate
 
 SMALL = (
     "model.hidden_size=64", "model.intermediate_size=128", "model.num_hidden_layers=2", "sequence_length=48",
@@ -96,7 +96,7 @@ def test_sigterm_saves_and_leaves(tmp_path, common):
 
 _SPOIL = """
 import sys, torch
-import phi_train.loop as loop
+import phi_train.trainer.loop as loop
 from phi_train.cli import main
 real = loop._Run._loss
 calls, what = 0, sys.argv[1]

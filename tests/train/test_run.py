@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from support import SCRIPTS, run, settings
 
+from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.backends.reference import ReferenceBackend
-from phi_runtime.checkpoint import open_checkpoint
 from phi_runtime.files import sha256
-from phi_runtime.sampler import log_softmax
-from phi_train.data import open_data
+from phi_runtime.generation.sampler import log_softmax
+from phi_train.data.shards import open_data
 
 
 def test_the_model_learned(checkpoint):
@@ -77,11 +77,11 @@ def test_killed_and_continued_it_ends_in_the_same_bytes(tmp_path, checkpoint):
 def test_a_damaged_state_is_passed_over(tmp_path, checkpoint):
     import torch
 
-    from phi_runtime.config import read_config
-    from phi_train.engine import join, make_engine
+    from phi_runtime.architecture.config import read_config
     from phi_train.models import build
-    from phi_train.recipes import get_recipe
-    from phi_train.state import Counters, load_state, save_state
+    from phi_train.recipes.catalogue import get_recipe
+    from phi_train.trainer.engine import join, make_engine
+    from phi_train.trainer.state import Counters, load_state, save_state
 
     ranks = join()
     engine = make_engine(build(read_config(checkpoint)), get_recipe("phi3-demo", []), ranks)

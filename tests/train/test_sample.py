@@ -9,9 +9,9 @@ import transformers
 from support import run
 
 import phi_runtime
-from phi_export.forward import TorchDecoder
-from phi_runtime.checkpoint import open_checkpoint, stop_tokens
-from phi_runtime.tokenizer import Tokenizer
+from phi_export.calibrate.forward import TorchDecoder
+from phi_runtime.architecture.checkpoint import open_checkpoint, stop_tokens
+from phi_runtime.text.tokenizer import Tokenizer
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from support import SCRIPTS, run, settings
 
-from phi_train.greedy import continuations
+from phi_train.trainer.greedy import continuations
 
 
 @pytest.fixture(scope="module")
@@ -205,10 +205,10 @@ def test_a_run_can_be_watched(tuned):
 
 _OVERFLOWING = """
 import sys
-import phi_train.scaling as scaling
-import phi_train.loop as loop
+import phi_train.trainer.loss_scale as scaling
+import phi_train.trainer.loop as loop
 from phi_train.cli import main
-from phi_train.state import full_weights
+from phi_train.trainer.state import full_weights
 scaling.BEGIN = 2.0**60
 real = loop._Run._scaled_step
 def watched(self, scale):

@@ -15,7 +15,7 @@ from phi_runtime.cli import parser, positive, run
 from phi_runtime.errors import missing_extra
 
 if TYPE_CHECKING:
-    from phi_train.loop import Progress
+    from phi_train.trainer.loop import Progress
 
 _USAGE = """phi-train RECIPE --out DIR [--set key=value ...] [--dry-run]
        phi-train list
@@ -53,15 +53,15 @@ def _train(argv: list[str]) -> None:
     p.add_argument("--dry-run", action="store_true", help="print the whole configuration and do nothing")
     args = p.parse_args(argv)
 
-    from phi_train.recipes import get_recipe
+    from phi_train.recipes.catalogue import get_recipe
 
     recipe = get_recipe(args.recipe, args.settings)
     if args.dry_run:
         print(json.dumps(dataclasses.asdict(recipe) | {"model": recipe.model.to_json()}, indent=1))
         return
     try:
-        from phi_train.engine import leave
-        from phi_train.loop import train
+        from phi_train.trainer.engine import leave
+        from phi_train.trainer.loop import train
     except ImportError as e:
         raise missing_extra(e, "train") from None
     with _progress() as progress:
@@ -82,8 +82,8 @@ def _train(argv: list[str]) -> None:
 
 def _list(argv: list[str]) -> None:
     argparse.ArgumentParser("phi-train list", description="Show the recipes.").parse_args(argv)
-    from phi_runtime.config import num_parameters
-    from phi_train.recipes import RECIPES
+    from phi_runtime.architecture.config import num_parameters
+    from phi_train.recipes.catalogue import RECIPES
 
     for name, recipe in RECIPES.items():
         r = recipe()
@@ -100,8 +100,8 @@ def _plan(argv: list[str]) -> None:
     p.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that is reached (%(default)s)")
     p.add_argument("--set", action="append", default=[], metavar="key=value", dest="settings", help="change a field")
     args = p.parse_args(argv)
-    from phi_train.plan import GPUS, REPORTED, plan
-    from phi_train.recipes import get_recipe
+    from phi_train.recipes.catalogue import get_recipe
+    from phi_train.recipes.estimate import GPUS, REPORTED, plan
 
     found = plan(get_recipe(args.recipe, args.settings), args.gpus, args.gpu, args.zero, args.utilisation)
     r = found.recipe
@@ -134,9 +134,9 @@ def _grow(argv: list[str]) -> None:
     p.add_argument("--seed", type=int, default=0, help="seed of what is drawn (default %(default)s)")
     p.add_argument("--set", action="append", default=[], metavar="key=value", dest="settings", help="change a field")
     args = p.parse_args(argv)
-    from phi_runtime.config import num_parameters
-    from phi_train.grow import grow
-    from phi_train.recipes import get_recipe
+    from phi_runtime.architecture.config import num_parameters
+    from phi_train.checkpoints.grow import grow
+    from phi_train.recipes.catalogue import get_recipe
 
     model = get_recipe(args.into, args.settings).model
     grow(args.checkpoint, model, args.way, args.out, args.noise, args.seed)
@@ -156,7 +156,7 @@ def _extend(argv: list[str]) -> None:
     p.add_argument("--seed", type=int, default=0, help="seed of the search (default %(default)s)")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     args = p.parse_args(argv)
-    from phi_train.longrope import extend
+    from phi_train.checkpoints.extend import extend
 
     with _progress() as progress:
         yarn, found = extend(
@@ -171,7 +171,7 @@ def _extend(argv: list[str]) -> None:
 
 
 def _init(argv: list[str]) -> None:
-    from phi_train.published import PUBLISHED
+    from phi_train.recipes.published import PUBLISHED
 
     p = argparse.ArgumentParser(
         "phi-train init",
@@ -183,8 +183,8 @@ def _init(argv: list[str]) -> None:
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     p.add_argument("--seed", type=int, default=0, help="seed of the weights (default %(default)s)")
     args = p.parse_args(argv)
-    from phi_runtime.config import num_parameters
-    from phi_train.init import init
+    from phi_runtime.architecture.config import num_parameters
+    from phi_train.checkpoints.init import init
 
     with _progress() as progress:
         config = init(args.architecture, args.out, args.seed, lambda what, done, of: progress(what, done, of, {}))
@@ -195,7 +195,7 @@ def _init(argv: list[str]) -> None:
 
 
 def _sample(argv: list[str]) -> None:
-    from phi_train.sample import WIDTH, write_sample
+    from phi_train.checkpoints.sample import WIDTH, write_sample
 
     p = argparse.ArgumentParser(
         "phi-train sample", description="Write a fully trained model, SmolLM2-135M-Instruct, in Phi-3's layout."
@@ -210,7 +210,7 @@ def _sample(argv: list[str]) -> None:
     )
     p.add_argument("--keep-order", action="store_true", help="leave hidden dimensions and neurons in their own order")
     args = p.parse_args(argv)
-    from phi_runtime.config import num_parameters
+    from phi_runtime.architecture.config import num_parameters
 
     with _progress() as progress:
         config = write_sample(
@@ -226,7 +226,7 @@ def _tokenizer(argv: list[str]) -> None:
     _corpus_and_out(p)
     p.add_argument("--vocab-size", type=positive, default=4096, metavar="N", help="token ids (default %(default)s)")
     args = p.parse_args(argv)
-    from phi_train.tokenizer import train_tokenizer
+    from phi_train.data.tokenizer import train_tokenizer
 
     print(f"learning {args.vocab_size} tokens from {args.corpus}", file=sys.stderr)
     train_tokenizer(args.corpus, args.vocab_size, args.out)
@@ -247,14 +247,14 @@ def _shards(argv: list[str]) -> None:
     )
     args = p.parse_args(argv)
     if args.conversations is not None:
-        from phi_train.examples import open_examples, write_examples
+        from phi_train.data.conversations import open_examples, write_examples
 
         print(f"tokenising {args.conversations}", file=sys.stderr)
         write_examples(args.conversations, args.tokenizer, args.out)
         found = open_examples(args.out)
         print(f"{args.out}: {found.kind}, {len(found.train):,} texts to train on, {len(found.held):,} held out")
         return
-    from phi_train.data import open_data, write_shards
+    from phi_train.data.shards import open_data, write_shards
 
     print(f"tokenising {args.corpus}", file=sys.stderr)
     write_shards(args.corpus, args.tokenizer, args.out)
@@ -268,7 +268,7 @@ def _questions(argv: list[str]) -> None:
     )
     _corpus_and_out(p)
     args = p.parse_args(argv)
-    from phi_train.questions import write_questions
+    from phi_train.data.questions import write_questions
 
     print(f"{args.out}: {write_questions(args.corpus, args.out):,} conversations")
 
@@ -282,7 +282,7 @@ def _reject(argv: list[str]) -> None:
     p.add_argument("--most", type=positive, default=2000, metavar="N", help="questions asked (default %(default)s)")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
     args = p.parse_args(argv)
-    from phi_train.questions import write_rejected
+    from phi_train.data.questions import write_rejected
 
     with _progress() as progress:
         kept, asked = write_rejected(

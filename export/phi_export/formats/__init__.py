@@ -6,14 +6,14 @@ from math import prod
 from pathlib import Path
 from typing import Protocol, cast
 
-from phi_export.feedback import Factor
-from phi_export.stream import PIECE, Stream
+from phi_export.formats.parallel_writer import PIECE, Stream
+from phi_export.quantize.gptq import Factor
+from phi_runtime.architecture.checkpoint import Checkpoint
+from phi_runtime.architecture.config import Config
+from phi_runtime.architecture.decoder import F32, Decoder
 from phi_runtime.backends.reference import ReadTensor
-from phi_runtime.bundle import FORMATS, Manifest, TensorQuant
-from phi_runtime.checkpoint import Checkpoint
-from phi_runtime.config import Config
-from phi_runtime.decoder import F32, Decoder
 from phi_runtime.errors import UnsupportedError, UsageError, missing_extra
+from phi_runtime.package.manifest import FORMATS, Manifest, TensorQuant
 
 
 class Type(Protocol):
@@ -181,7 +181,7 @@ def get_format(name: str) -> Format:
     if name not in FORMATS:
         raise UsageError(f"format {name!r} is none of {', '.join(FORMATS)}")
     try:
-        return cast(Format, import_module(f"phi_export.formats.{name}"))
+        return cast(Format, import_module(f"phi_export.formats.{name}.write"))
     except ImportError as e:
         raise missing_extra(e, "export") from None
 

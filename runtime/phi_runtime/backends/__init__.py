@@ -14,10 +14,10 @@ import sys
 from collections.abc import Callable
 
 from phi_runtime.backends.llama_cpp import KV_TYPES
-from phi_runtime.engine import Backend
 from phi_runtime.errors import ContextError, UsageError
-from phi_runtime.package import Package
-from phi_runtime.tokenizer import Codec
+from phi_runtime.generation.engine import Backend
+from phi_runtime.package.open import Package
+from phi_runtime.text.tokenizer import Codec
 
 _MAX_THREADS = 512  # engines die of absurd numbers
 # Tokens reserved where nobody said: the cache of a 128k model would take 48 GiB and more.
@@ -53,7 +53,7 @@ def _coreml(package: Package, context: int, threads: int, kv: str) -> Backend:
 
 def _mil_reference(package: Package, context: int, threads: int, kv: str) -> Backend:
     from phi_runtime.backends.coreml import CoreMLBackend, package_paths
-    from phi_runtime.mil.interpreter import open_functions
+    from phi_runtime.backends.mil.interpreter import open_functions
 
     functions = [open_functions(p) for p in package_paths(package.path)]
     return CoreMLBackend("mil-reference", functions, package.shape, context)

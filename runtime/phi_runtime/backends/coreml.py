@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from phi_runtime.decoder import F32, CacheShape
+from phi_runtime.architecture.decoder import F32, CacheShape
 from phi_runtime.errors import BundleError, MissingExtraError
 
 PREFILL, DECODE = "prefill", "decode"

@@ -11,7 +11,7 @@ from typing import Any
 
 from phi_runtime.backends.llama_cpp import LlamaCppBackend
 from phi_runtime.errors import MissingExtraError, UsageError
-from phi_runtime.gguf_header import read_header
+from phi_runtime.package.gguf_header import read_header
 
 # ggml types whose logits were a sixth of their spread away from llama.cpp's (0.1.5), or were not held to it.
 _UNSOUND = {3: "Q4_1", 6: "Q5_0", 7: "Q5_1"}

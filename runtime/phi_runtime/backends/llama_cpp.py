@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from phi_runtime.decoder import F32
-from phi_runtime.engine import CHUNK
+from phi_runtime.architecture.decoder import F32
 from phi_runtime.errors import BundleError, ContextError, MissingExtraError, UsageError
-from phi_runtime.tokenizer import check_tokens, check_unicode
+from phi_runtime.generation.engine import CHUNK
+from phi_runtime.text.tokenizer import check_tokens, check_unicode
 
 PADDED = 256  # a context is a whole multiple of so many tokens
 # Types that the KV cache may have, the default first: ggml's number of each, and bits per number stored.

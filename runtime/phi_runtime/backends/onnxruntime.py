@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from phi_runtime.decoder import F32, CacheShape
-from phi_runtime.engine import CHUNK
+from phi_runtime.architecture.decoder import F32, CacheShape
 from phi_runtime.errors import BundleError, MissingExtraError
+from phi_runtime.generation.engine import CHUNK
 
 # Beside the graph: the same for a cache of the window's size, and for one of 8 bits.
 WINDOWED, INT8_KV = "model.onnx.windowed", "model.onnx.int8-kv"

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from phi_runtime.decoder import F32, Decoder, Layer, Linear, Norm, visible
+from phi_runtime.architecture.decoder import F32, Decoder, Layer, Linear, Norm, visible
 
 # What an engine does to the activations [T, width] before it multiplies them with a matrix.
 Rounding = Callable[[F32], F32]

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from phi_runtime.decoder import F32
+from phi_runtime.architecture.decoder import F32
 from phi_runtime.errors import MissingExtraError, UsageError
-from phi_runtime.package import Package
-from phi_runtime.tokenizer import FILE
+from phi_runtime.package.open import Package
+from phi_runtime.text.tokenizer import FILE
 
 
 class Grammars:

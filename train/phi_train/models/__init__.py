@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from phi_runtime.checkpoint import Checkpoint
-from phi_runtime.config import Config, GptNeoConfig, Phi3Config, Phi3SmallConfig, PhiConfig
+from phi_runtime.architecture.checkpoint import Checkpoint
+from phi_runtime.architecture.config import Config, GptNeoConfig, Phi3Config, Phi3SmallConfig, PhiConfig
 from phi_runtime.errors import UsageError
 from phi_train.models.gpt_neo import GPTNeoForCausalLM
 from phi_train.models.phi import PhiForCausalLM

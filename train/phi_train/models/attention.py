@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from phi_runtime.decoder import Decoder, Layer, visible
+from phi_runtime.architecture.decoder import Decoder, Layer, visible
 from phi_train.models.fused import causal_attention, rotate_pairs
 
 try:  # for GPUs, where it is installed; PyTorch's own attention gives the same

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from phi_runtime.config import GptNeoConfig
-from phi_runtime.decoder import Layer
+from phi_runtime.architecture.config import GptNeoConfig
+from phi_runtime.architecture.decoder import Layer
 from phi_train.models.attention import Rounding, Sight, attend, check_length, gelu_new, split_heads, through, unrounded
 
 

@@ -7,8 +7,8 @@ Shapes: B batch, T tokens, E hidden_size, V vocab_size.
 from torch import Tensor, nn
 from torch.nn import functional
 
-from phi_runtime.config import PhiConfig
-from phi_runtime.decoder import Layer
+from phi_runtime.architecture.config import PhiConfig
+from phi_runtime.architecture.decoder import Layer
 from phi_train.models.attention import (
     Rounding,
     Sight,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from phi_runtime.config import Phi3Config
-from phi_runtime.decoder import Layer
+from phi_runtime.architecture.config import Phi3Config
+from phi_runtime.architecture.decoder import Layer
 from phi_train.models.attention import Rounding, Sight, attend, check_length, rotate, split_heads, through, unrounded
 from phi_train.models.fused import rms_norm, swiglu
 

@@ -7,8 +7,8 @@ transformers has no class for it. Shapes: B batch, T tokens, E hidden_size, V vo
 from torch import Tensor, nn
 from torch.nn import functional
 
-from phi_runtime.config import Phi3SmallConfig
-from phi_runtime.decoder import Layer
+from phi_runtime.architecture.config import Phi3SmallConfig
+from phi_runtime.architecture.decoder import Layer
 from phi_train.models.attention import Rounding, Sight, attend, check_length, rotate, through, unrounded
 
 

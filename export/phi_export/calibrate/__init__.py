@@ -1,0 +1,1 @@
+"""How much each rounding error costs, learned from a text."""

@@ -1,0 +1,1 @@
+"""Core ML: what Xcode and coremltools open."""

@@ -1,0 +1,1 @@
+"""ONNX: what onnxruntime and onnxruntime-genai open."""

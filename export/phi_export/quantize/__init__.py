@@ -1,0 +1,1 @@
+"""Rounding onto the grids of the formats."""

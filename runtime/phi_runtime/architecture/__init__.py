@@ -1,0 +1,1 @@
+"""What a Phi is: its config, its layers, its weights."""

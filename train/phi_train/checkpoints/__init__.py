@@ -1,0 +1,1 @@
+"""Folders that transformers opens: made, grown, extended, written."""

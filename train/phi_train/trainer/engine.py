@@ -1,0 +1,150 @@
+"""DeepSpeed around a model, on one process or many: who we are among them, and the engine with its optimizer.
+
+Weights and optimizer are float32; bf16 is autocast's. ZeRO's stages 1 to 3 divide the optimizer's state, gradients and
+weights among the processes (arXiv:1910.02054).
+"""
+
+import ctypes
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+
+import deepspeed
+from torch import Tensor, distributed, nn
+
+from phi_runtime.backends import cores
+from phi_runtime.errors import UsageError
+from phi_train.recipes.config import Recipe
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all. torchrun and the deepspeed launcher say it in the environment."""
+
+    rank: int
+    world: int
+    local: int
+    local_world: int
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return torch.device("cuda", self.local) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def join() -> Ranks:
+    """Meet the other processes."""
+    told = {name: int(os.environ.get(name, default)) for name, default in _ENVIRONMENT.items()}
+    ranks = Ranks(told["RANK"], told["WORLD_SIZE"], told["LOCAL_RANK"], told["LOCAL_WORLD_SIZE"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local)
+    # torchrun sets one thread where nothing is said, so among many processes the variable says nothing.
+    said = os.environ.get("OMP_NUM_THREADS", "") if ranks.local_world == 1 else ""
+    torch.set_num_threads(int(said) if said.isdigit() and int(said) else max(1, cores() // ranks.local_world))
+    if not torch.cuda.is_available():
+        _tune_processor()
+    # Processes on processors have gloo; DeepSpeed need not compile its op for shared memory.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not distributed.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if ranks.world == 1:
+            # One process meets nobody: no port to be taken, no file to be left.
+            store = distributed.HashStore()  # type: ignore[attr-defined]  # its stub is missing
+            distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        else:
+            distributed.init_process_group(backend)
+    return ranks
+
+
+# DeepSpeed calls torch by names that torch has since renamed; nobody who trains can do anything about it.
+warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
+_ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
+def _tune_processor() -> None:
+    """Keep memory that was freed for the next step, where the C library is glibc: a step allocates the same again and
+    again, and giving it back costs a tenth of the time. Numbers too small for float32's exponent are zero: gradients
+    are full of them, and they take a processor a hundred times as long.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        mallopt(option, value)
+
+
+def leave() -> None:
+    """Part from the other processes before the interpreter ends, so that none finds a connection broken."""
+    if distributed.is_initialized():
+        barrier()
+        distributed.destroy_process_group()
+
+
+def share(recipe: Recipe, ranks: Ranks) -> tuple[int, int]:
+    """Sequences that a process takes at a time, and how many times a step. Raises UsageError."""
+    if recipe.batch_size % ranks.world:
+        raise UsageError(
+            f"batch_size {recipe.batch_size} does not divide among {ranks.world} processes; change one of them"
+        )
+    each = recipe.batch_size // ranks.world
+    micro = recipe.micro_batch_size or each
+    if each % micro:
+        raise UsageError(f"micro_batch_size {micro} does not divide the {each} sequences of a process; change it")
+    return micro, each // micro
+
+
+def make_engine(model: nn.Module, r: Recipe, ranks: Ranks) -> Any:
+    """The engine; its optimizer is `engine.optimizer`."""
+    # Decay pulls matrices towards zero, norms it would pull off their scale.
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim != 2]
+    groups = [{"params": matrices, "weight_decay": r.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=r.learning_rate, betas=(r.beta1, r.beta2), eps=r.epsilon, fused=True)
+    micro, times = share(r, ranks)
+    config: dict[str, Any] = {
+        "train_batch_size": r.batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": times,
+        "gradient_clipping": r.gradient_clipping,
+        "zero_optimization": {"stage": r.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if r.offload:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own wants a compiler; torch's is fused too
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def total(values: Tensor) -> list[float]:
+    """The sums of some numbers over all processes."""
+    values = values.detach().clone()
+    if distributed.get_world_size() > 1:
+        distributed.all_reduce(values)
+    return [float(v) for v in values]
+
+
+def any_of(flag: bool, device: torch.device) -> bool:
+    """Whether it is so for any process."""
+    return total(torch.tensor([float(flag)], device=device))[0] > 0
+
+
+def barrier() -> None:
+    """Wait for all."""
+    if distributed.get_world_size() > 1:
+        distributed.barrier()

@@ -1,0 +1,70 @@
+"""Training for the grid that a model will be exported to: it computes with rounded weights, and learns as if it did
+not (the straight-through estimator, arXiv:1308.3432).
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from phi_train.models import CausalLM
+from phi_train.trainer.grid import SHRINK, block_of, parse_grid
+
+_TOKENS = ("embed_tokens", "wte")  # learnt positions stay as they are
+
+
+@torch.no_grad()
+def round_weight(weight: Tensor, bits: int, block: int) -> Tensor:
+    """A matrix [rows, columns] on the exporter's uniform grid, without error feedback: the same values as
+    `phi_export.quantize.uniform.round_rows` gives.
+    """
+    blocks = weight.float().view(-1, block)
+    low, high = -(1 << bits - 1), (1 << bits - 1) - 1
+    upper, lower = blocks.amax(1), blocks.amin(1)
+    reach = torch.where(upper > -lower, upper, lower)
+    best, scale = torch.zeros_like(reach), torch.zeros_like(reach)
+    for shrink in SHRINK[bits]:
+        codes = _codes(blocks, reach * (shrink / low), low, high)
+        dot, norm = (blocks * codes).sum(1), (codes * codes).sum(1)
+        fitted = torch.where(norm > 0, dot / norm, 0)
+        gain = dot * fitted
+        scale = torch.where(gain > best, fitted, scale)
+        best = torch.maximum(best, gain)
+    stored = scale.half().float()
+    return (_codes(blocks, stored, low, high) * stored[:, None]).view(weight.shape)
+
+
+def _codes(blocks: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    inverse = torch.where(scale.abs() > 1e-30, 1 / scale, 0)
+    return (blocks * inverse[:, None]).round_().clamp_(low, high)
+
+
+def train_on_grid(model: CausalLM, grid: str) -> None:
+    """Let all matrices of a model be rounded to a grid whenever it computes; their own values are what is learnt.
+
+    Raises UsageError for a grid that there is not.
+    """
+    bits, widest = parse_grid(grid)
+    rounded = partial(_straight_through, bits=bits, widest=widest)
+    model.rounding = rounded
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":  # the head asks `rounding` itself
+            module.forward = partial(_linear, module, rounded)  # type: ignore[method-assign]
+        elif isinstance(module, nn.Embedding) and name.endswith(_TOKENS):
+            module.forward = partial(_embedding, module, rounded)  # type: ignore[method-assign]
+
+
+def _straight_through(weight: Tensor, bits: int, widest: int) -> Tensor:
+    block = block_of(weight.shape[1], widest)
+    if block is None:
+        return weight
+    return weight + (round_weight(weight, bits, block) - weight).detach()
+
+
+def _linear(module: nn.Linear, rounded: partial[Tensor], x: Tensor) -> Tensor:
+    return functional.linear(x, rounded(module.weight), module.bias)
+
+
+def _embedding(module: nn.Embedding, rounded: partial[Tensor], tokens: Tensor) -> Tensor:
+    return functional.embedding(tokens, rounded(module.weight))

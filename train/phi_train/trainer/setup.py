@@ -1,0 +1,118 @@
+"""What a run needs before its first step: its folder, its model, and the one it learns from or is compared with."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from phi_runtime.architecture.checkpoint import open_checkpoint
+from phi_runtime.architecture.config import AnyConfig, read_json
+from phi_runtime.errors import OutputExistsError, PhiError, UsageError
+from phi_runtime.files import sha256, write_file
+from phi_runtime.text.tokenizer import FILE
+from phi_train.models import CausalLM, build, load_weights
+from phi_train.models.attention import init_weights
+from phi_train.recipes.config import Recipe
+from phi_train.trainer.engine import Ranks, any_of
+from phi_train.trainer.qat import train_on_grid
+from phi_train.trainer.rate import DTYPES
+
+
+def first_alone(ranks: Ranks, work: Callable[[], None]) -> None:
+    """Let the first process do something for all; where it fails, the others leave too, and it alone says why."""
+    error = None
+    if ranks.first:
+        try:
+            work()
+        except PhiError as e:
+            error = e
+    if any_of(error is not None, ranks.device):
+        raise error or SystemExit(2)
+
+
+def claim(recipe: Recipe, out: Path) -> bool:
+    """Make the folder this recipe's own, or see that it already is; whether it is new.
+
+    Raises UsageError for another recipe's folder, OutputExistsError for one that holds no run.
+    """
+    record = out / "training" / "recipe.json"
+    wanted = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    if record.is_file():
+        there = read_json(record)
+        changed = sorted(k for k in wanted if there.get(k) != wanted[k])
+        if changed:
+            k = changed[0]
+            raise UsageError(
+                f"{out}: holds a run with {k}={there.get(k)}, not {wanted[k]}; choose another --out, or its settings"
+            )
+        return False
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputExistsError(f"{out}: is there already and holds no run of ours; choose another --out")
+    write_file(record, json.dumps(wanted, indent=1) + "\n")
+    return True
+
+
+def unclaim(out: Path) -> None:
+    """Leave nothing of a run that cannot begin, so that its command may be mended and given again."""
+    shutil.rmtree(out / "training", ignore_errors=True)
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+
+
+def make_model(r: Recipe, config: AnyConfig, tokenizer: Path, ranks: Ranks) -> CausalLM:
+    """The recipe's model, with the weights that it begins with."""
+    torch.manual_seed(r.seed)
+    model = build(config)
+    if r.init_from is None:
+        init_weights(model, r.seed)
+    else:
+        _same_tokenizer(Path(r.init_from), tokenizer)
+        load_weights(model, open_checkpoint(Path(r.init_from)))
+    model.dropout, model.checkpoint_activations = r.dropout, r.checkpoint_activations
+    if r.rounding is not None:
+        train_on_grid(model, r.rounding)
+    _compute_in(r.precision, model, ranks.device)
+    return model.to(ranks.device)
+
+
+def make_teacher(r: Recipe, config: AnyConfig, tokenizer: Path, ranks: Ranks) -> CausalLM | None:
+    """The frozen model whose opinion counts: a teacher, or what DPO begins with.
+
+    Raises UsageError where it does not fit the recipe.
+    """
+    if r.frozen is None:
+        return None
+    folder = Path(r.frozen)
+    checkpoint = open_checkpoint(folder)
+    its = config if r.objective == "dpo" else checkpoint.config
+    if its.vocab_size != config.vocab_size:
+        raise UsageError(f"{folder}: has {its.vocab_size} token ids, its pupil {config.vocab_size}; choose another")
+    if its.max_position_embeddings < r.sequence_length:
+        raise UsageError(
+            f"{folder}: has {its.max_position_embeddings} positions, fewer than sequence_length {r.sequence_length}; "
+            "choose another teacher or a shorter sequence_length"
+        )
+    _same_tokenizer(folder, tokenizer)
+    model = build(its)
+    load_weights(model, checkpoint)
+    if r.objective == "dpo" and r.rounding is not None:
+        train_on_grid(model, r.rounding)
+    _compute_in(r.precision, model, ranks.device)
+    return model.to(ranks.device).eval().requires_grad_(False)
+
+
+def _same_tokenizer(folder: Path, tokenizer: Path) -> None:
+    its = folder / FILE
+    if its.is_file() and sha256(its) != sha256(tokenizer / FILE):
+        raise UsageError(
+            f"{folder}: has another tokenizer than {tokenizer}; set tokenizer={folder}, and data made with it"
+        )
+
+
+def _compute_in(precision: str, model: CausalLM, device: torch.device) -> None:
+    """Let a model's products be of 16 bits. Within its forward: DeepSpeed turns off an autocast that is around it."""
+    if precision != "fp32":
+        model.forward = torch.autocast(device.type, DTYPES[precision])(model.forward)  # type: ignore[method-assign]
