@@ -11,8 +11,9 @@ from typing import Any
 
 import phi_runtime
 from phi_bench.worker import Speed
+from phi_export.verify.logits import WINDOW
 from phi_export.verify.metrics import Agreement, windows
-from phi_export.verify.verification import WINDOW, sample_tokens
+from phi_export.verify.text import sample_tokens
 from phi_runtime.architecture.checkpoint import Checkpoint, open_checkpoint
 from phi_runtime.architecture.config import num_parameters, read_json
 from phi_runtime.backends import BACKENDS, ON_REQUEST

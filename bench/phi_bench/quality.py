@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 import phi_runtime
+from phi_export.verify.logits import WINDOW
 from phi_export.verify.metrics import Agreement, windows
-from phi_export.verify.verification import WINDOW, sample_tokens
+from phi_export.verify.text import sample_tokens
 from phi_runtime.architecture.checkpoint import Checkpoint, open_checkpoint
 from phi_runtime.backends import cores
 from phi_runtime.backends.llama_cpp import KV_TYPES, LlamaCppBackend

@@ -23,7 +23,8 @@ from phi_export.calibrate.text import calibration_windows
 from phi_export.defaults import WINDOW
 from phi_export.formats import Options, fitting, get_format, items
 from phi_export.quantize.uniform import dequantize_rows, round_rows
-from phi_export.verify.verification import describe_source, sample_tokens
+from phi_export.verify.manifest import describe_source
+from phi_export.verify.text import sample_tokens
 from phi_runtime.architecture.checkpoint import Checkpoint, open_checkpoint
 from phi_runtime.backends.reference import Reference
 from phi_runtime.planning.speed import load_speeds

@@ -26,10 +26,11 @@ from phi_export.allocate import Ceiling
 from phi_export.calibrate.calibration import CalibrationText, calibrate
 from phi_export.calibrate.text import calibration_windows
 from phi_export.defaults import WINDOW
-from phi_export.formats import Options, get_format, items
+from phi_export.formats import SIDECAR_FILES, Options, get_format, items
 from phi_export.pipeline import export, plan
+from phi_export.verify.manifest import describe_source
 from phi_export.verify.metrics import Agreement
-from phi_export.verify.verification import COMPANIONS, describe_source, sample_tokens
+from phi_export.verify.text import sample_tokens
 from phi_runtime.architecture.checkpoint import Checkpoint, open_checkpoint
 from phi_runtime.backends.llama_cpp import KV_TYPES
 from phi_runtime.backends.reference import Reference
@@ -46,7 +47,7 @@ class Arms:
         self.checkpoint, self.work, self.text = checkpoint, work, text
         self.rows: list[dict[str, Any]] = []
         self.models: list[Logits] = []
-        self.companions = sum(p.stat().st_size for n in COMPANIONS if (p := checkpoint.folder / n).is_file())
+        self.companions = sum(p.stat().st_size for n in SIDECAR_FILES if (p := checkpoint.folder / n).is_file())
 
     def add(self, group: str, name: str, size: int, seconds: float, logits: Logits) -> None:
         """Enter a model that was made."""
@@ -72,7 +73,7 @@ class Arms:
             self.checkpoint.folder, out, (format,), ceiling=room, options=Options(**options), tokens=64, text=text
         )
         seconds = time.perf_counter() - began - made.verify_s
-        size = sum(f.bytes for f in made.manifest.files if f.path not in COMPANIONS)
+        size = sum(f.bytes for f in made.manifest.files if f.path not in SIDECAR_FILES)
         if format == "coreml":
             size = sum(q.bytes for q in made.manifest.quantization.values())
         assert ceiling is None or size <= ceiling, (size, ceiling)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from phi_export.verify.verification import COMPANIONS
+from phi_export.formats import SIDECAR_FILES
 from phi_runtime.architecture.checkpoint import ADAPTER, Checkpoint, Tensor, open_checkpoint, read_header
 from phi_runtime.architecture.config import Config, read_json
 from phi_runtime.architecture.decoder import F32, Decoder
@@ -377,7 +377,7 @@ def _companions(base: Checkpoint, adapter: Path, config: Config) -> Path:
     folder = home / f"{base.folder.resolve().name}-{adapter.resolve().name}"
     folder.mkdir()
     own = (adapter / "tokenizer.json").is_file()
-    for name in COMPANIONS:
+    for name in SIDECAR_FILES:
         source = (adapter if own and name not in _BASE_FILES else base.folder) / name
         if source.is_file():
             shutil.copyfile(source, folder / name)

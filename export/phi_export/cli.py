@@ -99,7 +99,7 @@ def _export(argv: list[str]) -> None:
         from phi_export.calibrate.calibration import CalibrationText, calibrate
         from phi_export.formats import Options, get_format
         from phi_export.pipeline import export, plan
-        from phi_export.verify.verification import describe_source
+        from phi_export.verify.manifest import describe_source
     except ImportError as e:
         raise missing_extra(e, "export") from None
     for name in formats:
@@ -175,7 +175,8 @@ def _verify(argv: list[str]) -> None:
         from phi_export import console
         from phi_export.adapter import open_adapted
         from phi_export.verify.gate import HeldOutText, held_out_windows
-        from phi_export.verify.verification import sample_tokens, verify
+        from phi_export.verify.text import sample_tokens
+        from phi_export.verify.verification import verify
     except ImportError as e:
         raise missing_extra(e, "export") from None
     checkpoint = open_adapted(args.against, args.adapter)

@@ -4,3 +4,4 @@ PREFERENCES = ("balanced", "quality", "speed")  # of a mix (`plan.Ceiling`), the
 BUILT_IN = "built-in"  # the text to calibrate on
 WINDOWS = 32  # of it, of WINDOW tokens each
 WINDOW = 512
+LARGE = 1_000_000_000  # parameters of a model from which on checks read fewer tokens, for the sake of time

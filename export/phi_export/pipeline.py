@@ -14,11 +14,12 @@ from phi_export.allocate import Ceiling, Planned, plan_mix, weight_error
 from phi_export.calibrate.calibration import Calibration, CalibrationText, calibrate
 from phi_export.calibrate.equalise import equalised, write_scales
 from phi_export.defaults import BUILT_IN
-from phi_export.formats import Format, Options, Uncalibrated, get_format
+from phi_export.formats import SIDECAR_FILES, Format, Options, Uncalibrated, get_format
 from phi_export.formats.parallel_writer import Stream
 from phi_export.verify.gate import HeldOutText, held_out_windows
-from phi_export.verify.verification import COMPANIONS, describe_source, sample_tokens, verify_manifest
-from phi_runtime import __version__
+from phi_export.verify.manifest import describe_source
+from phi_export.verify.text import sample_tokens
+from phi_export.verify.verification import verify_manifest
 from phi_runtime.architecture.checkpoint import Checkpoint, open_checkpoint, stop_tokens
 from phi_runtime.backends import cores
 from phi_runtime.errors import CheckpointError, MissingExtraError, OutputExistsError, PhiError
@@ -27,6 +28,7 @@ from phi_runtime.package.manifest import MANIFEST, Manifest, Parity, Source, lis
 from phi_runtime.planning.speed import load_speeds
 from phi_runtime.text.chat_templates import chat_name
 from phi_runtime.text.tokenizer import Tokenizer
+from phi_runtime.version import __version__
 
 # Told (format, what is being done, done so far, of how many).
 Progress = Callable[[str, str, int, int], None]
@@ -182,7 +184,7 @@ class _Job:
         (folder / MANIFEST).unlink(missing_ok=True)
         if self.calibration is not None and module.EQUALISED:
             write_scales(folder, self.calibration.scales)
-        for name in COMPANIONS:
+        for name in SIDECAR_FILES:
             if (self.source.folder / name).is_file():
                 shutil.copyfile(self.source.folder / name, folder / name)
         manifest = Manifest(

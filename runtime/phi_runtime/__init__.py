@@ -8,6 +8,6 @@ print(phi.chat("Why is the sky blue?").text)
 from phi_runtime.errors import PhiError
 from phi_runtime.model import Answer, Phi, Piece, load
 from phi_runtime.planning.memory import Plan, plan
+from phi_runtime.version import __version__
 
-__version__ = "0.1.0"
-__all__ = ["Answer", "Phi", "PhiError", "Piece", "Plan", "load", "plan"]
+__all__ = ["Answer", "Phi", "PhiError", "Piece", "Plan", "__version__", "load", "plan"]

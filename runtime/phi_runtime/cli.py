@@ -9,12 +9,12 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn, cast
 
-from phi_runtime import __version__
 from phi_runtime.backends.llama_cpp import KV_TYPES
 from phi_runtime.errors import PhiError, missing_extra
 from phi_runtime.generation.engine import POLICIES, Step
 from phi_runtime.model import Options, Phi, load
 from phi_runtime.planning.memory import DEVICES
+from phi_runtime.version import __version__
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:

@@ -24,8 +24,9 @@ from phi_export.defaults import BUILT_IN, WINDOW
 from phi_export.formats import Options, get_format, items
 from phi_export.pipeline import export, plan
 from phi_export.quantize import gptq
+from phi_export.verify.manifest import describe_source
 from phi_export.verify.metrics import Agreement, windows
-from phi_export.verify.verification import describe_source, verify
+from phi_export.verify.verification import verify
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.backends.reference import Reference
 from phi_runtime.package.manifest import FORMATS, read_manifest

@@ -15,8 +15,9 @@ from phi_export.calibrate.forward import TorchDecoder
 from phi_export.calibrate.text import calibration_windows
 from phi_export.defaults import WINDOW
 from phi_export.formats import Options, get_format, items
+from phi_export.verify.manifest import describe_source
 from phi_export.verify.metrics import Agreement
-from phi_export.verify.verification import describe_source, verify
+from phi_export.verify.verification import verify
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.architecture.config import parse_config
 from phi_runtime.backends.reference import Reference

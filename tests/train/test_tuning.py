@@ -13,7 +13,7 @@ import psutil
 import pytest
 from support import SCRIPTS, run, settings
 
-from phi_train.trainer.greedy import continuations
+from phi_train.models.greedy import continuations
 
 
 @pytest.fixture(scope="module")

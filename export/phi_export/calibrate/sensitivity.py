@@ -16,9 +16,9 @@ from torch import Tensor
 
 from phi_export.calibrate.cache import load_array, load_factor
 from phi_export.calibrate.forward import TorchDecoder, product_type
+from phi_export.defaults import LARGE
 from phi_export.formats import Options, items
 from phi_export.quantize.gptq import Factor
-from phi_export.verify.gate import LARGE
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.architecture.config import num_parameters
 

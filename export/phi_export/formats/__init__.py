@@ -15,6 +15,18 @@ from phi_runtime.backends.reference import ReadTensor
 from phi_runtime.errors import UnsupportedError, UsageError, missing_extra
 from phi_runtime.package.manifest import FORMATS, Manifest, TensorQuant
 
+# What clients of every format find beside the artifact, as it is beside the checkpoint.
+SIDECAR_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
 
 class Type(Protocol):
     """One way to store a matrix: a row of a format's table."""

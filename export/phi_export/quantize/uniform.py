@@ -15,7 +15,7 @@ from phi_export.quantize.gptq import Factor, Level, met, palette, round_columns,
 from phi_runtime.architecture.checkpoint import Tensor
 from phi_runtime.architecture.decoder import F32
 from phi_runtime.errors import CheckpointError
-from phi_train.trainer.grid import SHRINK
+from phi_train.grid import SHRINK
 
 U8 = npt.NDArray[np.uint8]
 I8 = npt.NDArray[np.int8]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from phi_export.calibrate.text import calibration_windows
+from phi_export.defaults import LARGE
 from phi_export.formats import get_format
 from phi_export.verify.metrics import Agreement
 from phi_export.verify.subprocess_run import Artifact
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 NOTED = 0.05  # rise of the perplexity from which on an export says so loudly
 REFUSED = 0.25  # and from which on a bundle is not called good
-LARGE = 1_000_000_000  # parameters
 # Windows and tokens of each: enough that the rise is known to within some tenths of a percent; of a large model fewer,
 # for the sake of time.
 _WINDOWS, _WINDOWS_LARGE = (8, 512), (2, 256)

@@ -5,8 +5,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from phi_runtime import __version__
 from phi_runtime.backends import cores
+from phi_runtime.version import __version__
 
 
 def machine() -> dict[str, Any]:

@@ -18,7 +18,6 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from phi_runtime import __version__
 from phi_runtime.errors import PhiError, UsageError
 from phi_runtime.generation.sampler import log_probability, most_likely
 from phi_runtime.model import Options, Phi, Piece
@@ -26,6 +25,7 @@ from phi_runtime.planning.memory import resident
 from phi_runtime.server.grammar import Grammars
 from phi_runtime.server.requests import Asked, parse, parse_messages, parse_prompts
 from phi_runtime.server.responses import Answered, Chat, Completion, Form, Score, usage
+from phi_runtime.version import __version__
 
 _MOST_BODY = 4_000_000  # bytes
 # A prompt, and how to answer it.

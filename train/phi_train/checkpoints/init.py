@@ -19,7 +19,7 @@ from phi_runtime.architecture.decoder import F32
 from phi_runtime.backends import cores
 from phi_runtime.errors import OutputExistsError, UsageError
 from phi_runtime.files import staged_folder, write_file
-from phi_train.data.tokenizer import CHAT_TOKENS, build_tokenizer, tokenizer_config
+from phi_train.data.tokenizer import CHAT_TOKENS, STOPS, build_tokenizer, tokenizer_config
 from phi_train.recipes.published import PUBLISHED
 
 RANDOM = "phi_edge_random_seed"  # key of config.json that says so
@@ -61,15 +61,12 @@ def init(architecture: str | Config, out: Path, seed: int | None = 0, progress: 
         tokenizer = build_tokenizer(_pieces(config.vocab_size - _RESERVED - 3 - 256))
         (stage / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
         write_file(stage / "tokenizer_config.json", json.dumps(tokenizer_config(tokenizer), indent=1) + "\n")
-        stops = [config.vocab_size - _RESERVED + i for i, t in enumerate(CHAT_TOKENS) if t in _STOPS]
+        stops = [config.vocab_size - _RESERVED + i for i, t in enumerate(CHAT_TOKENS) if t in STOPS]
         eos = stops if config.model_type == "phi3" else [t for t in (config.eos_token_id,) if t is not None]
         generation = {"bos_token_id": config.bos_token_id, "eos_token_id": eos, "pad_token_id": config.pad_token_id}
         write_file(stage / "generation_config.json", json.dumps(generation, indent=1) + "\n")
         write_file(stage / "config.json", json.dumps(raw | {RANDOM: seed}, indent=1) + "\n")
     return config
-
-
-_STOPS = ("<|endoftext|>", "<|assistant|>", "<|end|>")
 
 
 def _configuration(architecture: str | Config) -> tuple[Config, dict[str, object]]:

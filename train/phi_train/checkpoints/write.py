@@ -10,9 +10,7 @@ from torch import Tensor
 from phi_runtime.architecture.config import Config
 from phi_runtime.files import write_file
 from phi_runtime.text.tokenizer import Tokenizer
-
-# Tokens that end an answer, in phi-3's chat format (its published generation_config.json).
-STOPS = ("<|endoftext|>", "<|assistant|>", "<|end|>")
+from phi_train.data.tokenizer import STOPS
 
 
 def write_checkpoint(out: Path, config: Config, weights: dict[str, Tensor], tokenizer: Path) -> None:

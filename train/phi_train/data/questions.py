@@ -12,11 +12,11 @@ from pathlib import Path
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.errors import OutputExistsError, UsageError
 from phi_runtime.files import write_file
-from phi_train.checkpoints.write import STOPS
 from phi_train.data.conversations import Reader, named, numbered_lines
 from phi_train.data.corpus import documents, lot
+from phi_train.data.tokenizer import STOPS
 from phi_train.models import load_model
-from phi_train.trainer.greedy import continuations
+from phi_train.models.greedy import continuations
 
 _NAMES, _MOST = ("What is it called?", "What does it take?", "How many arguments does it take?"), 5
 _NEW = 48  # tokens of an answer

@@ -15,7 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from phi_runtime.architecture.config import AnyConfig, parse_config, read_config
 from phi_runtime.errors import PhiError, UsageError
-from phi_train.trainer.grid import parse_grid
+from phi_train.grid import parse_grid
 
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("bf16", "fp16", "fp32")

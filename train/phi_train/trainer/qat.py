@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from phi_train.grid import SHRINK, block_of, parse_grid
 from phi_train.models import CausalLM
-from phi_train.trainer.grid import SHRINK, block_of, parse_grid
 
 _TOKENS = ("embed_tokens", "wte")  # learnt positions stay as they are
 

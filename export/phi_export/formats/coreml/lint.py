@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from phi_export.formats.coreml.write import CHUNK_BYTES, MODEL, WEIGHTS
 from phi_export.quantize.uniform import FLOAT16_MAX
 from phi_runtime.backends.coreml import package_paths
 from phi_runtime.backends.mil.blob import BlobReader
 from phi_runtime.backends.mil.schema import BLOB_FILE, DATA_TYPES, OPSET, SPECIFICATION_VERSION, messages
 from phi_runtime.errors import BundleError
 
+# Files inside a package's Data folder.
+MODEL, WEIGHTS = "com.apple.CoreML/model.mlmodel", "com.apple.CoreML/weights"
+# The Neural Engine loads no larger file (anemll's and Apple's own limit on iOS); other devices take one.
+CHUNK_BYTES = {"gpu": None, "ane": 950_000_000}
 _MAX_RANK = 5
 _NAMES = {number: name for name, number in DATA_TYPES.items()}
 # Operations of iOS 18 that take these element types; others were never seen to load.

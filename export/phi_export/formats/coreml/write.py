@@ -16,6 +16,7 @@ import numpy as np
 
 from phi_export.formats import Calibrated, Item, Options, Plan, Type, choose_profile, items, more_bits, piece
 from phi_export.formats.coreml.graph import Matrix, Part, build_model, kv_capacity, rope_rows
+from phi_export.formats.coreml.lint import CHUNK_BYTES, MODEL, WEIGHTS, lint
 from phi_export.formats.coreml.mil import BlobLayout
 from phi_export.formats.parallel_writer import PlacedFile, Stream
 from phi_export.quantize.gptq import Factor
@@ -39,9 +40,6 @@ EQUALISED = False
 ROUNDING_MARGIN = 8  # float16 after every operation, not before the products alone
 rounding = round_float16
 
-# The Neural Engine loads no larger file (anemll's and Apple's own limit on iOS); other devices take one.
-CHUNK_BYTES = {"gpu": None, "ane": 950_000_000}
-MODEL, WEIGHTS = "com.apple.CoreML/model.mlmodel", "com.apple.CoreML/weights"
 INDEX = "phi-edge.weights"  # metadata key: where in the weight file each tensor of the checkpoint is
 
 
@@ -317,8 +315,6 @@ def rounded(x: F32, kind: str, options: Options) -> F32:
 
 def examine(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
     """Nothing in the packages is what a device would refuse."""
-    from phi_export.formats.coreml.lint import lint  # which looks up our limits
-
     refused = [f for f in lint(folder / manifest.artifact, manifest.options.get("profile") or "gpu") if f.refused]
     if refused:
         raise BundleError(f"a device would refuse it: {refused[0].where}: {refused[0].what}")

@@ -28,7 +28,7 @@ from phi_runtime.backends.reference import ReadTensor, round_int8
 from phi_runtime.errors import BundleError, UnsupportedError
 from phi_runtime.files import write_file
 from phi_runtime.package.manifest import Manifest, TensorQuant
-from phi_train.trainer.grid import BLOCKS, block_of
+from phi_train.grid import BLOCKS, block_of
 
 ARTIFACT = "model.onnx"
 DATA = "model.onnx.data"

@@ -1,0 +1,79 @@
+"""An artifact run by its own engine, held to the reference computation on its weights and to the checkpoint."""
+
+from pathlib import Path
+
+import numpy as np
+
+from phi_export.defaults import LARGE
+from phi_export.formats import get_format
+from phi_export.verify.check import Progress
+from phi_export.verify.metrics import Agreement, windows
+from phi_export.verify.subprocess_run import Artifact
+from phi_export.verify.text import BEYOND, check_tokenizer
+from phi_runtime.architecture.checkpoint import Checkpoint
+from phi_runtime.architecture.config import num_parameters
+from phi_runtime.architecture.decoder import F32, Decoder
+from phi_runtime.backends.reference import Lane, ReadTensor, Reference
+from phi_runtime.package.manifest import Manifest
+
+WINDOW = 512  # tokens read from an empty context at a time, or as many
+_SINGLY = 8  # tokens at the end of each piece that are fed one by one, as generation does; of a large model 2
+_WATCHED = 32  # positions at the end of each piece whose activations are compared layer by layer
+
+
+def _fed_singly(decoder: Decoder, length: int, singly: int) -> int:
+    """How many tokens at a piece's end are fed one by one: none if LongRoPE would change its factors among them."""
+    crosses = decoder.rope is not None and decoder.rope.long and length - singly <= decoder.rope.original < length
+    return 0 if crosses or length <= 2 * singly else singly
+
+
+def compare_logits(
+    bundle: Path,
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    read: ReadTensor,
+    tokens: list[int],
+    progress: Progress,
+) -> tuple[Agreement, Agreement, Agreement, Agreement, tuple[float, ...]]:
+    """Against the reference on the bundle's own weights: its logits, and the imitation of its arithmetic; against the
+    checkpoint: its logits; against these: those with a cache of 8 bits, if it has one; and per layer what the weights'
+    rounding did.
+    """
+    graph, arithmetic, quality, cache = Agreement(), Agreement(), Agreement(), Agreement()
+    decoder, rounding = checkpoint.config.decoder(), get_format(manifest.format).rounding
+    layers = np.zeros((len(decoder.layers), 2))
+    singly = _SINGLY if num_parameters(checkpoint.config) < LARGE else 2
+    length = min(max(WINDOW, (decoder.window() or 0) + BEYOND), manifest.context)
+    ends = []
+    with Artifact(bundle) as artifact:
+        check_tokenizer(artifact, checkpoint)
+        for i, piece in enumerate(windows(tokens, length)):
+            where = f"tokens {i * length} to {i * length + len(piece)}"
+            targets = piece[1:]
+            progress(f"the artifact, {where}")
+            logits = artifact.logits(piece, _fed_singly(decoder, len(piece), singly))
+            ends.append(logits[-_WATCHED:].copy())
+            rounded: list[F32] = []
+
+            def keep(n: int, lanes: list[Lane], rounded: list[F32] = rounded) -> None:
+                rounded.append(lanes[0].x_TE[-_WATCHED:])
+
+            def hold(n: int, lanes: list[Lane], rounded: list[F32] = rounded) -> None:
+                exact = lanes[0].x_TE[-_WATCHED:]
+                layers[n] += np.square(rounded[n] - exact).sum(), np.square(exact).sum()
+
+            progress(f"its weights in the reference, {where}")
+            both = Reference(decoder, read, 0, (lambda x: x, rounding), keep).forward(piece, True)
+            graph.add(both[0], logits, targets)
+            arithmetic.add(both[0], both[1], targets)
+            progress(f"the checkpoint, {where}")
+            exact = Reference(decoder, checkpoint.read, 0, watch=hold).forward(piece, True)[0]
+            quality.add(exact, logits, targets)
+    if manifest.options.get("int8_kv"):  # in a process of its own, after the other's memory is free
+        progress("the cache of 8 bits")
+        with Artifact(bundle, "int8") as artifact:
+            for piece, end in zip(windows(tokens, length), ends, strict=True):
+                logits = artifact.logits(piece, _fed_singly(decoder, len(piece), singly))[-_WATCHED:]
+                cache.add(end, logits, piece[1 - len(end) :])
+    errors = np.sqrt(layers[:, 0] / np.maximum(layers[:, 1], 1e-30))
+    return graph, arithmetic, quality, cache, tuple(float(f"{e:.4g}") for e in errors)

@@ -1,0 +1,3 @@
+"""The version of phi-edge: of all its packages, and of what they write."""
+
+__version__ = "0.1.0"
