@@ -250,18 +250,18 @@ def _check_shapes(folder: Path, config: Config, tensors: dict[str, Tensor]) -> N
 
 
 def stop_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Tokens that end an answer: all that generation_config.json and config.json name as eos, and the one that ends a
-    turn of its chat format.
+    """Tokens that end an answer: those that generation_config.json names as eos, as transformers has it, or, where it
+    names none, config.json; and the one that ends a turn of its chat format.
 
     Raises CheckpointError for what is no token of the vocabulary.
     """
-    found: list[Any] = [chat_end(checkpoint.folder)]
-    for name in ("config.json", "generation_config.json"):
+    named: list[Any] = []
+    for name in ("generation_config.json", "config.json"):
         path = checkpoint.folder / name
-        if path.is_file():
+        if not named and path.is_file():
             eos = read_json(path).get("eos_token_id")
-            found += eos if isinstance(eos, list) else [eos]
-    ids = [t for t in found if t is not None]
+            named = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    ids = [t for t in (*named, chat_end(checkpoint.folder)) if t is not None]
     if not all(type(t) is int and 0 <= t < checkpoint.config.vocab_size for t in ids):
         raise CheckpointError(f"{checkpoint.folder}: eos_token_id names a token outside the vocabulary: {ids}")
     return tuple(sorted(set(ids)))
