@@ -16,7 +16,7 @@ from phi_export.verify.metrics import Agreement, windows
 from phi_export.verify.text import sample_tokens
 from phi_runtime.architecture.checkpoint import Checkpoint, open_checkpoint
 from phi_runtime.architecture.config import num_parameters, read_json
-from phi_runtime.backends import BACKENDS, ON_REQUEST
+from phi_runtime.backends import record
 from phi_runtime.backends.reference import Reference
 from phi_runtime.errors import BundleError, UsageError
 from phi_runtime.package.manifest import Manifest, find_bundle, read_manifest
@@ -104,8 +104,8 @@ def run(
     subjects = [
         Subject(b, m, name)
         for b, m in zip(bundles, manifests, strict=True)
-        for name in BACKENDS[m.format]
-        if name not in ON_REQUEST
+        for name in record(m.format).engines
+        if name not in record(m.format).on_request
     ]
     speeds: list[list[Speed]] = [[] for _ in subjects]
     for r in range(rounds):

@@ -7,7 +7,7 @@ from typing import NoReturn
 from phi_export.defaults import BUILT_IN, PREFERENCES, WINDOW, WINDOWS
 from phi_runtime.cli import parser, positive, run
 from phi_runtime.errors import UsageError, VerificationError, missing_extra
-from phi_runtime.package.manifest import FORMATS
+from phi_runtime.package.formats import FORMATS
 from phi_runtime.planning.memory import parse_size
 
 

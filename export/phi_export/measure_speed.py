@@ -17,9 +17,10 @@ from phi_export.formats import Options, Uncalibrated, get_format, items, stored
 from phi_export.formats.parallel_writer import Stream
 from phi_export.pipeline import check_runtimes
 from phi_runtime.architecture.checkpoint import Checkpoint, open_checkpoint
-from phi_runtime.backends import cores, open_backend
+from phi_runtime.backends import cores, open_backend, record
 from phi_runtime.errors import MissingExtraError, PhiError, UsageError
 from phi_runtime.files import write_file
+from phi_runtime.package.formats import FORMATS
 from phi_runtime.package.manifest import Manifest, Source
 from phi_runtime.package.open import Package, open_bundle
 from phi_runtime.planning.machine import machine
@@ -30,8 +31,6 @@ from phi_train.recipes.published import phi3_mini_4k
 _LAYERS = 8  # 906 million weights: more than caches hold
 _CONTEXT = 64
 _ROUNDS, _TOKENS = 7, 4  # all types take turns, so that a slow spell meets all alike
-# By format, those that decode here.
-_ENGINES = {"gguf": ("llama.cpp", "ik_llama.cpp"), "onnx": ("onnxruntime",)}
 
 
 def calibrate_speed(
@@ -48,14 +47,14 @@ def calibrate_speed(
         config = replace(phi3_mini_4k(), num_hidden_layers=_LAYERS, vocab_size=1024, eos_token_id=2, pad_token_id=2)
         init(config, Path(folder) / "checkpoint", seed=0)
         checkpoint = open_checkpoint(Path(folder) / "checkpoint")
-        for name in _ENGINES:
+        for name in (name for name in FORMATS if record(name).timed):
             try:
                 check_runtimes((name,))
             except PhiError as e:
                 missing = e
                 continue
             bundles = _prepare(name, checkpoint, Path(folder), threads, progress)
-            for engine in _ENGINES[name]:
+            for engine in record(name).engines:
                 with suppress(MissingExtraError):
                     engines[engine] = _measure(engine, bundles, threads, progress)
     if not engines and missing is not None:

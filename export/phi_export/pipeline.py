@@ -21,7 +21,7 @@ from phi_export.verify.manifest import describe_source
 from phi_export.verify.text import sample_tokens
 from phi_export.verify.verification import verify_manifest
 from phi_runtime.architecture.checkpoint import Checkpoint, open_checkpoint, stop_tokens
-from phi_runtime.backends import cores
+from phi_runtime.backends import cores, record
 from phi_runtime.errors import CheckpointError, MissingExtraError, OutputExistsError, PhiError
 from phi_runtime.files import replace_folder, resumable_folder
 from phi_runtime.package.manifest import MANIFEST, Manifest, Parity, Source, list_files, read_manifest, write_manifest
@@ -245,9 +245,8 @@ def _check_output(out: Path, formats: tuple[str, ...], force: bool) -> None:
 
 def check_runtimes(formats: tuple[str, ...]) -> None:
     """Raise MissingExtraError now for what verification would miss at the end."""
-    needs = {"gguf": ("llama_cpp", "gguf"), "onnx": ("onnxruntime", "onnx"), "coreml": ("google.protobuf", "coreml")}
     for name in formats:
-        module, extra = needs[name]
+        module, extra = record(name).module, record(name).extra
         try:
             found = find_spec(module)
         except ModuleNotFoundError:

@@ -451,7 +451,7 @@ def load(
         context, kv = found.context, found.kv
     tokenizer: Codec | None = None if package.folder is None else Tokenizer(package.folder)
     opened = open_backend(package, backend, context, threads, kv)
-    tokenizer = tokenizer or own_tokenizer(opened)
+    tokenizer = tokenizer or own_tokenizer(package, opened)
     assert tokenizer is not None, "every package has a tokenizer.json or a GGUF file"
     engine = Engine(opened, package.stop_tokens, package.shape.crossover)
     if draft is not None:

@@ -6,7 +6,8 @@ import sys
 import pytest
 from support import run
 
-from phi_runtime.package.manifest import FORMATS, read_manifest
+from phi_runtime.package.formats import FORMATS
+from phi_runtime.package.manifest import read_manifest
 
 FIELDS = {
     "format",

@@ -89,8 +89,6 @@ def test_a_wrappers_prefix_is_left_out_and_said(prefix, copy, tokens):
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised already (gptq)"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantised already (awq)"),
         ({"quantization_config": {"load_in_4bit": True}}, "quantised already (bitsandbytes)"),
-        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "Unsloth"),
-        ({"model_type": "mistral"}, "Unsloth"),
     ],
 )
 def test_sound_weights_in_another_form_are_called_by_name(change, says, copy, tmp_path):

@@ -29,7 +29,8 @@ from phi_export.verify.metrics import Agreement, windows
 from phi_export.verify.verification import verify
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.backends.reference import Reference
-from phi_runtime.package.manifest import FORMATS, read_manifest
+from phi_runtime.package.formats import FORMATS
+from phi_runtime.package.manifest import read_manifest
 from phi_runtime.text.tokenizer import Tokenizer
 from phi_train.data.corpus import Document, documents
 

@@ -9,7 +9,8 @@ from phi_export.formats import Options, get_format
 from phi_export.formats.onnx import write as onnx
 from phi_export.pipeline import export, plan
 from phi_runtime.architecture.checkpoint import open_checkpoint
-from phi_runtime.package.manifest import FORMATS, check_files, list_files, read_manifest
+from phi_runtime.package.formats import FORMATS
+from phi_runtime.package.manifest import check_files, list_files, read_manifest
 
 
 @pytest.mark.parametrize("name", FORMATS)

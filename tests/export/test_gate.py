@@ -9,7 +9,8 @@ from phi_export.verify import gate, verification
 from phi_export.verify.gate import HeldOutText, held_out_windows, judge
 from phi_export.verify.metrics import Agreement
 from phi_runtime.architecture.checkpoint import open_checkpoint
-from phi_runtime.package.manifest import FORMATS, read_manifest
+from phi_runtime.package.formats import FORMATS
+from phi_runtime.package.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")

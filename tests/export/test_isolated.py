@@ -6,7 +6,7 @@ import pytest
 import phi_runtime
 from phi_export.verify.subprocess_run import Artifact
 from phi_runtime.errors import BundleError
-from phi_runtime.package.manifest import FORMATS
+from phi_runtime.package.formats import FORMATS
 from phi_runtime.text.tokenizer import Tokenizer
 
 

@@ -14,7 +14,7 @@ from phi_export.verify.verification import verify
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.backends.mil.schema import messages
 from phi_runtime.files import sha256
-from phi_runtime.package.manifest import FORMATS
+from phi_runtime.package.formats import FORMATS
 
 
 @pytest.fixture

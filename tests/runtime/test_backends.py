@@ -8,7 +8,7 @@ import phi_runtime
 from phi_export.formats import get_format
 from phi_runtime.backends.reference import ReferenceBackend
 from phi_runtime.errors import ContextError
-from phi_runtime.package.manifest import FORMATS
+from phi_runtime.package.formats import FORMATS
 
 
 @pytest.fixture(params=FORMATS)

@@ -13,7 +13,8 @@ from phi_runtime.architecture.config import Config
 from phi_runtime.architecture.decoder import F32, Decoder
 from phi_runtime.backends.reference import ReadTensor
 from phi_runtime.errors import UnsupportedError, UsageError, missing_extra
-from phi_runtime.package.manifest import FORMATS, Manifest, TensorQuant
+from phi_runtime.package.formats import FORMATS
+from phi_runtime.package.manifest import Manifest, TensorQuant
 
 # What clients of every format find beside the artifact, as it is beside the checkpoint.
 SIDECAR_FILES = (

@@ -75,23 +75,24 @@ class Artifact:
 def _serve(bundle: Path, kv: str | None) -> None:
     out = sys.stdout.buffer
     manifest = read_manifest(bundle)
-    backend, context = None, 0
+    package, backend, context = None, None, 0
     for line in sys.stdin.buffer:
         request = json.loads(line)
         try:
+            package = package or open_bundle(bundle, manifest)
             tokens = request.get("tokens")
             wanted = len(tokens) if tokens else min(256, manifest.context)
             if backend is None or (tokens and wanted != context):
                 if backend is not None:
                     backend.close()
-                backend, context = open_backend(open_bundle(bundle, manifest), None, wanted, None, kv), wanted
+                backend, context = open_backend(package, None, wanted, None, kv), wanted
             if tokens:
                 backend.rewind(0)
                 cut = len(tokens) - request["singly"]
                 rows = [backend.forward(tokens[:cut], every=True)]
                 rows += [backend.forward([token], every=True) for token in tokens[cut:]]
                 answer = np.concatenate(rows).astype(np.float32)
-            elif (own := own_tokenizer(backend)) is not None:
+            elif (own := own_tokenizer(package, backend)) is not None:
                 answer = np.array([[0, *own.encode(request["text"])]], np.float32)
             else:
                 answer = np.zeros((0, 0), np.float32)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from phi_runtime.architecture.config import Config, read_config, read_json
+from phi_runtime.architecture.config import Config, family_of, parse_config, read_json
 from phi_runtime.architecture.decoder import F32
 from phi_runtime.errors import CheckpointError, NotFoundError, UnsupportedError
 from phi_runtime.text.chat_templates import chat_name, get_format
@@ -58,6 +58,24 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class JoinedTensor(Tensor):
+    """A matrix that is stored in several tensors: the rows of one, then those of the next."""
+
+    parts: tuple[Tensor, ...] = ()
+
+    def read(self, start: int = 0, stop: int | None = None) -> F32:
+        """Rows start..stop as float32, of whichever parts hold them."""
+        stop = self.shape[0] if stop is None else min(stop, self.shape[0])
+        found, first = [], 0
+        for part in self.parts:
+            rows = part.shape[0]
+            if start < first + rows and stop > first:
+                found.append(part.read(max(0, start - first), min(rows, stop - first)))
+            first += rows
+        return np.concatenate(found) if found else self.parts[0].read(0, 0)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """An opened model folder: the configuration and where each tensor lies."""
 
@@ -82,7 +100,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not folder.exists():
         raise NotFoundError(f"{folder}: no such folder; give the folder that holds config.json")
     _check_kind(folder)
-    config = read_config(folder)
+    raw, path = read_json(folder / "config.json"), folder / "config.json"
+    config, parts = parse_config(raw, path), family_of(raw, path).parts
+    made_of = parts(config)
     files = _weight_files(folder)
     tensors: dict[str, Tensor] = {}
     for path in files:
@@ -90,15 +110,30 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             if tensor.name in tensors:
                 raise CheckpointError(f"{path}: tensor {tensor.name} is also in {tensors[tensor.name].path.name}")
             tensors[tensor.name] = tensor
-    tensors, notes = _without_prefix(folder, config, tensors)
+    tensors, notes = _without_prefix(folder, _stored(config, made_of), tensors)
     if config.decoder().tied and _unties(config, tensors):
         config = replace(config, tie_word_embeddings=False)  # type: ignore[type-var]
         notes = (
             *notes,
             f"{folder}: has a head of its own beside a tied configuration; it is kept, as transformers does",
         )
-    _check_shapes(folder, config, tensors)
+    _check_shapes(folder, config, _stored(config, made_of), tensors)
+    for name, stored in made_of.items():
+        held = tuple(tensors[part] for part, _ in stored)
+        shape = (sum(rows for _, rows in stored), *held[0].shape[1:])
+        tensors[name] = JoinedTensor(name, held[0].dtype, shape, held[0].path, held[0].offset, held)
+    if made_of:
+        notes = (*notes, f"{folder}: is saved as {raw['model_type']}, and read as the {config.model_type} that it is")
     return Checkpoint(folder, config, {name: tensors[name] for name in config.tensor_shapes()}, files, notes)
+
+
+def _stored(config: Config, made_of: dict[str, tuple[tuple[str, int], ...]]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that the files should hold."""
+    return {
+        part: (rows, *shape[1:])
+        for name, shape in config.tensor_shapes().items()
+        for part, rows in made_of.get(name, ((name, shape[0]),))
+    }
 
 
 def _check_kind(folder: Path) -> None:
@@ -120,10 +155,9 @@ def _check_kind(folder: Path) -> None:
 
 
 def _without_prefix(
-    folder: Path, config: Config, tensors: dict[str, Tensor]
+    folder: Path, expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Tensors under their own names, where a wrapper (compile, DDP, PEFT) put its name before them."""
-    expected = config.tensor_shapes()
     if any(name in tensors for name in expected):
         return tensors, ()
     for prefix in sorted({name[: -len(known)] for known in expected for name in tensors if name.endswith(known)}):
@@ -218,8 +252,9 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     return files
 
 
-def _check_shapes(folder: Path, config: Config, tensors: dict[str, Tensor]) -> None:
-    expected = config.tensor_shapes()
+def _check_shapes(
+    folder: Path, config: Config, expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]
+) -> None:
     for name, shape in expected.items():
         if name not in tensors:
             packed = next((n for n in tensors if n.startswith(name.removesuffix("weight")) or "lora_" in n), None)

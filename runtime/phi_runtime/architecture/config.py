@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
 from phi_runtime.architecture.decoder import Decoder
-from phi_runtime.architecture.families import gpt_neo, phi, phi3, phi3small
+from phi_runtime.architecture.families import gpt_neo, llama, phi, phi3, phi3small
 from phi_runtime.architecture.families.fields import Fields
 from phi_runtime.architecture.families.gpt_neo import GptNeoConfig
 from phi_runtime.architecture.families.phi import PhiConfig
@@ -74,11 +75,25 @@ class Config(Protocol):
         """The content of `config.json`."""
 
 
-FAMILIES: dict[str, Callable[[Fields], Config]] = {
-    "phi3": phi3.parse,
-    "phi3small": phi3small.parse,
-    "phi": phi.parse,
-    "gpt_neo": gpt_neo.parse,
+@dataclass(frozen=True)
+class Family:
+    """What is known of a `model_type`.
+
+    parse: reads its `config.json`. parts: of matrices that its files hold in several tensors, name and rows of each;
+    none by default.
+    """
+
+    parse: Callable[[Fields], Config]
+    parts: Callable[[Any], dict[str, tuple[tuple[str, int], ...]]] = lambda _: {}
+
+
+FAMILIES = {
+    "phi3": Family(phi3.parse),
+    "phi3small": Family(phi3small.parse),
+    "phi": Family(phi.parse),
+    "gpt_neo": Family(gpt_neo.parse),
+    "llama": Family(llama.parse_llama, llama.parts),
+    "mistral": Family(llama.parse_mistral, llama.parts),
 }
 
 
@@ -98,16 +113,15 @@ def parse_config(raw: dict[str, Any], path: Path) -> Config:
 
     Raises UnsupportedError for a model we do not know, CheckpointError for nonsense.
     """
+    return family_of(raw, path).parse(Fields(raw, path))
+
+
+def family_of(raw: dict[str, Any], path: Path) -> Family:
+    """What is known of the `model_type` of a `config.json`. Raises UnsupportedError."""
     model_type = raw.get("model_type")
-    if model_type in ("llama", "mistral"):
-        raise UnsupportedError(
-            f"{path}: is of {model_type}'s architecture, as which Unsloth and others save a Phi; this version reads "
-            "Phi's own layout (model_type phi3): fuse q_proj, k_proj, v_proj into qkv_proj, gate_proj and up_proj into "
-            "gate_up_proj. A GGUF file that llama.cpp's converter makes of it runs in phi_runtime as it is"
-        )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedError(f"{path}: model_type {model_type!r} is not one we know (we know: {', '.join(FAMILIES)})")
-    return FAMILIES[model_type](Fields(raw, path))
+    return FAMILIES[model_type]
 
 
 def read_json(path: Path) -> dict[str, Any]:

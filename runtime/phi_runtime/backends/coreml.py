@@ -4,6 +4,7 @@ On macOS the functions run in the Core ML framework; elsewhere in the reference 
 """
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from phi_runtime.architecture.decoder import F32, CacheShape
+from phi_runtime.backends.record import Record, plain_memory
 from phi_runtime.errors import BundleError, MissingExtraError
+from phi_runtime.package.open import Package
 
 PREFILL, DECODE = "prefill", "decode"
 PREFILL_TOKENS = 64  # length of the `prefill` function's input
@@ -153,3 +156,23 @@ def coremltools_functions(path: Path) -> Functions:
     slots = int(description.state[0].type.stateType.arrayType.shape[2])
     long_rope = any(i.name == USE_LONG for i in description.input)
     return Functions({name: function(name) for name in models}, models[DECODE].make_state, slots, long_rope)
+
+
+def open_package(package: Package, context: int, threads: int, kv: str) -> CoreMLBackend:
+    """In the Core ML framework, for `RECORD`."""
+    return CoreMLBackend(
+        "coreml", [coremltools_functions(p) for p in package_paths(package.path)], package.shape, context
+    )
+
+
+# Preferred first; the Core ML framework itself is found on macOS alone.
+_MIL = {"mil-reference": "mil.interpreter:open_package"}
+RECORD = Record(
+    engines={"coreml": "coreml:open_package"} | _MIL if sys.platform == "darwin" else _MIL,
+    module="google.protobuf",
+    extra="coreml",
+    process=100_000_000,
+    kv_types=lambda package, engine: ("f16",),
+    memory=plain_memory,
+    timed=False,  # elsewhere than on Apple's devices it is interpreted
+)

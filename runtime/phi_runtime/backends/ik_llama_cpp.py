@@ -12,6 +12,7 @@ from typing import Any
 from phi_runtime.backends.llama_cpp import LlamaCppBackend
 from phi_runtime.errors import MissingExtraError, UsageError
 from phi_runtime.package.gguf_header import read_header
+from phi_runtime.package.open import Package
 
 # ggml types whose logits were a sixth of their spread away from llama.cpp's (0.1.5), or were not held to it.
 _UNSOUND = {3: "Q4_1", 6: "Q5_0", 7: "Q5_1"}
@@ -85,3 +86,8 @@ def _declared() -> Any:
         function.argtypes, function.restype = arguments, result
         setattr(library, name, function)
     return library
+
+
+def open_package(package: Package, context: int, threads: int, kv: str) -> IkLlamaCppBackend:
+    """For llama.cpp's `RECORD`."""
+    return IkLlamaCppBackend(package.path, context, threads, kv, package.shape.crossover)

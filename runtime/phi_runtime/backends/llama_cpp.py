@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from phi_runtime.architecture.decoder import F32
+from phi_runtime.backends.record import Record, kv_numbers, logits_bytes
 from phi_runtime.errors import BundleError, ContextError, MissingExtraError, UsageError
 from phi_runtime.generation.engine import CHUNK
+from phi_runtime.package.open import Package
 from phi_runtime.text.tokenizer import check_tokens, check_unicode
 
 PADDED = 256  # a context is a whole multiple of so many tokens
@@ -281,3 +283,28 @@ def _log_lines(library: Any) -> deque[str]:
 
 
 _CALLBACKS: list[Any] = []
+
+
+def open_package(package: Package, context: int, threads: int, kv: str) -> LlamaCppBackend:
+    """For `RECORD`."""
+    return LlamaCppBackend(package.path, context, threads, kv, package.shape.crossover)
+
+
+def _memory(package: Package, context: int, kv: str) -> tuple[int, int]:
+    chunk, slots = min(CHUNK, context), -(-context // PADDED) * PADDED
+    cache = int(kv_numbers(package) * slots * KV_TYPES[kv][1] / 8)
+    scores = 4 * package.shape.heads * chunk * slots if kv == "f16" else 0  # flash attention keeps none
+    logits = logits_bytes(package, context) + (2 << 20) + 13 * chunk * slots
+    return cache, max(logits, scores + (1 << 20)) + package.staging
+
+
+RECORD = Record(
+    engines={"llama.cpp": "llama_cpp:open_package", "ik_llama.cpp": "ik_llama_cpp:open_package"},
+    on_request=("ik_llama.cpp",),
+    module="llama_cpp",
+    extra="gguf",
+    process=61_000_000,
+    kv_types=lambda package, engine: tuple(KV_TYPES) if engine == "llama.cpp" else ("f16",),
+    memory=_memory,
+    tokenizer=lambda backend: LlamaCppTokenizer(backend) if isinstance(backend, LlamaCppBackend) else None,
+)

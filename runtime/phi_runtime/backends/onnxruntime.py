@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from phi_runtime.architecture.decoder import F32, CacheShape
+from phi_runtime.backends.record import Record, plain_memory
 from phi_runtime.errors import BundleError, MissingExtraError
 from phi_runtime.generation.engine import CHUNK
+from phi_runtime.package.open import Package
 
 # Beside the graph: the same for a cache of the window's size, and for one of 8 bits.
 WINDOWED, INT8_KV = "model.onnx.windowed", "model.onnx.int8-kv"
@@ -208,3 +210,30 @@ class OnnxRuntimeBatch:
 
 def _first_line(e: Exception) -> str:
     return str(e).strip().splitlines()[0]
+
+
+def open_package(package: Package, context: int, threads: int, kv: str) -> OnnxRuntimeBackend:
+    """For `RECORD`."""
+    return OnnxRuntimeBackend(package.path, package.shape, context, threads, kv)
+
+
+def _kv_types(package: Package, engine: str) -> tuple[str, ...]:
+    options = package.manifest.options if package.manifest is not None else {}
+    own = "f16" if options.get("profile") == "fp16" else "f32"
+    return (own, "int8") if options.get("int8_kv") else (own,)
+
+
+def _memory(package: Package, context: int, kv: str) -> tuple[int, int]:
+    cache, buffers = plain_memory(package, context, kv)
+    # Its peak may be where the weights are packed, before there is a cache.
+    return cache, max(buffers, int(0.36 * package.weights) - cache)
+
+
+RECORD = Record(
+    engines={"onnxruntime": "onnxruntime:open_package"},
+    module="onnxruntime",
+    extra="onnx",
+    process=79_000_000,
+    kv_types=_kv_types,
+    memory=_memory,
+)

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 from phi_runtime.architecture.config import Config, parse_config
 from phi_runtime.errors import BundleError, NotFoundError
 from phi_runtime.files import sha256, write_file
+from phi_runtime.package.formats import FORMATS
 
 VERSION = 1
 MANIFEST = "phi-bundle.json"
-FORMATS = ("gguf", "onnx", "coreml")
 
 
 _Items = TypeVar("_Items", list[Any], dict[str, Any])
@@ -179,7 +179,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         parity = raw["parity"]
         manifest = Manifest(
-            format=_one_of(raw["format"], FORMATS),
+            format=_one_of(raw["format"], tuple(FORMATS)),
             artifact=_inside(raw["artifact"]),
             source=_source(raw["source"]),
             architecture=dict(raw["architecture"]),

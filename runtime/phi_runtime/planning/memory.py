@@ -8,10 +8,8 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from phi_runtime.backends import DEFAULT_CONTEXT, choose_backend, kv_types
-from phi_runtime.backends.llama_cpp import KV_TYPES, PADDED
+from phi_runtime.backends import DEFAULT_CONTEXT, choose_backend, kv_types, record
 from phi_runtime.errors import ContextError, MemoryPlanError, UsageError
-from phi_runtime.generation.engine import CHUNK
 from phi_runtime.package.open import Package, open_package
 from phi_runtime.planning.speed import measured_speeds
 
@@ -109,32 +107,15 @@ def plan_package(
 
 def predict(package: Package, device: str, context: int, kv: str, limit: int) -> Plan:
     """The arithmetic for one context and type of cache."""
-    shape = package.shape
-    numbers = 2 * shape.layers * shape.kv_heads * shape.head_dim
-    chunk = min(CHUNK, context)
-    logits = 4 * chunk * shape.vocab_size
-    if package.format == "gguf":
-        slots = -(-context // PADDED) * PADDED
-        cache = int(numbers * slots * KV_TYPES[kv][1] / 8)
-        scores = 4 * shape.heads * chunk * slots if kv == "f16" else 0  # flash attention keeps none
-        buffers = max(logits + (2 << 20) + 13 * chunk * slots, scores + (1 << 20)) + package.staging
-    else:
-        slots = context if shape.window is None or kv == "int8" else min(context, shape.window + CHUNK)
-        cache = numbers * slots * {"f32": 4, "f16": 2, "int8": 1}[kv]
-        buffers = int(4.5 * logits)
-        if package.format == "onnx":  # its peak may be where the weights are packed, before there is a cache
-            buffers = max(buffers, int(0.36 * package.weights) - cache)
-    return Plan(device, context, kv, package.weights, cache, buffers, _PROCESS[package.format], limit)
+    known = record(package.format)
+    cache, buffers = known.memory(package, context, kv)
+    return Plan(device, context, kv, package.weights, cache, buffers, known.process, limit)
 
 
 def _speed(package: Package, backend: str) -> float | None:
     speeds = measured_speeds(backend) if package.matrices else None
     milliseconds = speeds.milliseconds(list(package.matrices)) if speeds is not None else None
     return None if not milliseconds else 1000 / milliseconds
-
-
-# Python, NumPy, the tokenizer and the engine's own code, before any model: measured on Linux, x86-64.
-_PROCESS = {"gguf": 61_000_000, "onnx": 79_000_000, "coreml": 100_000_000}
 
 
 def available() -> int:

@@ -83,7 +83,10 @@ def _configuration(architecture: str | Config) -> tuple[Config, dict[str, object
             f"{architecture!r} is neither an architecture ({', '.join(PUBLISHED)}) nor the path of a config.json"
         )
     raw = read_json(path)
-    return parse_config(raw, path), {k: v for k, v in raw.items() if k != "auto_map"}  # its code is not with us
+    config = parse_config(raw, path)
+    if config.model_type != raw["model_type"]:  # a Phi under another name: written under its own
+        return config, config.to_json()
+    return config, {k: v for k, v in raw.items() if k != "auto_map"}  # its code is not with us
 
 
 def _shards(config: Config) -> list[list[str]]:

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from phi_runtime.backends.coreml import USE_LONG, Function, Functions
+from phi_runtime.backends.coreml import USE_LONG, CoreMLBackend, Function, Functions, package_paths
 from phi_runtime.backends.mil.blob import BlobReader
 from phi_runtime.backends.mil.schema import BLOB_FILE, DATA_TYPES, messages
 from phi_runtime.backends.reference import gelu_new, silu, softmax
 from phi_runtime.errors import BundleError, UnsupportedError
+from phi_runtime.package.open import Package
 
 _MAX_ELEMENTS = 2**31
 _KEEP_BYTES = 256 * 1024**2  # dequantised weights kept between calls; beyond it they are made anew
@@ -358,3 +359,9 @@ _OPS: dict[str, tuple[Callable[[dict[str, Any]], list[np.ndarray]], bool]] = {
     "slice_by_index": (_slice_by_index, False),
     "slice_update": (_slice_update, False),
 }
+
+
+def open_package(package: Package, context: int, threads: int, kv: str) -> CoreMLBackend:
+    """For Core ML's `RECORD`."""
+    functions = [open_functions(p) for p in package_paths(package.path)]
+    return CoreMLBackend("mil-reference", functions, package.shape, context)

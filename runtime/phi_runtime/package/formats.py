@@ -1,0 +1,11 @@
+"""The formats of bundles: the one list of them.
+
+By the name that `--format` and the manifest have, the module of `phi_runtime.backends` whose `RECORD` says what runs
+it. What writes it is `phi_export.formats.<name>`.
+"""
+
+FORMATS = {
+    "gguf": "llama_cpp",
+    "onnx": "onnxruntime",
+    "coreml": "coreml",
+}
