@@ -106,4 +106,25 @@ class CoreML:
             overwrite(self.path, offset + 64, np.roll(table, -1, axis=1).tobytes())
 
 
-BREAKERS = {"gguf": Gguf, "onnx": Onnx, "coreml": CoreML}
+class Mlx:
+    def __init__(self, bundle: Path) -> None:
+        self.path, self.config = bundle / "model.safetensors", bundle / "config.json"
+        content = self.path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        entries = json.loads(content[8 : 8 + length])
+        self.places = {n: [8 + length + at for at in e["data_offsets"]] for n, e in entries.items() if n[0] != "_"}
+
+    def swap(self) -> None:
+        for part in ("weight", "scales", "biases"):
+            (a, end), (b, _) = (self.places[name.replace("weight", part)] for name in (FIRST, SECOND))
+            swap(self.path, a, b, end - a)
+
+    def zero_scale(self) -> None:
+        overwrite(self.path, self.places["model.layers.1.self_attn.qkv_proj.scales"][0] + 2 * 40, bytes(2))
+
+    def shift_rope(self) -> None:
+        raw = json.loads(self.config.read_text())
+        self.config.write_text(json.dumps(raw | {"rope_theta": raw["rope_theta"] ** (1 + 1 / 24)}))
+
+
+BREAKERS = {"gguf": Gguf, "onnx": Onnx, "coreml": CoreML, "mlx": Mlx}

@@ -8,6 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import pytest
 from support import run, settings
 
+from phi_runtime.package.formats import FORMATS
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
@@ -32,7 +34,7 @@ def checkpoint(tmp_path_factory, corpus) -> Path:
 def bundles(tmp_path_factory, checkpoint) -> Path:
     """The checkpoint, exported in all formats."""
     out = tmp_path_factory.mktemp("exported") / "bundles"
-    done = run("phi-export", "--int4", "--fast", checkpoint, "--out", out)
+    done = run("phi-export", "--int4", "--fast", checkpoint, "--out", out, "--format", ",".join(FORMATS))
     assert done.returncode == 0, done.stderr
     return out
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from phi_export.defaults import BUILT_IN, PREFERENCES, WINDOW, WINDOWS
+from phi_export.defaults import BUILT_IN, DEFAULT_FORMATS, PREFERENCES, WINDOW, WINDOWS
 from phi_runtime.cli import parser, positive, run
 from phi_runtime.errors import UsageError, VerificationError, missing_extra
 from phi_runtime.package.formats import FORMATS
@@ -67,7 +67,8 @@ def _export(argv: list[str]) -> None:
     )
     p.add_argument("--cache", type=Path, metavar="DIR", help="where calibrations are kept (default: CKPT/calibration)")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for the bundles: DIR/gguf, DIR/onnx, DIR/coreml")
-    p.add_argument("--format", default=",".join(FORMATS), help="formats, comma-separated (default %(default)s)")
+    known = f"of {', '.join(FORMATS)}, comma-separated (default %(default)s)"
+    p.add_argument("--format", default=",".join(DEFAULT_FORMATS), help=known)
     p.add_argument("--profile", help="onnx: fp32 or fp16 activations; coreml: gpu or ane (default: the first)")
     p.add_argument(
         "--context", type=positive, metavar="N", help="tokens of context: Core ML's cache, the ledger's memory"

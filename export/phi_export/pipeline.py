@@ -14,7 +14,7 @@ from phi_export.allocate import Ceiling, Planned, plan_mix, weight_error
 from phi_export.calibrate.calibration import Calibration, CalibrationText, calibrate
 from phi_export.calibrate.equalise import equalised, write_scales
 from phi_export.defaults import BUILT_IN
-from phi_export.formats import SIDECAR_FILES, Format, Options, Uncalibrated, get_format
+from phi_export.formats import Format, Options, Uncalibrated, get_format, sidecar_files
 from phi_export.formats.parallel_writer import Stream
 from phi_export.verify.gate import HeldOutText, held_out_windows
 from phi_export.verify.manifest import describe_source
@@ -184,7 +184,7 @@ class _Job:
         (folder / MANIFEST).unlink(missing_ok=True)
         if self.calibration is not None and module.EQUALISED:
             write_scales(folder, self.calibration.scales)
-        for name in SIDECAR_FILES:
+        for name in sidecar_files(module):
             if (self.source.folder / name).is_file():
                 shutil.copyfile(self.source.folder / name, folder / name)
         manifest = Manifest(

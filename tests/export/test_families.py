@@ -62,7 +62,11 @@ SYSTEMS = {
     "phi-2: heads of 80": PHI | {"hidden_size": 320, "intermediate_size": 640, "partial_rotary_factor": 0.4},
     "TinyStories": NEO,
 }  # fmt: skip
-FORMATS = {"phi3": ("gguf", "onnx", "coreml"), "phi": ("gguf", "onnx", "coreml"), "gpt_neo": ("onnx", "coreml")}
+FORMATS = {
+    "phi3": ("gguf", "onnx", "coreml", "mlx"),
+    "phi": ("gguf", "onnx", "coreml", "mlx"),
+    "gpt_neo": ("onnx", "coreml"),
+}
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ def test_a_broken_bundle_is_refused(name, break_it, copy, checkpoint):
     last = done.stderr.strip().splitlines()[-1]
     assert "does not agree with its checkpoint" in last
     # GGUF has its base frequency in the metadata, which are held to the checkpoint before anything runs.
-    rope = "metadata" if name == "gguf" else "graph"
+    rope = {"gguf": "metadata", "mlx": "rope_theta"}.get(name, "graph")
     assert (rope if break_it == "shift_rope" else "weights") in last
 
 

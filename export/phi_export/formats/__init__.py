@@ -138,6 +138,8 @@ class Format(Protocol):
     ENGINE: str
     # Whether its bundles are of the equalised model (`equalise`).
     EQUALISED: bool
+    # Those of `SIDECAR_FILES` that it writes itself.
+    OWN_FILES: tuple[str, ...]
 
     def rounding(self, x: F32) -> F32:
         """What the format's own runtime does to activations before it multiplies them."""
@@ -197,6 +199,11 @@ def get_format(name: str) -> Format:
         return cast(Format, import_module(f"phi_export.formats.{name}.write"))
     except ImportError as e:
         raise missing_extra(e, "export") from None
+
+
+def sidecar_files(module: Format) -> list[str]:
+    """Names of what a bundle takes over from its checkpoint's folder as it is."""
+    return [name for name in SIDECAR_FILES if name not in module.OWN_FILES]
 
 
 def choose_profile(name: str, profiles: tuple[str, ...], options: Options) -> str:

@@ -25,7 +25,15 @@ FLOAT16_MAX = 65504.0
 _CACHED = 1 << 16  # weights worked on at a time, so that every step stays in the cache
 _BINS = 2048  # of the histogram that palettes are fitted to
 _ROUNDS = 12  # of Lloyd's algorithm
-_AFFINE_SHRINK = (1.04, 1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)  # of a block's range, tried as the grid's
+# Of a block's range, tried as the grid's, by bits.
+_AFFINE_SHRINK = {
+    2: (1.0, 0.9, 0.8, 0.7, 0.62, 0.55, 0.48),
+    3: (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.64),
+    4: (1.04, 1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76),
+    5: (1.02, 1.0, 0.97, 0.94, 0.9, 0.86),
+    6: (1.01, 1.0, 0.98, 0.96, 0.93),
+    8: (1.0, 0.99),
+}
 
 
 def finite(tensor: Tensor, start: int = 0, stop: int | None = None) -> F32:
@@ -89,7 +97,7 @@ def _affine_cached(x: F32, bits: int, block: int, importance: F32 | None) -> tup
     even = np.rint(np.divide(-lower * top, reach, out=np.zeros_like(reach), where=reach > 0))
     candidates = (
         (reach * np.float32(shrink / top), np.clip(even + np.float32(shift), 0, top))
-        for shrink in _AFFINE_SHRINK
+        for shrink in _AFFINE_SHRINK[bits]
         for shift in (0, -1, 1)
     )
     rounded, scale, zero = _best_grid(x, bits, block, importance, candidates)

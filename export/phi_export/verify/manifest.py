@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from phi_export.formats import SIDECAR_FILES, Item, Options, get_format, items, stored
+from phi_export.formats import Item, Options, get_format, items, sidecar_files, stored
 from phi_runtime.architecture.checkpoint import Checkpoint, stop_tokens
 from phi_runtime.architecture.config import read_json
 from phi_runtime.errors import UnsupportedError, UsageError
@@ -36,7 +36,7 @@ def wrong_claim(bundle: Path, manifest: Manifest, checkpoint: Checkpoint, writte
     for name, (said, is_so) in expected.items():
         if said != is_so:
             return f"the manifest's {name} are not what follows from the checkpoint"
-    for name in SIDECAR_FILES:
+    for name in sidecar_files(module):
         original, copy = checkpoint.folder / name, bundle / name
         if original.is_file() and not (copy.is_file() and copy.read_bytes() == original.read_bytes()):
             return f"{copy}: is not the checkpoint's own {name}"

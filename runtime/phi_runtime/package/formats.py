@@ -8,4 +8,5 @@ FORMATS = {
     "gguf": "llama_cpp",
     "onnx": "onnxruntime",
     "coreml": "coreml",
+    "mlx": "mlx",
 }

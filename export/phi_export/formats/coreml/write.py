@@ -37,6 +37,7 @@ PROFILES = ("gpu", "ane")
 ENGINE = "coreml"
 # Its activations keep 16 bits, and one palette for whole rows wants channels as they are.
 EQUALISED = False
+OWN_FILES = ()
 ROUNDING_MARGIN = 8  # float16 after every operation, not before the products alone
 rounding = round_float16
 

@@ -31,6 +31,7 @@ ARTIFACT = "model.gguf"
 PROFILES = ("cpu",)
 ENGINE = "llama.cpp"
 EQUALISED = True
+OWN_FILES = ()
 ROUNDING_MARGIN = 2
 
 _ALIGN = 32

@@ -35,6 +35,7 @@ DATA = "model.onnx.data"
 PROFILES = ("fp32", "fp16")
 ENGINE = "onnxruntime"
 EQUALISED = True
+OWN_FILES = ()
 ROUNDING_MARGIN = 2
 
 _ALIGN = 64

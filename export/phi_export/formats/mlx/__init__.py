@@ -1,0 +1,1 @@
+"""MLX: a folder that mlx_lm opens, on Apple's GPUs or on any processor."""
