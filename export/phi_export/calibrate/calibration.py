@@ -27,8 +27,9 @@ from phi_runtime.architecture.decoder import F32, Decoder, Linear
 from phi_runtime.errors import CheckpointError
 from phi_runtime.files import disk_full_named, locked, write_file
 from phi_runtime.package.manifest import CalibratedOn, Source
+from phi_train.allocator import freed_memory_kept
 
-_VERSION = 6
+_VERSION = 7
 _COSTS = "costs.json"
 
 Progress = Callable[[str], None]
@@ -157,9 +158,10 @@ def calibrate(
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, lambda: progress("another run is calibrating this checkpoint; waiting for it")):
             if not (folder / _COSTS).is_file():
-                gather(checkpoint, texts, folder, progress)
-                scaled = equalised(checkpoint, _scales(folder, config.decoder()))
-                costs = measure_costs(scaled, texts, folder, progress)
+                with freed_memory_kept():
+                    gather(checkpoint, texts, folder, progress)
+                    scaled = equalised(checkpoint, _scales(folder, config.decoder()))
+                    costs = measure_costs(scaled, texts, folder, progress)
                 write_file(folder / _COSTS, json.dumps(costs, indent=1) + "\n")
                 for state in (*folder.glob("after-*.npy"), *folder.glob("shown-*.npy")):
                     state.unlink()

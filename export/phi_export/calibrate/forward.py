@@ -79,12 +79,15 @@ class TorchDecoder:
 
     def linear(self, x: Tensor, linear: Linear, weights: Weights) -> Tensor:
         """Activations times a matrix, in float32."""
+        y = self._product(x, linear, weights).float()
+        return y + torch.cat([self._vector(name) for name in linear.bias]) if linear.bias else y
+
+    def _product(self, x: Tensor, linear: Linear, weights: Weights) -> Tensor:
+        """The same without its bias, in the type of the products."""
         x = x.to(self.dtype)
         self._watch(linear, x)
         parts = [weights[name] for name in linear.weight]
-        w = parts[0] if len(parts) == 1 else torch.cat(parts)
-        y = F.linear(x, w).float()
-        return y + torch.cat([self._vector(name) for name in linear.bias]) if linear.bias else y
+        return F.linear(x, parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         """Activations, normalised."""
@@ -98,7 +101,7 @@ class TorchDecoder:
 
     def _mlp(self, x: Tensor, layer: Layer, weights: Weights) -> Tensor:
         d = self.decoder
-        hidden = self.linear(x, layer.up, weights)
+        hidden = (self.linear if layer.up.bias else self._product)(x, layer.up, weights)
         if d.activation == "gegelu":
             gate = hidden[..., ::2].clamp(max=d.gegelu_limit)
             up = hidden[..., 1::2].clamp(-d.gegelu_limit, d.gegelu_limit)

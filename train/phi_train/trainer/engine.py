@@ -4,7 +4,6 @@ Weights and optimizer are float32; bf16 is autocast's. ZeRO's stages 1 to 3 divi
 weights among the processes (arXiv:1910.02054).
 """
 
-import ctypes
 import os
 import warnings
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor, distributed, nn
 
 from phi_runtime.backends import cores
 from phi_runtime.errors import UsageError
+from phi_train.allocator import keep_freed_memory
 from phi_train.recipes.config import Recipe
 
 
@@ -74,17 +74,11 @@ _ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_
 
 
 def _tune_processor() -> None:
-    """Keep memory that was freed for the next step, where the C library is glibc: a step allocates the same again and
-    again, and giving it back costs a tenth of the time. Numbers too small for float32's exponent are zero: gradients
-    are full of them, and they take a processor a hundred times as long.
+    """Freed memory is kept for the next step. Numbers too small for float32's exponent are zero: gradients are full of
+    them, and they take a processor a hundred times as long.
     """
     torch.set_flush_denormal(True)
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-        mallopt(option, value)
+    keep_freed_memory()
 
 
 def leave() -> None:
