@@ -17,7 +17,20 @@ def tracked() -> list[str]:
 
 def test_the_base_install_is_light():
     assert {re.match(r"[a-z-]+", d)[0] for d in PROJECT["dependencies"]} == {"numpy", "tokenizers"}
-    wanted = {"gguf", "gguf-fast", "onnx", "coreml", "server", "train", "sample", "export", "bench", "all", "dev"}
+    wanted = {
+        "gguf",
+        "gguf-fast",
+        "onnx",
+        "coreml",
+        "mlx",
+        "server",
+        "train",
+        "sample",
+        "export",
+        "bench",
+        "all",
+        "dev",
+    }
     assert set(PROJECT["optional-dependencies"]) == wanted
 
 

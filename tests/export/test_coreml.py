@@ -8,9 +8,9 @@ from breakage import rehash
 from support import run
 
 import phi_runtime
-from phi_export.formats import Options, coreml, get_format
+from phi_export.formats import Options, get_format
 from phi_export.formats.coreml.graph import kv_capacity
-from phi_export.formats.coreml.lint import lint
+from phi_export.formats.coreml.lint import CHUNK_BYTES, lint
 from phi_export.pipeline import export
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.backends.coreml import package_paths
@@ -52,7 +52,7 @@ def test_a_shorter_context_is_a_smaller_cache(checkpoint, tokens, tmp_path):
 @pytest.fixture
 def chain(checkpoint, tmp_path, monkeypatch):
     """Files of half a megabyte at most, as if the Neural Engine loaded no larger ones."""
-    monkeypatch.setitem(coreml.CHUNK_BYTES, "ane", 350_000)
+    monkeypatch.setitem(CHUNK_BYTES, "ane", 350_000)
     (made,) = export(checkpoint, tmp_path / "chain", ("coreml",), options=Options("ane"))
     return made.folder
 

@@ -47,13 +47,14 @@ def test_the_manifest_tells_where_it_came_from(name, bundles, checkpoint):
     assert manifest.source.sha256 == {"model.safetensors": sha256(checkpoint / "model.safetensors")}
     assert manifest.stop_tokens == (757, 758, 764)
     assert manifest.window == 100
-    assert manifest.context == (100 if name == "gguf" else 320), "stock llama.cpp has no window: exact up to it"
+    assert manifest.context == (100 if name in ("gguf", "mlx") else 320), "stock clients have no window: exact up to it"
     assert manifest.parity.tokens == 256
 
 
 @pytest.mark.parametrize("threads", [1, 5])
 def test_the_same_input_gives_the_same_bytes(threads, bundles, checkpoint, tmp_path):
-    done = run("phi-export", "--int4", "--fast", checkpoint, "--out", tmp_path / "again", "--threads", threads)
+    formats = ("--format", ",".join(FORMATS), "--threads", threads)
+    done = run("phi-export", "--int4", "--fast", checkpoint, "--out", tmp_path / "again", *formats)
     assert done.returncode == 0, done.stderr
     for name in FORMATS:
         assert list_files(tmp_path / "again" / name) == list_files(bundles / name)
@@ -67,6 +68,7 @@ def test_the_same_input_gives_the_same_bytes(threads, bundles, checkpoint, tmp_p
         ("onnx", "fp16", 5.6),
         ("coreml", "gpu", 5.6),
         ("coreml", "ane", 4.8),
+        ("mlx", "float16", 5.6),
     ],
 )
 def test_every_profile_and_a_mix_under_a_ceiling(name, profile, bound, checkpoint, tmp_path):
@@ -116,9 +118,8 @@ def test_queries_keys_and_values_typed_apart(checkpoint, bundles, tmp_path):
 
 
 def test_dry_run_prints_the_ledger_and_writes_nothing(checkpoint, bundles, tmp_path):
-    done = run(
-        "phi-export", "--int4", "--fast", checkpoint, "--dry-run", "--out", tmp_path / "none", env={"COLUMNS": "200"}
-    )
+    command = ("phi-export", "--int4", "--fast", checkpoint, "--dry-run", "--format", ",".join(FORMATS))
+    done = run(*command, "--out", tmp_path / "none", env={"COLUMNS": "200"})
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "none").exists()
     for name in FORMATS:
