@@ -138,7 +138,7 @@ def open_model(path: Path, checkpoint: Checkpoint, window: int, kv: str) -> tupl
         raise UsageError(f"{path}: has {backend.vocab_size} tokens, the checkpoint {config.vocab_size}; is it its own?")
 
     def logits(tokens: list[int]) -> Any:
-        backend.rewind(0)
+        backend.trim(0)
         return backend.forward(tokens, True)
 
     return size, logits

@@ -17,11 +17,11 @@ from quality import parser
 from torch import nn
 
 from phi_bench.quality import hold
-from phi_export.allocate import Ceiling, plan_mix
+from phi_export.allocate import Budget, plan_mix
 from phi_export.calibrate.calibration import CalibrationText, calibrate
 from phi_export.calibrate.text import calibration_windows
 from phi_export.defaults import WINDOW
-from phi_export.formats import Options, fitting, get_format, items
+from phi_export.formats import Options, fitting, get_format, tensor_groups
 from phi_export.quantize.uniform import dequantize_rows, round_rows
 from phi_export.verify.manifest import describe_source
 from phi_export.verify.text import sample_tokens
@@ -114,7 +114,7 @@ def main() -> None:
     calibration = calibrate(checkpoint, describe_source(checkpoint), CalibrationText(args.calibrate, args.windows))
     calibrated = time.perf_counter() - began
     module, options = get_format("onnx"), Options("fp16")
-    found = items(checkpoint.config, options)
+    found = tensor_groups(checkpoint.config, options)
     matrices = {i.tensor: i for i in found if i.role != "vector"}
     exact = {name: checkpoint.read(name) for name in checkpoint.tensors}
 
@@ -141,11 +141,11 @@ def main() -> None:
     size = sum(t.nbytes(matrices[n].rows, matrices[n].columns) for n, t in uniform.items())
 
     def allocated() -> Weights:
-        probe = plan_mix("onnx", module, checkpoint, options, Ceiling(10**12, "quality"), load_speeds("onnxruntime"))
+        probe = plan_mix("onnx", module, checkpoint, options, Budget(10**12, "quality"), load_speeds("onnxruntime"))
         vectors = sum(q.bytes for n, q in probe.plan.items() if n not in matrices)
-        ceiling = Ceiling(size + vectors + probe.overhead)
+        budget = Budget(size + vectors + probe.overhead)
         loss = calibration.losses(module, checkpoint, options)
-        planned = plan_mix("onnx", module, checkpoint, options, ceiling, load_speeds("onnxruntime"), loss)
+        planned = plan_mix("onnx", module, checkpoint, options, budget, load_speeds("onnxruntime"), loss)
         assert sum(planned.plan[n].bytes for n in matrices) <= size
         types = module.types(options)
         return rounded(True, {n: types[planned.plan[n].type] for n in matrices})

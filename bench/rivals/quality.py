@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from phi_bench.quality import Logits, hold, open_model
-from phi_export.allocate import Ceiling
+from phi_export.allocate import Budget
 from phi_export.calibrate.calibration import CalibrationText, calibrate
 from phi_export.calibrate.text import calibration_windows
 from phi_export.defaults import WINDOW
-from phi_export.formats import SIDECAR_FILES, Options, get_format, items
+from phi_export.formats import SIDECAR_FILES, Options, get_format, tensor_groups
 from phi_export.pipeline import export, plan
 from phi_export.verify.manifest import describe_source
 from phi_export.verify.metrics import Agreement
@@ -51,32 +51,32 @@ class Arms:
 
     def add(self, group: str, name: str, size: int, seconds: float, logits: Logits) -> None:
         """Enter a model that was made."""
-        bits = 8 * size / sum(i.weights for i in items(self.checkpoint.config, Options()))
+        bits = 8 * size / sum(i.weights for i in tensor_groups(self.checkpoint.config, Options()))
         self.rows.append({"group": group, "name": name, "bytes": size, "bits": bits, "seconds": seconds})
         self.models.append(logits)
         print(f"{group:8} {name:42} {size:>12,} bytes {bits:.3f} bits/weight  {seconds:.1f} s", flush=True)
 
     def ours(
-        self, group: str, name: str, format: str, ceiling: int | None, calibrated: bool = True, **options: Any
+        self, group: str, name: str, format: str, budget: int | None, calibrated: bool = True, **options: Any
     ) -> None:
-        """A bundle of ours; a `ceiling` is of the artifact, or for Core ML of its weights, as others are counted."""
+        """A bundle of ours; a `budget` is of the artifact, or for Core ML of its weights, as others are counted."""
         out = self.work / f"ours-{name}".replace(" ", "-")
         shutil.rmtree(out, ignore_errors=True)
         beside = self.companions
         if format == "coreml":
             (probe,) = plan(self.checkpoint, (format,), None, Options(**options))
             beside = probe.overhead
-        room = None if ceiling is None else Ceiling(ceiling + beside)
+        room = None if budget is None else Budget(budget + beside)
         began = time.perf_counter()
         text = self.text if calibrated else None
         (made,) = export(
-            self.checkpoint.folder, out, (format,), ceiling=room, options=Options(**options), tokens=64, text=text
+            self.checkpoint.folder, out, (format,), budget=room, options=Options(**options), tokens=64, text=text
         )
         seconds = time.perf_counter() - began - made.verify_s
         size = sum(f.bytes for f in made.manifest.files if f.path not in SIDECAR_FILES)
         if format == "coreml":
             size = sum(q.bytes for q in made.manifest.quantization.values())
-        assert ceiling is None or size <= ceiling, (size, ceiling)
+        assert budget is None or size <= budget, (size, budget)
         if format == "gguf":
             logits = open_model(made.folder, self.checkpoint, WINDOW, "f16")[1]
         else:
@@ -223,7 +223,7 @@ def coremltools_arm(arms: Arms, name: str, config: Any, embedding: bool, kind: s
     weights: dict[str, np.ndarray] = {}
     size = 0
     began = time.perf_counter()
-    for item in items(checkpoint.config, Options()):
+    for item in tensor_groups(checkpoint.config, Options()):
         w = checkpoint.read(item.tensor)
         if item.role == "vector" or (item.role == "embedding" and not embedding):
             weights[item.tensor] = w.astype(np.float16).astype(np.float32)
@@ -283,7 +283,7 @@ def main() -> None:
         windows = calibration_windows(checkpoint, args.calibrate, args.windows, WINDOW)
         for preset, size in llama_cpp(arms, args.llama, windows, args.presets.split(",")):
             arms.ours("gguf", f"ours at {preset}'s bytes", "gguf", size)
-        weights = sum(i.weights for i in items(checkpoint.config, Options()))
+        weights = sum(i.weights for i in tensor_groups(checkpoint.config, Options()))
         arms.ours("gguf", "ours at 3.77 bits per weight", "gguf", int(3.77 * weights / 8))
         arms.ours("gguf", "ours, plain int4, round to nearest", "gguf", None, calibrated=False)
         arms.ours("gguf", "ours, plain int4, calibrated", "gguf", None)

@@ -103,7 +103,7 @@ class Dictated:
     def __init__(self, backend: Backend, text: list[int]) -> None:
         self._backend, self._text = backend, text
         self.name, self.vocab_size, self.context = backend.name, backend.vocab_size, backend.context
-        self.rewind, self.close = backend.rewind, backend.close
+        self.trim, self.close = backend.trim, backend.close
 
     @property
     def position(self) -> int:
@@ -119,7 +119,7 @@ class Dictated:
 
 
 def lookup(phi: Phi, text: str, tokens: int, rounds: int) -> None:
-    """Guesses on and off: a text said again with one token in forty changed, and a text that is new throughout."""
+    """Prompt lookup on and off: a text said again with one token in forty changed, and a text that is new throughout."""
     words = phi.tokenize(text)
     half = min(tokens, phi.context // 2 - 8)
     again = [t if i % 40 else 7 for i, t in enumerate(words[:half], 1)]

@@ -7,19 +7,19 @@ import numpy as np
 
 from phi_export.calibrate.equalise import scales_bytes
 from phi_export.defaults import PREFERENCES
-from phi_export.formats import SIDECAR_FILES, Format, Item, Options, Plan, Type, fitting, items, stored
+from phi_export.formats import SIDECAR_FILES, Format, Options, Plan, TensorGroup, Type, fitting, stored, tensor_groups
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.errors import UsageError
 from phi_runtime.planning.speed import Speeds
 
 # Expected loss of storing an item as a type, in any unit that adds up over items.
-Sensitivity = Callable[[Item, Type], float]
+Sensitivity = Callable[[TensorGroup, Type], float]
 
 # An item's type, its bytes, its loss.
 _Choice = tuple[str, int, float]
 
 _PRICES = 16  # of a millisecond that are tried
-_RESOLUTION = 1 << 14  # steps of the ceiling that the solver tells apart
+_RESOLUTION = 1 << 14  # steps of the budget that the solver tells apart
 _SAME_SPEED = 1.02  # a type within this of the fastest counts as fast
 # What llama.cpp's mixes give more bits to, as published and confirmed by many measurements: the head and
 # what writes into the residual stream from the wide side.
@@ -33,7 +33,7 @@ _HALVINGS = 20  # of the bytes between the least and the most of `--int4`
 
 
 @dataclass(frozen=True)
-class Ceiling:
+class Budget:
     """What a mix is chosen for.
 
     memory: bytes that a bundle's files may take together; None for `--int4`: as few as `INT4_LOSS` takes in types of at
@@ -57,7 +57,7 @@ class Planned:
     options: Options
     context: int
     overhead: int  # bytes of the bundle beside the weights, at most
-    items: tuple[Item, ...]
+    items: tuple[TensorGroup, ...]
     losses: dict[str, float]  # expected of each item; nats of KL divergence where there was a calibration
 
     @property
@@ -82,7 +82,7 @@ def gb(count: int) -> str:
     return f"{count / 1e9:.3f} GB ({count / 2**30:.3f} GiB)"
 
 
-def weight_error(item: Item, kind: Type) -> float:
+def weight_error(item: TensorGroup, kind: Type) -> float:
     """The stand-in for measured sensitivity: squared error of normally distributed weights, by role."""
     return _ROLE.get(item.role, 1.0) * item.weights * kind.error
 
@@ -92,21 +92,21 @@ def plan_mix(
     module: Format,
     checkpoint: Checkpoint,
     options: Options,
-    ceiling: Ceiling,
+    budget: Budget,
     speeds: Speeds,
     sensitivity: Sensitivity = weight_error,
 ) -> Planned:
-    """The mix that a ceiling asks for.
+    """The mix that a budget asks for.
 
-    Raises UsageError for a ceiling that no mix can meet; it names the nearest that can.
+    Raises UsageError for a budget that no mix can meet; it names the nearest that can.
     """
-    found = items(checkpoint.config, options)
+    found = tensor_groups(checkpoint.config, options)
     fixed = {i.name: stored(module, i, "", options) for i in found if i.role == "vector"}
     matrices = [i for i in found if i.role != "vector"]
-    limit = _time_limit(module, matrices, options, ceiling, speeds)
+    limit = _time_limit(module, matrices, options, budget, speeds)
     choices: list[list[_Choice]] = []
     for item in matrices:
-        kinds = _eligible(module, item, options, ceiling, speeds, timed=limit is not None)
+        kinds = _eligible(module, item, options, budget, speeds, timed=limit is not None)
         choices.append([(n, t.nbytes(item.rows, item.columns), sensitivity(item, t)) for n, t in kinds.items()])
     least = sum(min(size for _, size, _ in c) for c in choices)
     times = [
@@ -117,11 +117,11 @@ def plan_mix(
     def within(room: int) -> list[str]:
         if limit is None:
             return _allocate(choices, room)
-        return _allocate_in_time(choices, times, room, limit, strict=ceiling.min_speed is not None)
+        return _allocate_in_time(choices, times, room, limit, strict=budget.min_speed is not None)
 
-    if ceiling.memory is None:
+    if budget.memory is None:
         most = max(least, q4_k_m_bytes(checkpoint))
-        if sensitivity is weight_error and ceiling.prefer != "speed":
+        if sensitivity is weight_error and budget.prefer != "speed":
             layers = 1 + max(i.layer for i in matrices)
             chosen = [module.yardstick(i, layers, options) for i in matrices]
             size = sum(stored(module, i, n, options).bytes for i, n in zip(matrices, chosen, strict=True))
@@ -133,27 +133,27 @@ def plan_mix(
                 chosen = _fewest_bytes(choices, lambda room: _allocate(choices, room), least, most)
     else:
         beside = _overhead(module, checkpoint, options) + sum(q.bytes for q in fixed.values())
-        if least > ceiling.memory - beside:
+        if least > budget.memory - beside:
             nearest = least + beside
             raise UsageError(
-                f"{name}: no mix of its types fits in {gb(ceiling.memory)}; "
+                f"{name}: no mix of its types fits in {gb(budget.memory)}; "
                 f"the smallest takes {gb(nearest)}: --memory {-(-nearest // 10**4) / 100:.2f}MB"
             )
-        chosen = within(ceiling.memory - beside)
+        chosen = within(budget.memory - beside)
     names = dict(zip((i.name for i in matrices), chosen, strict=True))
     plan = {i.name: fixed[i.name] if i.role == "vector" else stored(module, i, names[i.name], options) for i in found}
     return _planned(name, module, checkpoint, options, plan, found, sensitivity)
 
 
 def _eligible(
-    module: Format, item: Item, options: Options, ceiling: Ceiling, speeds: Speeds, timed: bool
+    module: Format, item: TensorGroup, options: Options, budget: Budget, speeds: Speeds, timed: bool
 ) -> dict[str, Type]:
     """The types that an item may have; those of known speed where the mix is `timed`."""
     kinds = fitting(module, item, options)
     four = [n for n, t in kinds.items() if _bits(t) >= 4]
-    if ceiling.memory is None:
+    if budget.memory is None:
         kinds = {n: kinds[n] for n in four}
-    if ceiling.prefer == "speed":
+    if budget.prefer == "speed":
         kinds = speeds.fast(kinds, four, _SAME_SPEED)
     elif timed:
         kinds = {n: t for n, t in kinds.items() if n in speeds.nanoseconds}
@@ -163,12 +163,12 @@ def _eligible(
 
 
 def _time_limit(
-    module: Format, matrices: list[Item], options: Options, ceiling: Ceiling, speeds: Speeds
+    module: Format, matrices: list[TensorGroup], options: Options, budget: Budget, speeds: Speeds
 ) -> float | None:
     """Milliseconds per token that a mix may be predicted to take; None for any."""
-    if ceiling.min_speed is not None:
-        return 1000 / ceiling.min_speed
-    if ceiling.prefer != "balanced":
+    if budget.min_speed is not None:
+        return 1000 / budget.min_speed
+    if budget.prefer != "balanced":
         return None
     layers = 1 + max(i.layer for i in matrices)
     found = speeds.milliseconds([(module.yardstick(i, layers, options), i.weights) for i in matrices if i.uses])
@@ -181,7 +181,7 @@ def q4_k_m_bytes(checkpoint: Checkpoint) -> int:
 
     kinds, layers = gguf.types(Options()), len(checkpoint.config.decoder().layers)
     total = 0
-    for item in items(checkpoint.config, Options()):
+    for item in tensor_groups(checkpoint.config, Options()):
         if item.role != "vector":
             kind = kinds[gguf.yardstick(item, layers, Options())]
             fits = item.columns % kind.multiple == 0
@@ -214,7 +214,7 @@ def _planned(
     checkpoint: Checkpoint,
     options: Options,
     plan: Plan,
-    found: list[Item],
+    found: list[TensorGroup],
     sensitivity: Sensitivity,
 ) -> Planned:
     kinds, context = module.types(options), module.context(checkpoint.config, options)
@@ -224,7 +224,7 @@ def _planned(
 
 def _overhead(module: Format, checkpoint: Checkpoint, options: Options) -> int:
     beside = sum(p.stat().st_size for n in SIDECAR_FILES if (p := checkpoint.folder / n).is_file())
-    manifest = 4096 + 160 * len(items(checkpoint.config, options))
+    manifest = 4096 + 160 * len(tensor_groups(checkpoint.config, options))
     manifest += len(str(checkpoint.config.to_json())) * 2
     return module.overhead(checkpoint, options) + beside + manifest + scales_bytes(checkpoint.config.decoder())
 
@@ -302,7 +302,7 @@ def _allocate(choices: list[list[_Choice]], room: int) -> list[str]:
             best, which = np.where(better, candidate, best), np.where(better, np.int8(n), which)
         losses = best
         taken.append(which)
-    if not np.isfinite(losses[total]):  # a ceiling so tight that the rounding alone breaks it
+    if not np.isfinite(losses[total]):  # a budget so tight that the rounding alone breaks it
         chosen = [len(options) - 1 for options in choices]
     else:
         chosen, left = [], total

@@ -96,7 +96,7 @@ def _export(argv: list[str]) -> None:
     try:
         from phi_export import console
         from phi_export.adapter import open_adapted
-        from phi_export.allocate import Ceiling
+        from phi_export.allocate import Budget
         from phi_export.calibrate.calibration import CalibrationText, calibrate
         from phi_export.formats import Options, get_format
         from phi_export.pipeline import export, plan
@@ -110,7 +110,7 @@ def _export(argv: list[str]) -> None:
     if args.split_qkv and formats != ("gguf",):
         raise UsageError("--split-qkv is gguf's: say --format gguf")
     options = Options(args.profile, args.context, args.split_qkv)
-    ceiling = Ceiling(memory, args.prefer or PREFERENCES[0], args.min_speed)
+    budget = Budget(memory, args.prefer or PREFERENCES[0], args.min_speed)
     text = None if args.fast else CalibrationText(args.calibrate, args.windows, args.cache)
     checkpoint = open_adapted(args.checkpoint, args.adapter)
     console.notes(checkpoint)
@@ -120,12 +120,12 @@ def _export(argv: list[str]) -> None:
             with console.spinner("calibrating:") as detail:
                 calibration = calibrate(checkpoint, describe_source(checkpoint), text, detail)
         for name in formats:
-            (planned,) = plan(checkpoint, (name,), ceiling, options, calibration)
+            (planned,) = plan(checkpoint, (name,), budget, options, calibration)
             console.ledger(checkpoint, planned, calibration)
-            if ceiling.min_speed is None:
-                others = [p for p in PREFERENCES if p != ceiling.prefer]
-                mixes = {p: plan(checkpoint, (name,), Ceiling(memory, p), options, calibration)[0] for p in others}
-                console.frontier(mixes | {ceiling.prefer: planned}, ceiling.prefer, calibration is not None)
+            if budget.min_speed is None:
+                others = [p for p in PREFERENCES if p != budget.prefer]
+                mixes = {p: plan(checkpoint, (name,), Budget(memory, p), options, calibration)[0] for p in others}
+                console.frontier(mixes | {budget.prefer: planned}, budget.prefer, calibration is not None)
         return
     with console.export_progress() as progress:
         bundles = export(
@@ -134,7 +134,7 @@ def _export(argv: list[str]) -> None:
             formats,
             args.force,
             progress,
-            ceiling,
+            budget,
             options,
             args.tokens,
             args.threads,

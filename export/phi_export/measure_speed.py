@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from phi_export.formats import Options, Uncalibrated, get_format, items, stored
+from phi_export.formats import Options, Uncalibrated, get_format, stored, tensor_groups
 from phi_export.formats.parallel_writer import Stream
 from phi_export.pipeline import check_runtimes
 from phi_runtime.architecture.checkpoint import Checkpoint, open_checkpoint
@@ -72,7 +72,7 @@ def _prepare(
 ) -> dict[str, Package]:
     """A model of each type."""
     module, options = get_format(name), Options()
-    found = items(checkpoint.config, options)
+    found = tensor_groups(checkpoint.config, options)
     packages = {}
     for kind in module.types(options):
         progress(f"{name}: preparing {kind}")
@@ -111,7 +111,7 @@ def _measure(
     for r in range(_ROUNDS):
         progress(f"{engine}: round {r + 1} of {_ROUNDS}")
         for kind, backend in backends.items():
-            backend.rewind(0)
+            backend.trim(0)
             backend.forward([5], every=False)
             began = time.perf_counter()
             for token in range(_TOKENS):

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from phi_export.allocate import Ceiling, Planned, plan_mix, weight_error
+from phi_export.allocate import Budget, Planned, plan_mix, weight_error
 from phi_export.calibrate.calibration import Calibration, CalibrationText, calibrate
 from phi_export.calibrate.equalise import equalised, write_scales
 from phi_export.defaults import BUILT_IN
@@ -48,7 +48,7 @@ class Exported:
 def plan(
     checkpoint: Checkpoint,
     formats: tuple[str, ...],
-    ceiling: Ceiling | None = None,
+    budget: Budget | None = None,
     options: Options | None = None,
     calibration: Calibration | None = None,
     to_calibrate: bool = False,
@@ -56,7 +56,7 @@ def plan(
     """How each format will store each tensor, from the headers and the calibration alone; without one that is still
     `to_calibrate`, as far as that goes.
 
-    Raises UsageError for an unknown format or a ceiling that cannot be met, UnsupportedError for a model or a
+    Raises UsageError for an unknown format or a budget that cannot be met, UnsupportedError for a model or a
     width that a format cannot carry.
     """
     options = options or Options()
@@ -68,7 +68,7 @@ def plan(
         options = replace(options, int8_kv=(to_calibrate or known is not None) and name == "onnx")
         loss = known.losses(module, model, options) if known else weight_error
         speeds = load_speeds(module.ENGINE)
-        planned.append(plan_mix(name, module, model, options, ceiling or Ceiling(None), speeds, loss))
+        planned.append(plan_mix(name, module, model, options, budget or Budget(None), speeds, loss))
     return planned
 
 
@@ -89,7 +89,7 @@ def export(
     formats: tuple[str, ...],
     force: bool = False,
     progress: Progress = lambda *_: None,
-    ceiling: Ceiling | None = None,
+    budget: Budget | None = None,
     options: Options | None = None,
     tokens: int | None = None,
     threads: int | None = None,
@@ -109,7 +109,7 @@ def export(
     out = Path(os.path.realpath(out))
     check_runtimes(formats)
     source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-    planned = plan(source, formats, ceiling, options, to_calibrate=text is not None)
+    planned = plan(source, formats, budget, options, to_calibrate=text is not None)
     _check_tokenizer(source)
     _check_output(out, formats, force)
     sample = sample_tokens(source, None, tokens)
@@ -126,15 +126,15 @@ def export(
             progress(planned[0].format, f"calibrating: {what}", 0, 2 * len(planned[0].plan))
 
         calibration = calibrate(source, described, text, calibrating)
-        planned = plan(source, formats, ceiling, options, calibration)
+        planned = plan(source, formats, budget, options, calibration)
     job = _Job(source, described, stop_tokens(source), sample, held_out, threads or cores(), progress, calibration)
     bundles = []
     with resumable_folder(out, _key(described, planned, calibration)) as stage:
         for p in planned:
             written = job.bundle(p, stage / p.format)
             size = written.manifest.file_bytes() + (stage / p.format / MANIFEST).stat().st_size
-            if ceiling is not None and ceiling.memory is not None and size > ceiling.memory:
-                raise PhiError(f"{p.format}: took {size:,} bytes, more than the ceiling; please report this as a bug")
+            if budget is not None and budget.memory is not None and size > budget.memory:
+                raise PhiError(f"{p.format}: took {size:,} bytes, more than the budget; please report this as a bug")
             bundles.append(written)
         _check_output(out, formats, force)  # again: something may have appeared there meanwhile
         if out.exists():

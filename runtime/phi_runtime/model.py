@@ -62,7 +62,7 @@ class Options(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """One step of a stream: the text that became certain with it, and the bytes that its token spells, which may be a
     part of a character; none for a special token.
     """
@@ -73,7 +73,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """A finished generation.
 
     ttft_s: seconds to the first token. decode_tps: tokens per second after it. reused: tokens of the prompt that were
@@ -97,11 +97,11 @@ class Answer:
 class _Run:
     """A stream that is advanced in one thread and left in another: it ends where nobody is inside any more."""
 
-    def __init__(self, pieces: Generator[Piece, None, None], ended: Callable[[], None]) -> None:
+    def __init__(self, pieces: Generator[Chunk, None, None], ended: Callable[[], None]) -> None:
         self._pieces, self._ended = pieces, ended
         self._inside, self._left, self._lock = False, False, threading.Lock()
 
-    def advance(self) -> Piece | None:
+    def advance(self) -> Chunk | None:
         """The next piece, None at the end and after `leave`."""
         with self._lock:
             if self._left:
@@ -184,20 +184,20 @@ class Phi:
         with self._my_turn():
             return self.engine.logits(tokens)
 
-    def stream(self, prompt: str | list[int], **options: Unpack[Options]) -> Generator[Piece, None, None]:
+    def stream(self, prompt: str | list[int], **options: Unpack[Options]) -> Generator[Chunk, None, None]:
         """Generate step by step. Raises TokenError for an empty prompt, ContextError for a long one."""
         tokens = self._tokens(prompt)
         with self._my_turn():
             yield from self._stream(tokens, **options)
 
-    def generate(self, prompt: str | list[int], **options: Unpack[Options]) -> Answer:
+    def generate(self, prompt: str | list[int], **options: Unpack[Options]) -> Completion:
         """Generate to the end."""
         tokens = self._tokens(prompt)
         return _answer(len(tokens), list(self.stream(tokens, **options)))
 
     def generate_batch(
         self, prompts: Sequence[str | list[int]], rows: int = 8, **options: Unpack[Options]
-    ) -> list[Answer]:
+    ) -> list[Completion]:
         """The answers to several prompts, `rows` at a time: quicker for evaluation than one after the other.
 
         They are those of `generate`, up to an engine's rounding, with neither guesses nor a cache kept. Engines that
@@ -217,15 +217,15 @@ class Phi:
         with self._my_turn():
             return self._batch(backend, min(rows, len(texts)), texts, **options) if texts else []
 
-    def chat(self, messages: str | Messages, **options: Unpack[Options]) -> Answer:
+    def chat(self, messages: str | Messages, **options: Unpack[Options]) -> Completion:
         """The reply to a conversation: [{"role": "user", "content": "…"}, …], or a text of the user."""
         return self.generate(self.chat_prompt(messages), **options)
 
-    def chat_stream(self, messages: str | Messages, **options: Unpack[Options]) -> Generator[Piece, None, None]:
+    def chat_stream(self, messages: str | Messages, **options: Unpack[Options]) -> Generator[Chunk, None, None]:
         """As `chat`, step by step."""
         return self.stream(self.chat_prompt(messages), **options)
 
-    async def astream(self, prompt: str | list[int], **options: Unpack[Options]) -> AsyncGenerator[Piece, None]:
+    async def astream(self, prompt: str | list[int], **options: Unpack[Options]) -> AsyncGenerator[Chunk, None]:
         """As `stream`, in worker threads; a task that is cancelled ends it within one token."""
         tokens = self._tokens(prompt)
         async with self._task_turns.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
@@ -243,15 +243,15 @@ class Phi:
                     yield piece
             finally:  # without another await: whoever cancels once may do so again
                 self._owner = 0  # whoever calls now waits for the step that may still be under way
-                self.engine.abandoned = True
+                self.engine.cancelled = True
                 run.leave()
 
-    async def agenerate(self, prompt: str | list[int], **options: Unpack[Options]) -> Answer:
+    async def agenerate(self, prompt: str | list[int], **options: Unpack[Options]) -> Completion:
         """As `generate`, in worker threads."""
         tokens = self._tokens(prompt)
         return _answer(len(tokens), [piece async for piece in self.astream(tokens, **options)])
 
-    async def achat(self, messages: str | Messages, **options: Unpack[Options]) -> Answer:
+    async def achat(self, messages: str | Messages, **options: Unpack[Options]) -> Completion:
         """As `chat`, in worker threads."""
         return await self.agenerate(self.chat_prompt(messages), **options)
 
@@ -276,7 +276,7 @@ class Phi:
         """Give back the memory. What is being generated ends within a token; any later call gets a UsageError."""
         if self._closed:
             return
-        self._closed = self.engine.abandoned = True
+        self._closed = self.engine.cancelled = True
         if self._owner != threading.get_ident():  # else the stream that is open in this very thread frees it at its end
             with self._turn:
                 self._free()
@@ -327,7 +327,7 @@ class Phi:
         except TypeError:
             raise TokenError("a prompt is a text or a list of tokens, and this list holds other things") from None
 
-    def _stream(self, tokens: list[int], **options: Unpack[Options]) -> Generator[Piece, None, None]:
+    def _stream(self, tokens: list[int], **options: Unpack[Options]) -> Generator[Chunk, None, None]:
         self._check_open()
         o = _Given(**options)
         text = _Text(self.tokenizer, tokens, o.stop)
@@ -340,11 +340,13 @@ class Phi:
                 if piece.step.stop or self._closed:
                     return
 
-    def _batch(self, backend: Batches, rows: int, prompts: list[list[int]], **options: Unpack[Options]) -> list[Answer]:
+    def _batch(
+        self, backend: Batches, rows: int, prompts: list[list[int]], **options: Unpack[Options]
+    ) -> list[Completion]:
         o = _Given(**options)
         fitted = [self.engine.fit(tokens, o.max_tokens, o.policy) for tokens in prompts]
         texts = [_Text(self.tokenizer, tokens, o.stop) for tokens, _ in fitted]
-        pieces: list[list[Piece]] = [[] for _ in fitted]
+        pieces: list[list[Chunk]] = [[] for _ in fitted]
         longest = max(len(tokens) for tokens, _ in fitted)
         slots = min(longest + o.max_tokens, self.context)
 
@@ -397,20 +399,20 @@ class _Text:
         self._codec, self._decoder = codec, StreamDecoder(codec, prompt)
         self._ends = TextStop([stop] if isinstance(stop, str) else stop)
 
-    def push(self, step: Step) -> Piece:
+    def push(self, step: Step) -> Chunk:
         """The piece of a step; its stop is this text's."""
-        spelt = self._codec.spell(step.token)
+        spelt = self._codec.token_bytes(step.token)
         text = "" if step.stop == "stop_token" else self._decoder.push(step.token)
         text = self._ends.push(text + (self._decoder.flush() if step.stop else ""))
         if self._ends.found:
-            return Piece(text, spelt, replace(step, stop="stop_text"))
-        return Piece(text + (self._ends.flush() if step.stop else ""), spelt, step)
+            return Chunk(text, spelt, replace(step, stop="stop_text"))
+        return Chunk(text + (self._ends.flush() if step.stop else ""), spelt, step)
 
 
-def _answer(prompt_tokens: int, pieces: list[Piece]) -> Answer:
+def _answer(prompt_tokens: int, pieces: list[Chunk]) -> Completion:
     steps = [p.step for p in pieces]
     after_first = sum(s.seconds for s in steps[1:])
-    return Answer(
+    return Completion(
         text="".join(p.text for p in pieces),
         tokens=tuple(s.token for s in steps),
         logprobs=tuple(s.logprob for s in steps),

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from support import SCRIPTS, run
 
 import phi_runtime
-from phi_export.allocate import Ceiling
+from phi_export.allocate import Budget
 from phi_export.calibrate import text as calibration_text
 from phi_export.calibrate.calibration import CalibrationText, calibrate
 from phi_export.calibrate.equalise import equalised
 from phi_export.calibrate.forward import TorchDecoder
 from phi_export.calibrate.text import calibration_windows
 from phi_export.defaults import BUILT_IN, WINDOW
-from phi_export.formats import Options, get_format, items
+from phi_export.formats import Options, get_format, tensor_groups
 from phi_export.pipeline import export, plan
 from phi_export.quantize import gptq
 from phi_export.verify.manifest import describe_source
@@ -99,9 +99,9 @@ def test_a_calibrated_bundle_is_closer_to_its_checkpoint(name, profile, source, 
     for text in (None, wanted):
         # The same bytes of weights: a calibrated bundle may hold a graph more.
         (beside,) = plan(source, (name,), options=options, to_calibrate=text is not None)
-        room = Ceiling(beside.overhead + int(0.8 * fast.weight_bytes), "quality")
+        room = Budget(beside.overhead + int(0.8 * fast.weight_bytes), "quality")
         out = tmp_path / str(text is None)
-        (made,) = export(source.folder, out, (name,), ceiling=room, options=options, text=text, tokens=64)
+        (made,) = export(source.folder, out, (name,), budget=room, options=options, text=text, tokens=64)
         manifest = read_manifest(made.folder)
         assert (manifest.calibration is None) == (text is None)
         found.append(divergence(source, get_format(name).read(made.folder, manifest), tokens[:1024]))
@@ -116,14 +116,14 @@ def test_costs_foretell_the_loss(source, wanted, calibration, tokens, tmp_path):
 
 
 def test_every_matrix_has_a_cost_and_a_factor(source, calibration):
-    for item in items(source.config, Options(split_qkv=True)):
+    for item in tensor_groups(source.config, Options(split_qkv=True)):
         if item.role == "vector":
             continue
         assert calibration.costs[item.name] > 0
         factor = calibration.factor(item.tensor)
         assert (factor is None) == (item.role == "embedding")
         assert factor is None or factor.spread[0].shape == (item.columns, item.columns)
-    whole = {i.name: calibration.cost(i) for i in items(source.config, Options())}
+    whole = {i.name: calibration.cost(i) for i in tensor_groups(source.config, Options())}
     assert sum(whole.values()) == pytest.approx(sum(calibration.costs.values()))
 
 
@@ -263,7 +263,7 @@ def test_a_calibrated_onnx_bundle_has_a_cache_of_8_bits_too(int8_bundle, tokens)
             rows = []
             for phi in (whole, small):
                 backend = phi.engine.backend
-                backend.rewind(0)
+                backend.trim(0)
                 backend.forward(piece[:40], every=False)
                 rows.append(
                     np.concatenate([backend.forward(piece[a : a + 10], True) for a in range(40, len(piece), 10)])

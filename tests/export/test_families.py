@@ -14,7 +14,7 @@ from phi_export.calibrate.equalise import equalised
 from phi_export.calibrate.forward import TorchDecoder
 from phi_export.calibrate.text import calibration_windows
 from phi_export.defaults import WINDOW
-from phi_export.formats import Options, get_format, items
+from phi_export.formats import Options, get_format, tensor_groups
 from phi_export.verify.manifest import describe_source
 from phi_export.verify.metrics import Agreement
 from phi_export.verify.verification import verify
@@ -255,7 +255,7 @@ def test_calibration_finds_every_matrix(name, tokenizer, tmp_path):
     np.testing.assert_allclose(same, exact, atol=2e-4 * np.std(exact))  # moved scales change nothing
     size = 1e-3
     said, found = [], []
-    for item in items(checkpoint.config, Options(split_qkv=True)):
+    for item in tensor_groups(checkpoint.config, Options(split_qkv=True)):
         if item.role in ("vector", "embedding"):
             continue
         erring = scaled.read(item.tensor).copy()
@@ -309,6 +309,6 @@ def test_longrope_changes_its_factors_where_it_should(kind, tokenizer, tmp_path)
         backend.forward(text[:254], every=False)
         for length in (255, 256, 257, 258):
             assert close(backend.forward([text[length - 1]], every=False), exact(length)), length
-        backend.rewind(250)  # and back
+        backend.trim(250)  # and back
         assert close(backend.forward(text[250:255], every=False), exact(255))
         assert close(backend.forward(text[255:262], every=False), exact(262))

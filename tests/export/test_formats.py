@@ -72,7 +72,7 @@ def test_the_same_input_gives_the_same_bytes(threads, bundles, checkpoint, tmp_p
     ],
 )
 def test_every_profile_and_a_mix_under_a_ceiling(name, profile, bound, checkpoint, tmp_path):
-    """Plain 4 bits, then the best mix under another ceiling; all of it verified."""
+    """Plain 4 bits, then the best mix under another budget; all of it verified."""
     plain = run(
         "phi-export",
         "--int4",
@@ -90,12 +90,12 @@ def test_every_profile_and_a_mix_under_a_ceiling(name, profile, bound, checkpoin
     assert manifest.options["profile"] == profile
     assert manifest.bits_per_weight() < bound
     size = sum(f.stat().st_size for f in (tmp_path / "plain").rglob("*") if f.is_file())
-    ceiling = int(size * (1.1 if name == "gguf" else 0.93))  # rows this short leave GGUF no type below 4 bits
-    args = ["--memory", f"{ceiling / 1e6}MB", "--format", name, "--profile", profile]
+    budget = int(size * (1.1 if name == "gguf" else 0.93))  # rows this short leave GGUF no type below 4 bits
+    args = ["--memory", f"{budget / 1e6}MB", "--format", name, "--profile", profile]
     done = run("phi-export", checkpoint, *args, "--out", tmp_path / "mix")
     assert done.returncode == 0, done.stderr
     mixed = sum(f.stat().st_size for f in (tmp_path / "mix").rglob("*") if f.is_file())
-    assert mixed <= ceiling
+    assert mixed <= budget
     kinds = {q.type for q in read_manifest(tmp_path / "mix" / name).quantization.values()}
     assert len(kinds - {"float32", "float16"}) > 1, kinds
 

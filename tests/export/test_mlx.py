@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support import run
 
-from phi_export.allocate import Ceiling
+from phi_export.allocate import Budget
 from phi_export.formats import Options, get_format
 from phi_export.pipeline import export
 from phi_runtime.architecture.checkpoint import open_checkpoint
@@ -44,7 +44,7 @@ def test_a_budget_mixes_bits(checkpoint, tmp_path):
     source = open_checkpoint(checkpoint)
     beside = sum((checkpoint / n).stat().st_size for n in ("tokenizer.json", "tokenizer_config.json"))
     room = int(source_weights(source) * 5.2 / 8) + beside + 40_000
-    (made,) = export(checkpoint, tmp_path / "b", ("mlx",), ceiling=Ceiling(room, "quality"))
+    (made,) = export(checkpoint, tmp_path / "b", ("mlx",), budget=Budget(room, "quality"))
     assert sum(p.stat().st_size for p in made.folder.iterdir()) <= room
     types = {q.type for q in made.manifest.quantization.values()} - {"float16"}
     assert len(types) > 1

@@ -12,7 +12,7 @@ from support import run
 from phi_export import measure_speed
 from phi_export.allocate import (
     INT4_LOSS,
-    Ceiling,
+    Budget,
     _allocate,
     _allocate_in_time,
     _time_limit,
@@ -21,7 +21,7 @@ from phi_export.allocate import (
     q4_k_m_bytes,
 )
 from phi_export.defaults import PREFERENCES
-from phi_export.formats import Options, get_format, items
+from phi_export.formats import Options, get_format, tensor_groups
 from phi_export.pipeline import plan
 from phi_runtime.architecture.checkpoint import Checkpoint, Tensor
 from phi_runtime.errors import UsageError
@@ -96,7 +96,7 @@ def test_a_least_speed_costs_quality_and_is_kept(tmp_path):
     module, speeds = get_format("gguf"), load_speeds("llama.cpp")
 
     def planned(least):
-        found = plan_mix("gguf", module, checkpoint, options, Ceiling(2_000_000_000, min_speed=least), speeds)
+        found = plan_mix("gguf", module, checkpoint, options, Budget(2_000_000_000, min_speed=least), speeds)
         seconds = sum(
             speeds.nanoseconds[found.plan[i.name].type] * i.weights * i.uses / 1e9
             for i in found.items
@@ -112,14 +112,14 @@ def test_a_least_speed_costs_quality_and_is_kept(tmp_path):
         planned(100 * free)
 
 
-@pytest.mark.parametrize("ceiling", [1_800_000_000, int(1.8 * 2**30)])
+@pytest.mark.parametrize("budget", [1_800_000_000, int(1.8 * 2**30)])
 @pytest.mark.parametrize("name", ["gguf", "onnx", "coreml"])
-def test_phi_3_mini_fills_its_ceiling(name, ceiling, tmp_path):
+def test_phi_3_mini_fills_its_ceiling(name, budget, tmp_path):
     checkpoint = headers("phi3-mini-4k", tmp_path)
     for prefer in ("quality", "speed"):
-        (planned,) = plan(checkpoint, (name,), Ceiling(ceiling, prefer))
+        (planned,) = plan(checkpoint, (name,), Budget(budget, prefer))
         total = planned.weight_bytes + planned.overhead
-        assert 0.995 * ceiling <= total <= ceiling, (prefer, total)
+        assert 0.995 * budget <= total <= budget, (prefer, total)
         assert sum(q.weights for q in planned.plan.values()) == 3_821_079_552
 
 
@@ -139,7 +139,7 @@ def test_int4_of_phi_3_mini_takes_no_more_than_q4_k_m(name, tmp_path):
 
 def test_a_balanced_mix_is_no_slower_than_q4_k_m(tmp_path):
     checkpoint, speeds = headers("phi3-mini-4k", tmp_path), load_speeds("llama.cpp")
-    mixes = {p: plan(checkpoint, ("gguf",), Ceiling(1_800_000_000, p))[0] for p in PREFERENCES}
+    mixes = {p: plan(checkpoint, ("gguf",), Budget(1_800_000_000, p))[0] for p in PREFERENCES}
     layers = checkpoint.config.num_hidden_layers
     matrices = [i for i in mixes["quality"].items if i.uses]
     yardstick = speeds.milliseconds([(get_format("gguf").yardstick(i, layers, Options()), i.weights) for i in matrices])
@@ -152,11 +152,11 @@ def test_int4_keeps_the_model_before_it_keeps_the_speed(tmp_path):
 
     def mix(prefer, scale):
         return plan_mix(
-            "onnx", module, checkpoint, Options(), Ceiling(None, prefer), speeds, lambda i, k: scale * k.error
+            "onnx", module, checkpoint, Options(), Budget(None, prefer), speeds, lambda i, k: scale * k.error
         )
 
-    matrices = [i for i in items(checkpoint.config, Options()) if i.role != "vector"]
-    limit = _time_limit(module, matrices, Options(), Ceiling(None), speeds)
+    matrices = [i for i in tensor_groups(checkpoint.config, Options()) if i.role != "vector"]
+    limit = _time_limit(module, matrices, Options(), Budget(None), speeds)
     easy, hard = mix("balanced", 1e-3), mix("balanced", 1.0)
     assert easy.expected_loss <= INT4_LOSS and easy.milliseconds(speeds) <= limit
     assert hard.expected_loss == mix("quality", 1.0).expected_loss > INT4_LOSS
@@ -166,7 +166,7 @@ def test_int4_keeps_the_model_before_it_keeps_the_speed(tmp_path):
 def test_more_bytes_never_mean_more_loss(tmp_path):
     checkpoint = headers("phi3-mini-4k", tmp_path)
     for name in ("gguf", "onnx", "coreml"):
-        losses = [plan(checkpoint, (name,), Ceiling(gb * 10**8))[0].expected_loss for gb in (16, 17, 18, 19, 21, 24)]
+        losses = [plan(checkpoint, (name,), Budget(gb * 10**8))[0].expected_loss for gb in (16, 17, 18, 19, 21, 24)]
         assert losses == sorted(losses, reverse=True), name
 
 
@@ -178,7 +178,7 @@ def test_the_seam_of_sensitivity(tmp_path):
         return item.weights * kind.error * (1000 if ".7." in item.name else 1)
 
     planned = plan_mix(
-        "gguf", module, checkpoint, Options(), Ceiling(1_800_000_000, "quality"), speeds, only_layer_7_matters
+        "gguf", module, checkpoint, Options(), Budget(1_800_000_000, "quality"), speeds, only_layer_7_matters
     )
     bits = {n: 8 * q.bytes / q.weights for n, q in planned.plan.items() if q.type != "float32"}
     assert min(b for n, b in bits.items() if ".7." in n) >= max(b for n, b in bits.items() if ".7." not in n)
@@ -191,9 +191,9 @@ def test_preferring_speed_leaves_slow_types_out(tmp_path):
         "here",
         {"Q2_K": 0.01, "Q3_K": 0.03, "Q4_0": 0.012, "Q4_K": 0.013, "Q5_K": 0.03, "Q6_K": 0.02, "Q8_0": 0.03},
     )
-    planned = plan_mix("gguf", module, checkpoint, Options(), Ceiling(1_800_000_000, "speed"), speeds)
+    planned = plan_mix("gguf", module, checkpoint, Options(), Budget(1_800_000_000, "speed"), speeds)
     assert {q.type for q in planned.plan.values()} == {"float32", "Q2_K", "Q4_0"}
-    quality = plan_mix("gguf", module, checkpoint, Options(), Ceiling(1_800_000_000, "quality"), speeds)
+    quality = plan_mix("gguf", module, checkpoint, Options(), Budget(1_800_000_000, "quality"), speeds)
     assert planned.milliseconds(speeds) < quality.milliseconds(speeds)
     assert planned.expected_loss > quality.expected_loss
     assert quality.milliseconds(replace(speeds, nanoseconds={})) is None

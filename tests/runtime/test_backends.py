@@ -42,7 +42,7 @@ def test_prompts_of_every_length(phi, reference, tokens, count):
 def test_a_token_at_a_time_is_the_same(phi, reference, tokens):
     count = min(phi.context, 300)
     backend, expected = phi.engine.backend, reference().forward(tokens[:count], every=True)
-    backend.rewind(0)
+    backend.trim(0)
     assert close(backend.forward(tokens[:60], every=False), expected[59:60])
     for i in range(60, count):
         assert close(backend.forward([tokens[i]], every=False), expected[i : i + 1], 0.04), i
@@ -51,9 +51,9 @@ def test_a_token_at_a_time_is_the_same(phi, reference, tokens):
 
 def test_rewind_forgets(phi, reference, tokens):
     backend = phi.engine.backend
-    backend.rewind(0)
+    backend.trim(0)
     backend.forward(tokens[:50], every=False)
-    backend.rewind(20)
+    backend.trim(20)
     assert backend.position == 20
     again = backend.forward(tokens[300:340], every=True)
     assert close(again, reference().forward(tokens[:20] + tokens[300:340], every=True)[20:])
@@ -66,9 +66,9 @@ def test_a_cache_that_forgets_reads_again(phi, reference, tokens, position):
         assert phi.backend in ("llama.cpp", "mlx")
         return
     backend = phi.engine.backend
-    backend.rewind(0)
+    backend.trim(0)
     backend.forward(tokens[:300], every=False)
-    backend.rewind(position)
+    backend.trim(position)
     again = backend.forward(tokens[400:410], every=True)
     assert close(again, reference().forward(tokens[:position] + tokens[400:410], every=True)[position:])
     one = backend.forward(tokens[410:411], every=False)

@@ -145,4 +145,4 @@ def test_each_step_says_what_bytes_its_token_spells(bundles, stranger):
             tokens = phi.tokenize(said)
             assert b"".join(map(phi.tokenizer.spell, tokens)).lstrip(b" ") == said.replace("<|end|>", "").encode()
             pieces = list(phi.stream("x = ", max_tokens=8))
-            assert [p.bytes for p in pieces] == [phi.tokenizer.spell(p.step.token) for p in pieces]
+            assert [p.bytes for p in pieces] == [phi.tokenizer.token_bytes(p.step.token) for p in pieces]

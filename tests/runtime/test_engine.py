@@ -7,7 +7,7 @@ import pytest
 
 from phi_runtime.errors import ContextError, TokenError, UsageError
 from phi_runtime.generation.engine import CHUNK, Engine
-from phi_runtime.generation.prompt_lookup import Guesses
+from phi_runtime.generation.prompt_lookup import PromptLookup
 from phi_runtime.generation.sampler import Sampling
 
 VOCABULARY = 50
@@ -41,7 +41,7 @@ class Counting:
             rows.append(row)
         return np.stack(rows if every else rows[-1:])
 
-    def rewind(self, position):
+    def trim(self, position):
         del self.tokens[position:]
 
     def close(self):
@@ -143,15 +143,15 @@ def test_stopping_inside_a_guess_leaves_a_cache_that_is_true():
 
 
 def test_guessing_rests_where_it_does_not_pay():
-    guesses = Guesses([1, 2, 3, 4, 1, 2, 3])
-    guesses.took(0, 0, 1.0)
+    guesses = PromptLookup([1, 2, 3, 4, 1, 2, 3])
+    guesses.record(0, 0, 1.0)
     offered = 0
     for _ in range(40):
         if guess := guesses.guess(8):
             offered += 1
-            guesses.took(len(guess), 0, 3.0)  # wide passes that bring one token each
+            guesses.record(len(guess), 0, 3.0)  # wide passes that bring one token each
     assert 1 < offered <= 8
-    assert Guesses([1, 2, 3, 4, 1, 2, 3]).guess(8) == []  # nothing is known of the cost yet
+    assert PromptLookup([1, 2, 3, 4, 1, 2, 3]).guess(8) == []  # nothing is known of the cost yet
 
 
 def test_policies():
@@ -188,7 +188,7 @@ def test_a_prompt_is_abandoned_between_chunks_and_taken_up_there():
     forward = backend.forward
 
     def impatient(tokens, every):
-        engine.abandoned = len(backend.read) == 2
+        engine.cancelled = len(backend.read) == 2
         return forward(tokens, every)
 
     backend.forward = impatient

@@ -13,7 +13,7 @@ from phi_export.calibrate.forward import TorchDecoder
 from phi_runtime.architecture.checkpoint import open_checkpoint, stop_tokens
 from phi_runtime.text.tokenizer import Tokenizer
 
-QUESTION = "What is the capital of France? Answer in one sentence."
+QUESTION = "What is the capital of France? Completion in one sentence."
 
 
 @pytest.fixture(scope="module")

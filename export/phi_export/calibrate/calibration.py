@@ -18,7 +18,7 @@ from phi_export.calibrate.cache import load_array, load_factor
 from phi_export.calibrate.equalise import Scales, equalised, input_scales, unpack
 from phi_export.calibrate.text import calibration_windows
 from phi_export.defaults import BUILT_IN, WINDOW, WINDOWS
-from phi_export.formats import Format, Item, Options, Type
+from phi_export.formats import Format, Options, TensorGroup, Type
 from phi_export.quantize.gptq import DAMPING, Factor
 from phi_export.quantize.uniform import finite
 from phi_runtime.architecture.checkpoint import Checkpoint
@@ -64,24 +64,24 @@ class Calibration:
         """The same of the model as it is, for a format that does not equalise; costs are taken to be alike."""
         return replace(self, scaled=False)
 
-    def cost(self, item: Item) -> float:
+    def cost(self, item: TensorGroup) -> float:
         """Of an item, or of its parts together."""
         if item.name in self.costs:
             return self.costs[item.name]
         return sum(c for name, c in self.costs.items() if name.startswith(f"{item.name}:"))
 
-    def losses(self, module: Format, checkpoint: Checkpoint, options: Options) -> Callable[[Item, Type], float]:
+    def losses(self, module: Format, checkpoint: Checkpoint, options: Options) -> Callable[[TensorGroup, Type], float]:
         """The KL divergence, nats per token, to expect of storing an item as a type: its cost, times the error of the
         type on some of its rows, times what feedback makes of that.
         """
 
         @cache
-        def loss(item: Item, name: str, fed: float) -> float:
+        def loss(item: TensorGroup, name: str, fed: float) -> float:
             rows = np.concatenate([finite(checkpoint.tensors[item.tensor], a, b) for a, b in _some_rows(item)])
             error = float(np.square(module.rounded(rows, name, options) - rows).sum())
             return self.cost(item) * fed * error / max(float(np.square(rows).sum()), 1e-30)
 
-        def of(item: Item, kind: Type) -> float:
+        def of(item: TensorGroup, kind: Type) -> float:
             alone = item.role == "embedding" and not self.decoder.tied
             return loss(item, kind.name, 1.0 if alone else kind.fed_back / kind.error)
 
@@ -116,7 +116,7 @@ class Calibration:
         return [np.maximum(peaks, np.float32(1e-6)) for peaks in scaled]  # a channel that is never used
 
 
-def _some_rows(item: Item) -> list[tuple[int, int]]:
+def _some_rows(item: TensorGroup) -> list[tuple[int, int]]:
     """Two runs of 16 rows, or all of a small item."""
     if item.rows <= 32:
         return [(item.start, item.stop)]

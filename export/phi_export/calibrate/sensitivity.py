@@ -17,7 +17,7 @@ from torch import Tensor
 from phi_export.calibrate.cache import load_array, load_factor
 from phi_export.calibrate.forward import TorchDecoder, product_type
 from phi_export.defaults import LARGE
-from phi_export.formats import Options, items
+from phi_export.formats import Options, tensor_groups
 from phi_export.quantize.gptq import Factor
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.architecture.config import num_parameters
@@ -56,7 +56,7 @@ class _Backward:
     ) -> None:
         self.checkpoint, self.folder, self.progress = checkpoint, folder, progress
         self.model = TorchDecoder(checkpoint.config.decoder(), checkpoint.read, len(texts[0]), product_type())
-        self.items = [i for i in items(checkpoint.config, Options(split_qkv=True)) if i.role != "vector"]
+        self.items = [i for i in tensor_groups(checkpoint.config, Options(split_qkv=True)) if i.role != "vector"]
         self.costs = {i.name: 0.0 for i in self.items}
         which = shown(torch.arange(len(texts))[:, None, None], checkpoint).flatten().tolist()
         self.tokens = np.asarray([texts[i] for i in which])

@@ -72,7 +72,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Item:
+class TensorGroup:
     """What a plan gives a type to: a tensor of the checkpoint, or some of its rows."""
 
     name: str  # the tensor's; for some of its rows with `:q`, `:k` or `:v` behind it
@@ -153,7 +153,7 @@ class Format(Protocol):
     def types(self, options: Options) -> dict[str, Type]:
         """The types that a matrix may have, by name."""
 
-    def yardstick(self, item: Item, layers: int, options: Options) -> str:
+    def yardstick(self, item: TensorGroup, layers: int, options: Options) -> str:
         """The type of an item, of a model of so many layers, in the mix that needs no calibration and that others of
         this format are held to: `balanced` plans are no slower.
         """
@@ -184,7 +184,7 @@ class Format(Protocol):
     def rounded(self, x: F32, kind: str, options: Options) -> F32:
         """What a runtime computes with after some rows were stored as a type, without feedback."""
 
-    def examine(self, folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
+    def validate(self, folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
         """Hold what running it does not show to the checkpoint. Raises BundleError."""
 
     def read(self, folder: Path, manifest: Manifest) -> ReadTensor:
@@ -215,7 +215,7 @@ def choose_profile(name: str, profiles: tuple[str, ...], options: Options) -> st
     return options.profile
 
 
-def items(config: Config, options: Options) -> list[Item]:
+def tensor_groups(config: Config, options: Options) -> list[TensorGroup]:
     """All that a plan gives a type to, in the order of computation."""
     decoder = config.decoder()
     roles = {decoder.embedding: "embedding"}
@@ -234,13 +234,13 @@ def items(config: Config, options: Options) -> list[Item]:
         if role == "qkv" and options.split_qkv and rows == decoder.q_size + 2 * decoder.kv_size:
             cuts = (0, decoder.q_size, decoder.q_size + decoder.kv_size, rows)
             for part, start, stop in zip("qkv", cuts, cuts[1:], strict=False):
-                found.append(Item(f"{name}:{part}", name, role, depth[name], start, stop, columns, uses))
+                found.append(TensorGroup(f"{name}:{part}", name, role, depth[name], start, stop, columns, uses))
         else:
-            found.append(Item(name, name, role, depth.get(name, 0), 0, rows, columns, uses))
+            found.append(TensorGroup(name, name, role, depth.get(name, 0), 0, rows, columns, uses))
     return found
 
 
-def more_bits(item: Item, layers: int) -> bool:
+def more_bits(item: TensorGroup, layers: int) -> bool:
     """Whether llama.cpp's Q4_K_M gives a matrix 6 bits and not 4 or 5: the head, and the down projections of the first
     and last eighth of the layers and of each third one between.
     """
@@ -249,7 +249,7 @@ def more_bits(item: Item, layers: int) -> bool:
     return item.role == "head" or (item.role == "embedding" and item.uses > 0) or (item.role == "down" and wide)
 
 
-def fitting(module: Format, item: Item, options: Options) -> dict[str, Type]:
+def fitting(module: Format, item: TensorGroup, options: Options) -> dict[str, Type]:
     """The format's types that the item's rows divide into. Raises UnsupportedError if there is none."""
     found = {n: t for n, t in module.types(options).items() if item.columns % t.multiple == 0}
     if not found:
@@ -260,7 +260,7 @@ def fitting(module: Format, item: Item, options: Options) -> dict[str, Type]:
     return found
 
 
-def stored(module: Format, item: Item, kind: str, options: Options) -> TensorQuant:
+def stored(module: Format, item: TensorGroup, kind: str, options: Options) -> TensorQuant:
     """How an item is stored as a type of that name."""
     if item.role == "vector":
         width = module.vector_bytes(options)

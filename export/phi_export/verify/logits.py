@@ -13,7 +13,7 @@ from phi_export.verify.text import BEYOND, check_tokenizer
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.architecture.config import num_parameters
 from phi_runtime.architecture.decoder import F32, Decoder
-from phi_runtime.backends.reference import Lane, ReadTensor, Reference
+from phi_runtime.backends.reference import BatchSequence, ReadTensor, Reference
 from phi_runtime.package.manifest import Manifest
 
 WINDOW = 512  # tokens read from an empty context at a time, or as many
@@ -55,10 +55,10 @@ def compare_logits(
             ends.append(logits[-_WATCHED:].copy())
             rounded: list[F32] = []
 
-            def keep(n: int, lanes: list[Lane], rounded: list[F32] = rounded) -> None:
+            def keep(n: int, lanes: list[BatchSequence], rounded: list[F32] = rounded) -> None:
                 rounded.append(lanes[0].x_TE[-_WATCHED:])
 
-            def hold(n: int, lanes: list[Lane], rounded: list[F32] = rounded) -> None:
+            def hold(n: int, lanes: list[BatchSequence], rounded: list[F32] = rounded) -> None:
                 exact = lanes[0].x_TE[-_WATCHED:]
                 layers[n] += np.square(rounded[n] - exact).sum(), np.square(exact).sum()
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from phi_export.formats import Item, Options, get_format, items, sidecar_files, stored
+from phi_export.formats import Options, TensorGroup, get_format, sidecar_files, stored, tensor_groups
 from phi_runtime.architecture.checkpoint import Checkpoint, stop_tokens
 from phi_runtime.architecture.config import read_json
 from phi_runtime.errors import UnsupportedError, UsageError
@@ -19,7 +19,10 @@ def wrong_claim(bundle: Path, manifest: Manifest, checkpoint: Checkpoint, writte
     try:
         options = Options(**manifest.options)
         context = module.context(checkpoint.config, options)
-        plan = {i.name: stored(module, i, _said_type(manifest, i), options) for i in items(checkpoint.config, options)}
+        plan = {
+            i.name: stored(module, i, _said_type(manifest, i), options)
+            for i in tensor_groups(checkpoint.config, options)
+        }
     except (TypeError, KeyError, UnsupportedError, UsageError):
         return "the manifest's options and types of tensors are not what phi-export writes"
     expected: dict[str, tuple[object, object]] = {
@@ -53,6 +56,6 @@ def describe_source(checkpoint: Checkpoint) -> Source:
     return Source(name, revision, {f.name: sha256(f) for f in checkpoint.files}, drawn)
 
 
-def _said_type(manifest: Manifest, item: Item) -> str:
+def _said_type(manifest: Manifest, item: TensorGroup) -> str:
     said = manifest.quantization.get(item.name)
     return "" if said is None else said.type

@@ -87,7 +87,7 @@ def _serve(bundle: Path, kv: str | None) -> None:
                     backend.close()
                 backend, context = open_backend(package, None, wanted, None, kv), wanted
             if tokens:
-                backend.rewind(0)
+                backend.trim(0)
                 cut = len(tokens) - request["singly"]
                 rows = [backend.forward(tokens[:cut], every=True)]
                 rows += [backend.forward([token], every=True) for token in tokens[cut:]]

@@ -110,7 +110,7 @@ def verify_manifest(
         if not written_now:
             check_files(bundle, manifest)
         checkpoint = equalised(checkpoint, read_scales(bundle, checkpoint.config.decoder()))  # the same function
-        get_format(manifest.format).examine(bundle, manifest, checkpoint)
+        get_format(manifest.format).validate(bundle, manifest, checkpoint)
         read = get_format(manifest.format).read(bundle, manifest)
         checks += check_weights(read, manifest, checkpoint, progress)
         if not all(c.passed for c in checks):

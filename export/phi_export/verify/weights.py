@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from phi_export.formats import Item, Options, get_format, items
+from phi_export.formats import Options, TensorGroup, get_format, tensor_groups
 from phi_export.verify.check import Check, Progress
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.architecture.decoder import F32
@@ -38,7 +38,7 @@ def check_weights(read: ReadTensor, manifest: Manifest, checkpoint: Checkpoint, 
     kinds = get_format(manifest.format).types(options)
     worst = {"block": (0.0, ""), "tensor": (0.0, ""), "vector": (0.0, "")}
     with ThreadPoolExecutor(cores()) as pool:
-        for item in items(checkpoint.config, options):
+        for item in tensor_groups(checkpoint.config, options):
             progress(item.name)
             step = max(1, _PIECE // item.columns)
             quant = manifest.quantization[item.name]
@@ -52,7 +52,9 @@ def check_weights(read: ReadTensor, manifest: Manifest, checkpoint: Checkpoint, 
             # Where whole rows share a table, a part of them that is small beside the rest may be lost.
             block, floor = (quant.block, 1e-6) if quant.block > 1 else (item.columns, 1.0)
 
-            def compare(start: int, item: Item = item, step: int = step, block: int = block) -> tuple[np.ndarray, F32]:
+            def compare(
+                start: int, item: TensorGroup = item, step: int = step, block: int = block
+            ) -> tuple[np.ndarray, F32]:
                 stop = min(item.stop, start + step)
                 stored_rows, original = read(item.tensor, start, stop), checkpoint.read(item.tensor, start, stop)
                 if stored_rows.shape != original.shape:

@@ -97,7 +97,7 @@ class CoreMLBackend:
             start = stop
         return np.concatenate(rows)[-len(tokens) :] if every else rows[-1][-1:]
 
-    def rewind(self, position: int) -> None:
+    def trim(self, position: int) -> None:
         """Forget all tokens from `position` on."""
         self._tokens = self._tokens[:position]
 

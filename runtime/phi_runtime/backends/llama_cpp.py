@@ -76,7 +76,7 @@ class LlamaCppBackend:
         self._tokens, self._held = text, len(text)
         return np.stack(rows)
 
-    def rewind(self, position: int) -> None:
+    def trim(self, position: int) -> None:
         """Forget all tokens from `position` on."""
         self._tokens, self._held = self._tokens[:position], min(self._held, position)
         self.drop(self._ctx, 0, position)
@@ -89,12 +89,12 @@ class LlamaCppBackend:
 
     def restore(self, state: bytes, tokens: list[int]) -> None:
         """Put the cache back. Raises BundleError where llama.cpp finds it of another make."""
-        self.rewind(0)
+        self.trim(0)
         if self._needed(len(tokens)) != self._reserved:
             self._reserve(self._needed(len(tokens)))
         data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         if self.library.llama_state_seq_set_data(self._ctx, data, len(state), 0) != len(state):
-            self.rewind(0)
+            self.trim(0)
             raise BundleError("the session was saved with another context or cache; load the model with those")
         self._tokens, self._held = list(tokens), len(tokens)
 
@@ -241,7 +241,7 @@ class LlamaCppTokenizer:
                 return out.raw[:length].decode("utf-8", "replace")
             size = -length
 
-    def spell(self, token: int) -> bytes:
+    def token_bytes(self, token: int) -> bytes:
         """The bytes that a token spells, which may be a part of a character; none for a special token."""
         self._check([token])
         out = ctypes.create_string_buffer(1024)

@@ -61,7 +61,7 @@ class MlxBackend:
         self._position += len(tokens)
         return np.concatenate(rows)
 
-    def rewind(self, position: int) -> None:
+    def trim(self, position: int) -> None:
         """Forget all tokens from `position` on."""
         for layer in self._cache:
             layer.trim(self._position - position)

@@ -133,7 +133,7 @@ class OnnxRuntimeBackend:
             rows = [self._run(tokens[i : i + self._chunk]) for i in range(0, len(tokens), self._chunk)]
         return np.concatenate(rows) if every else rows[-1][-1:]
 
-    def rewind(self, position: int) -> None:
+    def trim(self, position: int) -> None:
         """Forget all tokens from `position` on."""
         before, self._tokens = len(self._tokens), self._tokens[:position]
         shorter = self._crossover is not None and position <= self._crossover < before

@@ -25,7 +25,7 @@ class ReadTensor(Protocol):
         """Rows start..stop of a tensor of the checkpoint, by its name, as float32."""
 
 
-class Lane:
+class BatchSequence:
     """One computation among those that share a pass over the weights: its arithmetic, its cache, its activations."""
 
     def __init__(self, decoder: Decoder, capacity: int, rounding: Rounding) -> None:
@@ -58,13 +58,13 @@ class Reference:
         read: ReadTensor,
         context: int | None = None,
         roundings: tuple[Rounding, ...] = (lambda x: x,),
-        watch: Callable[[int, list[Lane]], None] = lambda *_: None,
+        watch: Callable[[int, list[BatchSequence]], None] = lambda *_: None,
     ) -> None:
         self.decoder = decoder
         self.context = decoder.context if context is None else context
         self.position = 0
         self._read, self._watch = read, watch
-        self.lanes = [Lane(decoder, self.context, r) for r in roundings]
+        self.lanes = [BatchSequence(decoder, self.context, r) for r in roundings]
 
     def forward(self, tokens: list[int] | list[list[int]], every: bool) -> list[F32]:
         """Append tokens; per lane the logits [T, vocab_size], or [1, vocab_size] of the last.
@@ -113,7 +113,7 @@ class Reference:
         d = self.decoder
         return [y * np.float32(d.logit_scale) for y in self.linear(self.norm(xs, d.final_norm), d.head)]
 
-    def rewind(self, position: int) -> None:
+    def trim(self, position: int) -> None:
         """Forget all tokens from `position` on."""
         self.position = position
 
@@ -158,7 +158,7 @@ class Reference:
             return self.linear([silu(gate) * up for gate, up in halves], layer.down)
         return self.linear([gelu_new(h) for h in hidden], layer.down)
 
-    def _attend(self, n: int, layer: Layer, lane: Lane, qkv: F32, positions: np.ndarray) -> F32:
+    def _attend(self, n: int, layer: Layer, lane: BatchSequence, qkv: F32, positions: np.ndarray) -> F32:
         d, start, stop = self.decoder, self.position, self.position + len(qkv)
         q_HTD, k_GTD, v_GTD = split_heads(d, qkv)
         if d.rope is not None:
@@ -197,16 +197,16 @@ class ReferenceBackend:
         """Append tokens; logits [T, vocab_size], or [1, vocab_size] of the last."""
         return self._reference.forward(tokens, every)[0]
 
-    def rewind(self, position: int) -> None:
+    def trim(self, position: int) -> None:
         """Forget all tokens from `position` on."""
-        self._reference.rewind(position)
+        self._reference.trim(position)
 
     def close(self) -> None:
         """Drop the cache."""
         self._reference.close()
 
 
-def _add(lanes: list[Lane], added: list[F32]) -> None:
+def _add(lanes: list[BatchSequence], added: list[F32]) -> None:
     for lane, a in zip(lanes, added, strict=True):
         lane.x_TE = lane.x_TE + a
 

@@ -85,4 +85,4 @@ class _Stop:
         signal.signal(signal.SIGINT, self._before)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = self._engine.abandoned = True
+        self.asked = self._engine.cancelled = True

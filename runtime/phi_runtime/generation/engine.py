@@ -9,7 +9,7 @@ import numpy as np
 
 from phi_runtime.architecture.decoder import F32
 from phi_runtime.errors import ContextError, TokenError, UsageError
-from phi_runtime.generation.prompt_lookup import Guesses
+from phi_runtime.generation.prompt_lookup import PromptLookup
 from phi_runtime.generation.sampler import Sampler, Sampling, log_probability, most_likely
 
 StopReason = Literal["stop_token", "stop_text", "max_tokens", "context"]
@@ -32,7 +32,7 @@ class Backend(Protocol):
     def forward(self, tokens: list[int], every: bool) -> F32:
         """Append tokens to the cache; logits [len(tokens), vocab_size], or [1, …] of the last."""
 
-    def rewind(self, position: int) -> None:
+    def trim(self, position: int) -> None:
         """Forget all tokens from `position` on."""
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class Step:
 class Engine:
     """Generation over a backend, whose cache keeps the last text: a call that begins as the last one did reads on.
 
-    A prompt is read in pieces; between them another thread or a signal may set `abandoned` to end the stream. One that
+    A prompt is read in pieces; between them another thread or a signal may set `cancelled` to end the stream. One that
     goes beyond LongRoPE's `crossover` is read at once: what came before it has to be read again with what follows.
     """
 
@@ -78,14 +78,14 @@ class Engine:
         self.backend = backend
         self.stop_tokens = frozenset(stop_tokens)
         self.held: list[int] = []  # what the cache holds; nothing, where a call was broken off in the backend
-        self.abandoned = False
+        self.cancelled = False
         self.draft: Engine | None = None  # a quicker model of the same vocabulary, to guess with
         self._crossover = crossover
 
     def forget(self) -> None:
         """Empty the cache."""
         self.held = []
-        self.backend.rewind(0)
+        self.backend.trim(0)
 
     def logits(self, tokens: list[int]) -> F32:
         """Logits [len(tokens), vocab_size] of every position, from an empty cache."""
@@ -105,19 +105,21 @@ class Engine:
     ) -> Generator[Step, None, None]:
         """Generate after the prompt. The cache keeps what was read, for the next call.
 
-        A stream that is `abandoned` while it reads the prompt ends without a step.
+        A stream that is `cancelled` while it reads the prompt ends without a step.
         """
         tokens, dropped = self.fit(tokens, max_tokens, policy)
         if not 0 <= top_logprobs <= self.backend.vocab_size:
             raise UsageError(f"top_logprobs {top_logprobs} is not between 0 and the vocabulary's size")
         sampler = Sampler(sampling)
         seen = set(tokens) if sampling.repetition_penalty != 1 else set()
-        guesses = Guesses(tokens, self._drafted if self.draft else None) if speculate and constraint is None else None
+        guesses = (
+            PromptLookup(tokens, self._drafted if self.draft else None) if speculate and constraint is None else None
+        )
         began, passed = time.perf_counter(), 0.0
-        self.abandoned = False
+        self.cancelled = False
         reused = self._rewind_to_shared(tokens)
         rows, guess, at = self._read(tokens[reused:]), list[int](), 0
-        if self.abandoned:
+        if self.cancelled:
             return
         for n in range(1, max_tokens + 1):
             logits_V = rows[at] if constraint is None else constraint.mask(rows[at])
@@ -144,7 +146,7 @@ class Engine:
                 at += 1
                 continue
             if guesses is not None and n > 1:
-                guesses.took(len(guess), at, passed)
+                guesses.record(len(guess), at, passed)
             if len(self.held) >= self.backend.context:
                 dropped = self._slide()
             most = min(max_tokens - n, self.backend.context - len(self.held)) - 1
@@ -195,16 +197,16 @@ class Engine:
     def _rewind(self, position: int) -> None:
         if position != self.backend.position or position != len(self.held):
             self.held = self.held[:position]
-            self.backend.rewind(position)
+            self.backend.trim(position)
 
     def _read(self, tokens: list[int]) -> F32:
-        """Append tokens a chunk at a time, until it is done or abandoned; the last one's logits [1, vocab_size]."""
+        """Append tokens a chunk at a time, until it is done or cancelled; the last one's logits [1, vocab_size]."""
         rows = np.empty((0, 0), np.float32)
         crosses = self._crossover is not None and len(self.held) <= self._crossover < len(self.held) + len(tokens)
         step = len(tokens) if crosses else CHUNK
         for start in range(0, len(tokens), step):
             rows = self._forward(tokens[start : start + step], every=False)
-            if self.abandoned:
+            if self.cancelled:
                 break
         return rows
 

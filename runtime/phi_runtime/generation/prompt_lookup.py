@@ -1,4 +1,4 @@
-"""Guesses for speculative decoding: what followed these tokens last time in the text, or what a draft model says.
+"""PromptLookup for speculative decoding: what followed these tokens last time in the text, or what a draft model says.
 
 A guess costs a wider forward pass and is checked against the sampler, so it changes speed and never the answer
 (arXiv:2211.17192; by lookup instead of a model: arXiv:2304.04487).
@@ -14,7 +14,7 @@ _REST = 32  # tokens without guesses after rounds that lost time; doubles each t
 Draft = Callable[[list[int], int], list[int]]  # the text so far and how many tokens to guess at most
 
 
-class Guesses:
+class PromptLookup:
     """The text so far as an index of its n-grams, and a judgement of whether guessing pays here."""
 
     def __init__(self, tokens: list[int], draft: Draft | None = None) -> None:
@@ -48,7 +48,7 @@ class Guesses:
             return self._tokens[start : start + length]
         return [] if self._draft is None else self._draft(self._tokens, length)
 
-    def took(self, guessed: int, right: int, seconds: float) -> None:
+    def record(self, guessed: int, right: int, seconds: float) -> None:
         """Guessing so many tokens and a pass over them and one more took so long, and `right` of them were."""
         if not guessed:
             self._single = seconds if self._single is None else 0.8 * self._single + 0.2 * seconds

@@ -20,10 +20,10 @@ from starlette.types import Receive, Scope, Send
 
 from phi_runtime.errors import PhiError, UsageError
 from phi_runtime.generation.sampler import log_probability, most_likely
-from phi_runtime.model import Options, Phi, Piece
+from phi_runtime.model import Chunk, Options, Phi
 from phi_runtime.planning.memory import resident
 from phi_runtime.server.grammar import Grammars
-from phi_runtime.server.requests import Asked, parse, parse_messages, parse_prompts
+from phi_runtime.server.requests import CompletionRequest, parse, parse_messages, parse_prompts
 from phi_runtime.server.responses import Answered, Chat, Completion, Form, Score, usage
 from phi_runtime.version import __version__
 
@@ -109,7 +109,9 @@ class _Server:
         except (ValueError, RecursionError):
             raise _RefusedError(400, "the body is not valid JSON") from None
 
-    async def _answer(self, request: Request, asked: Asked, prompts: list[list[int]], form: Form) -> Response:
+    async def _answer(
+        self, request: Request, asked: CompletionRequest, prompts: list[list[int]], form: Form
+    ) -> Response:
         for tokens in prompts:
             self.phi.engine.fits(tokens, asked.options["policy"])
         if asked.constrained:
@@ -138,7 +140,7 @@ class _Server:
             finally:
                 self._leave()
 
-    def _options(self, asked: Asked, tokens: list[int], choice: int) -> Options:
+    def _options(self, asked: CompletionRequest, tokens: list[int], choice: int) -> Options:
         """Of one of the answers to a prompt."""
         room = max(1, self.phi.engine.backend.context - len(tokens))
         options = asked.options.copy()
@@ -151,7 +153,7 @@ class _Server:
     def _leave(self) -> None:
         self.inside -= 1
 
-    async def _collect(self, asked: Asked, wanted: list[_Wanted]) -> list[Answered]:
+    async def _collect(self, asked: CompletionRequest, wanted: list[_Wanted]) -> list[Answered]:
         answers = []
         for tokens, options in wanted:
             pieces = [piece async for piece in self._pieces(tokens, options)] if options["max_tokens"] else []
@@ -170,7 +172,7 @@ class _Server:
             for row, token in zip(rows, tokens[1:], strict=False)
         ]
 
-    async def _pieces(self, tokens: list[int], options: Options) -> AsyncGenerator[Piece, None]:
+    async def _pieces(self, tokens: list[int], options: Options) -> AsyncGenerator[Chunk, None]:
         """The model's steps, counted, within the time that an answer may take."""
         ended = False
         try:
@@ -184,7 +186,7 @@ class _Server:
         finally:
             self.counts["cancelled"] += not ended
 
-    async def _events(self, asked: Asked, wanted: list[_Wanted], form: Form) -> AsyncGenerator[str, None]:
+    async def _events(self, asked: CompletionRequest, wanted: list[_Wanted], form: Form) -> AsyncGenerator[str, None]:
         def event(data: dict[str, Any]) -> str:
             return f"data: {json.dumps(data)}\n\n"
 
@@ -270,7 +272,7 @@ def app(phi: Phi, token: str | None = None, queue: int = 16, timeout: float = 60
 
 
 def serve(phi: Phi, host: str, port: int, token: str | None, queue: int, timeout: float) -> None:
-    """Answer until Ctrl-C or SIGTERM. Raises UsageError for a host beyond this machine without a token."""
+    """Completion until Ctrl-C or SIGTERM. Raises UsageError for a host beyond this machine without a token."""
     import uvicorn
 
     if not _loopback(host) and not token:

@@ -28,7 +28,7 @@ _OURS = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class CompletionRequest:
     """One request. schema: of a JSON answer, None for any object; `constrained` says whether there is one at all.
     choices: answers to each prompt. echo: the prompt stands before its answer. max_tokens: None for all that the
     context holds, 0 for the echo alone.
@@ -45,7 +45,7 @@ class Asked:
     schema: dict[str, Any] | None
 
 
-def parse(body: Any) -> Asked:
+def parse(body: Any) -> CompletionRequest:
     """The common fields of both endpoints. Raises UsageError, naming the field."""
     if not isinstance(body, dict):
         raise UsageError("the body is not a JSON object")
@@ -94,7 +94,7 @@ def parse(body: Any) -> Asked:
     stream = _field(body, "stream", bool, False)
     if stream and echo:
         raise UsageError("echo: does not go with stream; leave one out")
-    return Asked(
+    return CompletionRequest(
         options, choices, echo, None if most == -1 else most, stream, usage, bool(logprobs), constrained, schema
     )
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi_runtime.generation.engine import StopReason
-from phi_runtime.model import Phi, Piece
-from phi_runtime.server.requests import Asked
+from phi_runtime.model import Chunk, Phi
+from phi_runtime.server.requests import CompletionRequest
 
 _FINISH: dict[StopReason | None, str] = {
     "stop_token": "stop",
@@ -29,7 +29,7 @@ class Answered:
 
     prompt: list[int]
     echoed: str
-    pieces: list[Piece]
+    pieces: list[Chunk]
     scores: list[Score] | None = None
 
 
@@ -38,7 +38,7 @@ class Form(ABC):
 
     kind, prefix, chunk = "", "", ""
 
-    def __init__(self, model: str, asked: Asked) -> None:
+    def __init__(self, model: str, asked: CompletionRequest) -> None:
         self._model, self._asked = model, asked
         self._id, self._created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
@@ -51,7 +51,7 @@ class Form(ABC):
         """What goes out before the first token, if anything."""
         return None
 
-    def part(self, piece: Piece, phi: Phi, index: int) -> dict[str, Any]:
+    def part(self, piece: Chunk, phi: Phi, index: int) -> dict[str, Any]:
         """One step of the stream of an answer."""
         stop = piece.step.stop
         choice = self._choice(self.delta(piece.text), self._logprobs([piece], phi), _FINISH[stop] if stop else None)
@@ -68,7 +68,7 @@ class Form(ABC):
         read = sum(len(a.prompt) for a in answers[:: self._asked.choices])
         return self.head() | {"choices": choices, "usage": usage(read, sum(len(a.pieces) for a in answers))}
 
-    def _logprobs(self, pieces: list[Piece], phi: Phi, answered: Answered | None = None) -> dict[str, Any] | None:
+    def _logprobs(self, pieces: list[Chunk], phi: Phi, answered: Answered | None = None) -> dict[str, Any] | None:
         return self.logprobs(pieces, phi, answered) if self._asked.logprobs else None
 
     def _choice(self, content: dict[str, Any], logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Form(ABC):
         """The text of a whole answer."""
 
     @abstractmethod
-    def logprobs(self, pieces: list[Piece], phi: Phi, answered: Answered | None) -> dict[str, Any]:
+    def logprobs(self, pieces: list[Chunk], phi: Phi, answered: Answered | None) -> dict[str, Any]:
         """The log-probabilities of some steps, behind those of an echoed prompt."""
 
 
@@ -105,12 +105,12 @@ class Chat(Form):
         """The message."""
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def logprobs(self, pieces: list[Piece], phi: Phi, answered: Answered | None) -> dict[str, Any]:
+    def logprobs(self, pieces: list[Chunk], phi: Phi, answered: Answered | None) -> dict[str, Any]:
         """A row for each token."""
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text = phi.detokenize([token])
-            return {"token": text, "logprob": logprob, "bytes": list(phi.tokenizer.spell(token))}
+            return {"token": text, "logprob": logprob, "bytes": list(phi.tokenizer.token_bytes(token))}
 
         steps = [p.step for p in pieces]
         rows = [entry(s.token, s.logprob) | {"top_logprobs": [entry(*t) for t in s.top]} for s in steps]
@@ -128,7 +128,7 @@ class Completion(Form):
 
     content = delta
 
-    def logprobs(self, pieces: list[Piece], phi: Phi, answered: Answered | None) -> dict[str, Any]:
+    def logprobs(self, pieces: list[Chunk], phi: Phi, answered: Answered | None) -> dict[str, Any]:
         """A list for each figure; text_offset counts characters of the whole text."""
         found: list[tuple[int, float | None, Sequence[tuple[int, float]]]] = []
         if answered is not None and answered.scores is not None:

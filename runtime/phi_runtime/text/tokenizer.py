@@ -26,7 +26,7 @@ class Codec(Protocol):
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens; special tokens are left out."""
 
-    def spell(self, token: int) -> bytes:
+    def token_bytes(self, token: int) -> bytes:
         """The bytes that a token spells, which may be a part of a character; none for a special token."""
 
 
@@ -84,7 +84,7 @@ class Tokenizer:
         check_tokens(tokens, _MOST)
         return self._t.decode(tokens)
 
-    def spell(self, token: int) -> bytes:
+    def token_bytes(self, token: int) -> bytes:
         """The bytes that a token spells, which may be a part of a character; none for a special token."""
         check_tokens([token], _MOST)
         if token in self._special:
@@ -161,7 +161,7 @@ class StreamDecoder:
         while (
             start > 0
             and (
-                b"\x80" <= self._codec.spell(tokens[start])[:1] < b"\xc0"  # inside a character
+                b"\x80" <= self._codec.token_bytes(tokens[start])[:1] < b"\xc0"  # inside a character
                 or all(map(self._special, tokens[start:]))
             )
         ):

@@ -1,7 +1,7 @@
 """Core ML: an `.mlpackage` for iOS 18, its ML Program built directly (`coreml_graph`), its weights streamed.
 
 Two profiles. gpu: signed integers with a float16 scale per block along a row. ane, for the Neural
-Engine: palettes, one table per group of rows, in packages no larger than it loads. A ceiling brings
+Engine: palettes, one table per group of rows, in packages no larger than it loads. A budget brings
 3- and 2-bit palettes into both.
 """
 
@@ -14,7 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from phi_export.formats import Calibrated, Item, Options, Plan, Type, choose_profile, items, more_bits, piece
+from phi_export.formats import (
+    Calibrated,
+    Options,
+    Plan,
+    TensorGroup,
+    Type,
+    choose_profile,
+    more_bits,
+    piece,
+    tensor_groups,
+)
 from phi_export.formats.coreml.graph import Matrix, Part, build_model, kv_capacity, rope_rows
 from phi_export.formats.coreml.lint import CHUNK_BYTES, MODEL, WEIGHTS, lint
 from phi_export.formats.coreml.mil import BlobLayout
@@ -117,7 +127,7 @@ def types(options: Options) -> dict[str, Type]:
     return {name: _BY_NAME[name] for name in _PROFILE_TYPES[choose_profile("coreml", PROFILES, options)]}
 
 
-def yardstick(item: Item, layers: int, options: Options) -> str:
+def yardstick(item: TensorGroup, layers: int, options: Options) -> str:
     """4 bits, in blocks of 32 as coremltools' have them, or palettes; and more where llama.cpp's Q4_K_M has 6."""
     if choose_profile("coreml", PROFILES, options) == "ane":
         return "palette6" if more_bits(item, layers) else "palette4"
@@ -159,7 +169,7 @@ def write(
 ) -> None:
     """Write the package, or the chain of packages: weights a tensor at a time, then each program."""
     d = checkpoint.config.decoder()
-    found = items(checkpoint.config, options)
+    found = tensor_groups(checkpoint.config, options)
     length = context(checkpoint.config, options)
     parts = split(d, plan, choose_profile("coreml", PROFILES, options))
     for n, part in enumerate(parts):
@@ -212,7 +222,7 @@ def _write_package(
     checkpoint: Checkpoint,
     part: Part,
     plan: Plan,
-    found: list[Item],
+    found: list[TensorGroup],
     length: int,
     data: Path,
     stream: Stream,
@@ -259,7 +269,7 @@ def _write_item(
     file: PlacedFile,
     place: Matrix,
     checkpoint: Checkpoint,
-    item: Item,
+    item: TensorGroup,
     quant: TensorQuant,
     stream: Stream,
     factor: Factor | None,
@@ -314,7 +324,7 @@ def rounded(x: F32, kind: str, options: Options) -> F32:
     return np.take_along_axis(values, codes.astype(np.int64), axis=1)
 
 
-def examine(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
+def validate(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
     """Nothing in the packages is what a device would refuse."""
     refused = [f for f in lint(folder / manifest.artifact, manifest.options.get("profile") or "gpu") if f.refused]
     if refused:

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from phi_export.formats import Calibrated, Item, Options, Plan, Type, choose_profile, items, more_bits, piece
+from phi_export.formats import (
+    Calibrated,
+    Options,
+    Plan,
+    TensorGroup,
+    Type,
+    choose_profile,
+    more_bits,
+    piece,
+    tensor_groups,
+)
 from phi_export.formats.gguf.tokenizer import tokenizer_metadata
 from phi_export.formats.gguf.values import Kind, Metadata, encode, encode_string
 from phi_export.formats.parallel_writer import PlacedFile, Stream, align
@@ -103,7 +113,7 @@ def types(options: Options) -> dict[str, Type]:
     return dict(_TYPES)
 
 
-def yardstick(item: Item, layers: int, options: Options) -> str:
+def yardstick(item: TensorGroup, layers: int, options: Options) -> str:
     """llama.cpp's Q4_K_M; for rows that do not divide into blocks of 256, what it takes instead."""
     kind = "Q6_K" if more_bits(item, layers) else "Q5_K" if item.role == "qkv" else "Q4_K"
     return kind if item.columns % 256 == 0 else {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}[kind]
@@ -129,7 +139,7 @@ def overhead(checkpoint: Checkpoint, options: Options) -> int:
     c = checkpoint.config
     metadata = _architecture(c, 0) | tokenizer_metadata(checkpoint, checkpoint.folder.resolve().name)
     size = sum(len(encode_string(k)) + 4 + len(encode(kind, value)) for k, (kind, value) in metadata.items())
-    return size + 160 * (len(items(c, options)) + 3)
+    return size + 160 * (len(tensor_groups(c, options)) + 3)
 
 
 @dataclass(frozen=True)
@@ -141,7 +151,7 @@ class _Entry:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    item: Item | None
+    item: TensorGroup | None
     quant: TensorQuant | None
     content: F32 | None = None
 
@@ -212,7 +222,7 @@ def rounded(x: F32, kind: str, options: Options) -> F32:
     return ggml.dequantize(_quantize(x, _TYPES[kind], None), _TYPES[kind])
 
 
-def examine(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
+def validate(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
     """All metadata, the tokenizer included, and the table of tensors are what follows from the checkpoint."""
     path = folder / manifest.artifact
     config, options = checkpoint.config, Options(**manifest.options)
@@ -359,7 +369,7 @@ def _entries(config: Config, plan: Plan, options: Options) -> list[_Entry]:
                 quant=None,
                 content=factors,
             )
-    for item in items(config, options):
+    for item in tensor_groups(config, options):
         quant = plan[item.name]
         whole, split = names[item.tensor]
         name = whole if item.name == item.tensor else split["qkv".index(item.name[-1])]

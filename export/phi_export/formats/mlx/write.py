@@ -12,7 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from phi_export.formats import Calibrated, Item, Options, Plan, Type, choose_profile, items, more_bits, piece
+from phi_export.formats import (
+    Calibrated,
+    Options,
+    Plan,
+    TensorGroup,
+    Type,
+    choose_profile,
+    more_bits,
+    piece,
+    tensor_groups,
+)
 from phi_export.formats.parallel_writer import PlacedFile, Stream
 from phi_export.quantize.gptq import Factor
 from phi_export.quantize.uniform import F16, U8, finite, round_affine
@@ -96,7 +106,7 @@ def types(options: Options) -> dict[str, Type]:
     return dict(_TYPES)
 
 
-def yardstick(item: Item, layers: int, options: Options) -> str:
+def yardstick(item: TensorGroup, layers: int, options: Options) -> str:
     """mlx_lm's own 4 bits in groups of 64, and 6 bits where llama.cpp's Q4_K_M has them."""
     return f"affine{6 if more_bits(item, layers) else 4}-g{64 if item.columns % 64 == 0 else 32}"
 
@@ -120,7 +130,7 @@ def context(config: Config, options: Options) -> int:
 
 def overhead(checkpoint: Checkpoint, options: Options) -> int:
     """The header of the weights, and config.json."""
-    count = len(items(checkpoint.config, options))
+    count = len(tensor_groups(checkpoint.config, options))
     return count * (3 * 130 + 110) + 2 * len(json.dumps(checkpoint.config.to_json()))
 
 
@@ -135,7 +145,7 @@ class _Place:
 def _layout(config: Config, plan: Plan, options: Options) -> tuple[bytes, dict[str, _Place]]:
     """The head of the file, up to the first weight, and the place of every tensor, from the file's start."""
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for item in items(config, options):
+    for item in tensor_groups(config, options):
         kind = _TYPES.get(plan[item.name].type)
         if kind is None:
             shapes[item.tensor] = "F16", config.tensor_shapes()[item.tensor]
@@ -186,7 +196,7 @@ def write(
     size = max(p.offset + p.nbytes for p in places.values())
     with stream.file(folder / WEIGHTS, size) as file:
         file.write(0, head)
-        for item in items(checkpoint.config, options):
+        for item in tensor_groups(checkpoint.config, options):
             if stream.missing(item.name):
                 factor = calibrated.factor(item.tensor)
                 _write_item(file, places, checkpoint, item, plan[item.name], stream, factor)
@@ -199,7 +209,7 @@ def _write_item(
     file: PlacedFile,
     places: dict[str, _Place],
     checkpoint: Checkpoint,
-    item: Item,
+    item: TensorGroup,
     quant: TensorQuant,
     stream: Stream,
     factor: Factor | None,
@@ -238,7 +248,7 @@ def rounded(x: F32, kind: str, options: Options) -> F32:
     return _dequantize(*_round(x, _TYPES[kind]))
 
 
-def examine(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
+def validate(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
     """config.json is what follows from the checkpoint, and the file's header what follows from the types."""
     expected = _config(checkpoint.config, manifest.quantization, manifest.stop_tokens)
     try:

@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from phi_export.formats import Calibrated, Item, Options, Plan, Type, choose_profile, items, more_bits, piece
+from phi_export.formats import (
+    Calibrated,
+    Options,
+    Plan,
+    TensorGroup,
+    Type,
+    choose_profile,
+    more_bits,
+    piece,
+    tensor_groups,
+)
 from phi_export.formats.onnx.graph import ACTIVATIONS, Matrix, build_model, genai_config, rope_positions
 from phi_export.formats.parallel_writer import PlacedFile, Stream, align
 from phi_export.quantize.gptq import Factor
@@ -113,7 +123,7 @@ def rounding(x: F32) -> F32:
     return round_int8(x, block_of(x.shape[-1], max(BLOCKS)) or 16)
 
 
-def yardstick(item: Item, layers: int, options: Options) -> str:
+def yardstick(item: TensorGroup, layers: int, options: Options) -> str:
     """Blocks of 32, as onnxruntime-genai's int4 has them, and 8 bits where llama.cpp's Q4_K_M has 6."""
     if more_bits(item, layers):
         return next((f"int8-g{b}" for b in (128, 64) if item.columns % b == 0), "int4-g16")
@@ -181,7 +191,7 @@ def write(
     d = checkpoint.config.decoder()
     real = ACTIVATIONS[choose_profile("onnx", PROFILES, options)]
     kinds = types(options)
-    found = items(checkpoint.config, options)
+    found = tensor_groups(checkpoint.config, options)
     layout = _Layout()
     matrices: dict[str, Matrix] = {}
     for item in found:
@@ -231,7 +241,7 @@ def _write_item(
     file: PlacedFile,
     layout: _Layout,
     tensor: Tensor,
-    item: Item,
+    item: TensorGroup,
     quant: TensorQuant,
     options: Options,
     stream: Stream,
@@ -295,7 +305,7 @@ def rounded(x: F32, kind: str, options: Options) -> F32:
     return _dequantize(*_round(x, _grids(options)[kind]))
 
 
-def examine(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
+def validate(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
     """genai's configuration follows from the checkpoint; the graphs for a cache of the window's size and for one of
     8 bits are the other one but for what says so.
     """
