@@ -119,7 +119,7 @@ class Dictated:
 
 
 def lookup(phi: Phi, text: str, tokens: int, rounds: int) -> None:
-    """Prompt lookup on and off: a text said again with one token in forty changed, and a text that is new throughout."""
+    """Prompt lookup on and off: a text with one token in forty changed, and one that is new throughout."""
     words = phi.tokenize(text)
     half = min(tokens, phi.context // 2 - 8)
     again = [t if i % 40 else 7 for i, t in enumerate(words[:half], 1)]

@@ -11,8 +11,9 @@ from typing import NoReturn, cast
 
 from phi_runtime.backends.llama_cpp import KV_TYPES
 from phi_runtime.errors import PhiError, missing_extra
+from phi_runtime.generation.config import GenerationConfig, Options
 from phi_runtime.generation.engine import POLICIES, Step
-from phi_runtime.model import Options, Phi, load
+from phi_runtime.model import Phi, load
 from phi_runtime.planning.memory import DEVICES
 from phi_runtime.version import __version__
 
@@ -96,14 +97,14 @@ def _main(argv: list[str]) -> None:
     g = commands.add_parser("generate", help="continue a prompt")
     _model(g)
     g.add_argument("--prompt", required=True, help="the text to continue")
-    _sampling(g, max_tokens=256, temperature=0.0)
+    _sampling(g)
     g.add_argument("--policy", default="reject", choices=POLICIES, help="where the context is too small (%(default)s)")
     g.add_argument("--quiet", action="store_true", help="no timings after the text")
 
     c = commands.add_parser("chat", help="talk to a model in the terminal")
     _model(c)
     c.add_argument("--system", metavar="TEXT", help="what the model is told first")
-    _sampling(c, max_tokens=1024, temperature=0.0)
+    _sampling(c)
 
     q = commands.add_parser("plan", help="how much memory a model will take, and how fast it will be")
     q.add_argument("path", metavar="MODEL", help="a bundle, a GGUF file or an onnxruntime-genai folder")
@@ -137,14 +138,19 @@ def _memory(p: argparse.ArgumentParser) -> None:
     p.add_argument("--kv", help="type of the cache: int8 (ONNX, calibrated); of llama.cpp: " + ", ".join(KV_TYPES))
 
 
-def _sampling(p: argparse.ArgumentParser, max_tokens: int, temperature: float) -> None:
-    p.add_argument("--max-tokens", type=positive, default=max_tokens, metavar="N", help="at most N (%(default)s)")
-    p.add_argument("--temperature", type=float, default=temperature, help="0 takes the likeliest token (%(default)s)")
-    p.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens (default 0: all)")
-    p.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this share (default 1)")
-    p.add_argument("--min-p", type=float, default=0.0, help="and that have this share of the likeliest's probability")
-    p.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: against repetition (default 1)")
-    p.add_argument("--seed", type=int, default=0, help="seed of the draw (default 0)")
+def _sampling(p: argparse.ArgumentParser) -> None:
+    d = GenerationConfig()
+    most = "at most so many tokens (%(default)s)"
+    p.add_argument("--max-tokens", type=positive, default=d.max_tokens, metavar="N", help=most)
+    p.add_argument("--temperature", type=float, default=d.temperature, help="0 takes the likeliest token (%(default)s)")
+    p.add_argument("--top-k", type=int, default=d.top_k, help="draw from the k likeliest tokens (default 0: all)")
+    top_p = "draw from the likeliest tokens of this share (%(default)s)"
+    p.add_argument("--top-p", type=float, default=d.top_p, help=top_p)
+    min_p = "and that have this share of the likeliest's probability (%(default)s)"
+    p.add_argument("--min-p", type=float, default=d.min_p, help=min_p)
+    penalty = "above 1: against repetition (%(default)s)"
+    p.add_argument("--repetition-penalty", type=float, default=d.repetition_penalty, help=penalty)
+    p.add_argument("--seed", type=int, default=d.seed, help="seed of the draw (%(default)s)")
 
 
 def _options(args: argparse.Namespace) -> Options:

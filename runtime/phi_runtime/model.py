@@ -5,11 +5,11 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypedDict, Unpack, cast
+from typing import Self, Unpack, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -19,8 +19,8 @@ from phi_runtime.backends import open_backend, own_tokenizer
 from phi_runtime.errors import ChatError, TokenError, UsageError
 from phi_runtime.generation import prompt_cache
 from phi_runtime.generation.batch import Batches, generate
-from phi_runtime.generation.engine import Constraint, Engine, Policy, Step, StopReason
-from phi_runtime.generation.sampler import Sampling
+from phi_runtime.generation.config import GenerationConfig, Options
+from phi_runtime.generation.engine import Engine, Step, StopReason
 from phi_runtime.package.manifest import Manifest
 from phi_runtime.package.open import Package, open_package
 from phi_runtime.planning.memory import plan_package
@@ -30,35 +30,6 @@ from phi_runtime.text.tokenizer import Codec, StreamDecoder, TextStop, Tokenizer
 
 _POLL = 0.005  # seconds
 _MOST_ROWS = 64
-
-
-class Options(TypedDict, total=False):
-    """How to generate; what is left out takes the value behind each.
-
-    max_tokens (256): of the answer. temperature (0: the likeliest token), top_k (0: all), top_p (1), min_p (0),
-    repetition_penalty (1), frequency_penalty, presence_penalty (0), logit_bias (none), seed (0): see `Sampling`. stop:
-    texts that end the answer and are not part of it. policy ("reject"): what happens where the context is too small;
-    "truncate-left" cuts the prompt's beginning, "sliding-window" also goes on in the newer half of the text once the
-    context is full; what was dropped is reported.
-    speculate (True): guess tokens by lookup where it saves time. constraint: see `Constraint`.
-    top_logprobs (0): how many of the likeliest tokens each step names.
-    """
-
-    max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    frequency_penalty: float
-    presence_penalty: float
-    logit_bias: tuple[tuple[int, float], ...]
-    seed: int
-    stop: str | Sequence[str]
-    policy: Policy
-    speculate: bool
-    constraint: Constraint | None
-    top_logprobs: int
 
 
 @dataclass(frozen=True)
@@ -329,10 +300,10 @@ class Phi:
 
     def _stream(self, tokens: list[int], **options: Unpack[Options]) -> Generator[Chunk, None, None]:
         self._check_open()
-        o = _Given(**options)
+        o = GenerationConfig(**options)
         text = _Text(self.tokenizer, tokens, o.stop)
         with closing(
-            self.engine.stream(tokens, o.max_tokens, o.sampling(), o.policy, o.speculate, o.constraint, o.top_logprobs)
+            self.engine.stream(tokens, o.max_tokens, o, o.policy, o.speculate, o.constraint, o.top_logprobs)
         ) as steps:
             for step in steps:
                 piece = text.push(step)
@@ -343,7 +314,7 @@ class Phi:
     def _batch(
         self, backend: Batches, rows: int, prompts: list[list[int]], **options: Unpack[Options]
     ) -> list[Completion]:
-        o = _Given(**options)
+        o = GenerationConfig(**options)
         fitted = [self.engine.fit(tokens, o.max_tokens, o.policy) for tokens in prompts]
         texts = [_Text(self.tokenizer, tokens, o.stop) for tokens, _ in fitted]
         pieces: list[list[Chunk]] = [[] for _ in fitted]
@@ -361,35 +332,10 @@ class Phi:
         try:
             given = [tokens for tokens, _ in fitted]
             stops = self.engine.stop_tokens
-            generate(batch, rows, given, o.max_tokens, o.sampling(), stops, o.top_logprobs, heard)
+            generate(batch, rows, given, o.max_tokens, o, stops, o.top_logprobs, heard)
         finally:
             batch.close()
         return [_answer(len(tokens), said) for tokens, said in zip(prompts, pieces, strict=True)]
-
-
-@dataclass(frozen=True)
-class _Given:
-    """`Options`, all of them."""
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    seed: int = 0
-    stop: str | Sequence[str] = ()
-    policy: Policy = "reject"
-    speculate: bool = True
-    constraint: Constraint | None = None
-    top_logprobs: int = 0
-
-    def sampling(self) -> Sampling:
-        given = {f.name: getattr(self, f.name) for f in fields(Sampling)}
-        return Sampling(**given)
 
 
 class _Text:

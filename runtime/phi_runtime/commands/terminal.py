@@ -6,8 +6,9 @@ from contextlib import closing
 from types import FrameType
 
 from phi_runtime.errors import ContextError
+from phi_runtime.generation.config import Options
 from phi_runtime.generation.engine import Engine
-from phi_runtime.model import Options, Phi
+from phi_runtime.model import Phi
 
 _HELP = "an empty line does nothing; /new begins again, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer"
 

@@ -19,8 +19,9 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from phi_runtime.errors import PhiError, UsageError
+from phi_runtime.generation.config import Options
 from phi_runtime.generation.sampler import log_probability, most_likely
-from phi_runtime.model import Chunk, Options, Phi
+from phi_runtime.model import Chunk, Phi
 from phi_runtime.planning.memory import resident
 from phi_runtime.server.grammar import Grammars
 from phi_runtime.server.requests import CompletionRequest, parse, parse_messages, parse_prompts

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi_runtime.errors import UsageError
-from phi_runtime.model import Options
+from phi_runtime.generation.config import GenerationConfig, Options
 
 _MOST_CHOICES = 128  # prompts of a request, and answers to each
 # Fields that say nothing about the answer, and those whose only honoured value is their default.
@@ -55,22 +55,23 @@ def parse(body: Any) -> CompletionRequest:
                 raise UsageError(f"{name}: this server does not support it; leave it out")
         elif name not in _OURS and name not in _HARMLESS:
             raise UsageError(f"{name}: unknown field; leave it out")
+    d = GenerationConfig()
     options = Options(
-        temperature=_field(body, "temperature", float, 1.0),
-        top_p=_field(body, "top_p", float, 1.0),
-        top_k=_field(body, "top_k", int, 0),
-        min_p=_field(body, "min_p", float, 0.0),
-        repetition_penalty=_field(body, "repetition_penalty", float, 1.0),
-        frequency_penalty=_field(body, "frequency_penalty", float, 0.0),
-        presence_penalty=_field(body, "presence_penalty", float, 0.0),
+        temperature=_field(body, "temperature", float, 1.0),  # as OpenAI's API has it; ours is 0
+        top_p=_field(body, "top_p", float, d.top_p),
+        top_k=_field(body, "top_k", int, d.top_k),
+        min_p=_field(body, "min_p", float, d.min_p),
+        repetition_penalty=_field(body, "repetition_penalty", float, d.repetition_penalty),
+        frequency_penalty=_field(body, "frequency_penalty", float, d.frequency_penalty),
+        presence_penalty=_field(body, "presence_penalty", float, d.presence_penalty),
         logit_bias=_bias(body.get("logit_bias")),
         seed=_seed(body),
         stop=_stop(body.get("stop")),
-        policy=_field(body, "context_policy", str, "reject"),
+        policy=_field(body, "context_policy", str, d.policy),
     )
     echo = _field(body, "echo", bool, False)
     most = _field(body, "max_completion_tokens", int, None)
-    most = _field(body, "max_tokens", int, 512) if most is None else most
+    most = _field(body, "max_tokens", int, d.max_tokens) if most is None else most
     if most < -1 or (most == 0 and not echo):
         raise UsageError("max_tokens: is less than 1; -1 stands for all that the context holds")
     choices = _field(body, "n", int, 1)
