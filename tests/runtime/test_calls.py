@@ -122,7 +122,7 @@ def test_foreign_tokens_have_no_text(bundles, stranger):
     for path in (bundles / "gguf", stranger):
         with phi_runtime.load(path) as phi:
             for token in (-1, 1 << 40):
-                for call in (phi.tokenizer.spell, lambda t, phi=phi: phi.detokenize([t])):
+                for call in (phi.tokenizer.token_bytes, lambda t, phi=phi: phi.detokenize([t])):
                     with pytest.raises(PhiError, match="outside the vocabulary"):
                         call(token)
 
@@ -143,6 +143,6 @@ def test_each_step_says_what_bytes_its_token_spells(bundles, stranger):
     for path in (bundles / "gguf", stranger):
         with phi_runtime.load(path) as phi:
             tokens = phi.tokenize(said)
-            assert b"".join(map(phi.tokenizer.spell, tokens)).lstrip(b" ") == said.replace("<|end|>", "").encode()
+            assert b"".join(map(phi.tokenizer.token_bytes, tokens)).lstrip(b" ") == said.replace("<|end|>", "").encode()
             pieces = list(phi.stream("x = ", max_tokens=8))
             assert [p.bytes for p in pieces] == [phi.tokenizer.token_bytes(p.step.token) for p in pieces]
