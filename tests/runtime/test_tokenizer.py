@@ -1,11 +1,12 @@
 """Text and tokens against transformers, whole and streamed, over strings of every kind."""
 
+import json
 import random
 
 import pytest
 import transformers
 
-from phi_runtime.errors import UsageError
+from phi_runtime.errors import BundleError, UsageError
 from phi_runtime.text.tokenizer import StreamDecoder, TextStop, Tokenizer
 
 _RANGES = (
@@ -124,3 +125,16 @@ def test_stop_texts_are_found_wherever_they_are_cut():
             assert any(text.startswith(s, len(said)) for s in stops)
     with pytest.raises(UsageError):
         TextStop([""])
+
+
+@pytest.mark.parametrize("spelling", ["Precompiled", "Pre\\u0063ompiled"])
+def test_a_precompiled_normalizer_is_refused_and_a_token_of_that_name_is_not(spelling, checkpoint, tmp_path):
+    raw = json.loads((checkpoint / "tokenizer.json").read_text())
+    raw["model"]["vocab"]["Precompiled"] = len(raw["model"]["vocab"]) + 50
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(raw))
+    assert Tokenizer(tmp_path).encode("def f") == Tokenizer(checkpoint).encode("def f")
+    broken = {"type": "Sequence", "normalizers": [{"type": "SPELT", "precompiled_charsmap": "/////w=="}]}
+    path.write_text(json.dumps(raw | {"normalizer": broken}).replace("SPELT", spelling))
+    with pytest.raises(BundleError, match="precompiled normalizer"):
+        Tokenizer(tmp_path)

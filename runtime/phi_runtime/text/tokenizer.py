@@ -1,5 +1,7 @@
 """Text to tokens and back, from the `tokenizer.json` that every checkpoint and bundle carries."""
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +32,23 @@ class Codec(Protocol):
         """The bytes that a token spells, which may be a part of a character; none for a special token."""
 
 
+def _precompiled(raw: bytes) -> bool:
+    """Whether a tokenizer.json has a normalizer of that type; the word may well be a token of its vocabulary."""
+    # Letters may be escaped. What has neither the word nor such a letter need not be parsed, which takes a while.
+    if b'"Precompiled"' not in raw and re.search(rb"\\u00[4-7]", raw) is None:
+        return False
+    left = [json.loads(raw).get("normalizer")]
+    while left:
+        found = left.pop()
+        if isinstance(found, dict):
+            if found.get("type") == "Precompiled":
+                return True
+            left += found.values()
+        elif isinstance(found, list):
+            left += found
+    return False
+
+
 class Tokenizer:
     """A thin door to Hugging Face's `tokenizers`: no template engine, no downloads."""
 
@@ -38,7 +57,7 @@ class Tokenizer:
         if not path.is_file():
             raise NotFoundError(f"{folder}: holds no {FILE}; copy it from the model's own repository")
         try:
-            if b'"Precompiled"' in path.read_bytes():  # a broken map of it aborts the process
+            if _precompiled(path.read_bytes()):  # a broken map of it aborts the process
                 raise BundleError(f"{path}: has a precompiled normalizer, which no Phi's has; take the model's own")
             self._t = tokenizers.Tokenizer.from_file(str(path))
             self._t.no_padding()  # all of a text's tokens and nothing else, whatever the file asks for
