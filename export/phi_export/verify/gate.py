@@ -1,6 +1,6 @@
 """The quality gate: what a bundle costs on held-out text, in figures that decide whether it is called good.
 
-The artifact is run by its own engine. A Core ML package, which NumPy interprets slowly here, gives its weights to
+The artifact is run by its own engine. Where that is slow (Core ML interpreted, MLX on a processor), its weights go to
 PyTorch instead; that its graph computes the same is `verify`'s to check.
 """
 
@@ -71,7 +71,7 @@ def judge(
     head = exact.head()
     progress("the artifact on held-out text")
     agreement = Agreement()
-    if not record(manifest.format).timed:  # an interpreter, slow
+    if not record(manifest.format).timed:  # slow here, such as an interpreter
         stored = _Torch(manifest.config().decoder(), get_format(manifest.format).read(bundle, manifest), windows)
         stored_head = stored.head()
         for i, window in enumerate(windows):

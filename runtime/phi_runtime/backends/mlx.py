@@ -84,4 +84,5 @@ RECORD = Record(
     process=300_000_000,
     kv_types=lambda package, engine: ("f32" if _ON_PROCESSOR else "f16",),
     memory=plain_memory,
+    timed=not _ON_PROCESSOR,  # where a quantised product takes seconds for a prompt of some hundred tokens
 )
