@@ -1,6 +1,8 @@
 """What `phi-export` prints: progress to the terminal's error stream, tables to its output."""
 
+import math
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,7 +115,10 @@ def frontier(mixes: dict[str, Planned], chosen: str, calibrated: bool) -> None:
 
 @contextmanager
 def export_progress() -> Iterator[ExportProgress]:
-    """A bar per format, with an estimate of what is left."""
+    """A bar per format, with an estimate of what is left; in a log, a line every half minute."""
+    if not _err.is_terminal:
+        yield _logged
+        return
     columns = (
         TextColumn("{task.fields[format]:<7}"),
         BarColumn(),
@@ -131,6 +136,17 @@ def export_progress() -> Iterator[ExportProgress]:
             bars.update(tasks[name], description=what, completed=done)
 
         yield progress
+
+
+_LOG_EVERY = 30  # seconds
+_told = -math.inf  # when the last line went to a log
+
+
+def _logged(name: str, what: str, done: int, total: int) -> None:
+    global _told
+    if time.monotonic() - _told >= _LOG_EVERY or what == "done":
+        _told = time.monotonic()
+        _err.print(f"{name}: {what} ({100 * done // max(1, total)} %)", soft_wrap=True)
 
 
 @contextmanager
