@@ -25,9 +25,14 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     """
     received: list[int] = []
 
-    def receive(number: int, frame: FrameType | None) -> NoReturn:
+    def receive(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        raise KeyboardInterrupt
+        if not _imports(frame) or not hasattr(signal, "setitimer"):
+            raise KeyboardInterrupt
+        # An exception that passes through a library's own initialisation aborts the process (torch 2.13), so this one
+        # is raised a moment later.
+        signal.signal(signal.SIGALRM, lambda _, frame: receive(number, frame))
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, receive)
@@ -41,6 +46,15 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     except (Exception, KeyboardInterrupt) as e:
         _leave(e, received[0] if received else 0)
     sys.exit(0)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported there."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _leave(e: BaseException, signalled: int) -> NoReturn:
