@@ -7,7 +7,7 @@ import numpy as np
 
 from phi_export.calibrate.equalise import scales_bytes
 from phi_export.defaults import PREFERENCES
-from phi_export.formats import SIDECAR_FILES, Format, Options, Plan, TensorGroup, Type, fitting, stored, tensor_groups
+from phi_export.formats import Format, Options, Plan, TensorGroup, Type, fitting, sidecar_files, stored, tensor_groups
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.errors import UsageError
 from phi_runtime.planning.speed import Speeds
@@ -223,7 +223,7 @@ def _planned(
 
 
 def _overhead(module: Format, checkpoint: Checkpoint, options: Options) -> int:
-    beside = sum(p.stat().st_size for n in SIDECAR_FILES if (p := checkpoint.folder / n).is_file())
+    beside = sum(p.stat().st_size for n in sidecar_files(module) if (p := checkpoint.folder / n).is_file())
     manifest = 4096 + 160 * len(tensor_groups(checkpoint.config, options))
     manifest += len(str(checkpoint.config.to_json())) * 2
     return module.overhead(checkpoint, options) + beside + manifest + scales_bytes(checkpoint.config.decoder())

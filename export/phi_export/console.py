@@ -29,6 +29,7 @@ from phi_runtime.planning.speed import load_speeds
 
 # What a runtime takes beside weights and cache: activations of a chunk of the prompt, logits, itself.
 RUNTIME_BYTES = 150_000_000
+_LOG_EVERY = 30  # seconds
 _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
 
@@ -117,7 +118,15 @@ def frontier(mixes: dict[str, Planned], chosen: str, calibrated: bool) -> None:
 def export_progress() -> Iterator[ExportProgress]:
     """A bar per format, with an estimate of what is left; in a log, a line every half minute."""
     if not _err.is_terminal:
-        yield _logged
+        told = -math.inf
+
+        def log(name: str, what: str, done: int, total: int) -> None:
+            nonlocal told
+            if time.monotonic() - told >= _LOG_EVERY or what == "done":
+                told = time.monotonic()
+                _err.print(f"{name}: {what} ({100 * done // max(1, total)} %)", soft_wrap=True)
+
+        yield log
         return
     columns = (
         TextColumn("{task.fields[format]:<7}"),
@@ -136,17 +145,6 @@ def export_progress() -> Iterator[ExportProgress]:
             bars.update(tasks[name], description=what, completed=done)
 
         yield progress
-
-
-_LOG_EVERY = 30  # seconds
-_told = -math.inf  # when the last line went to a log
-
-
-def _logged(name: str, what: str, done: int, total: int) -> None:
-    global _told
-    if time.monotonic() - _told >= _LOG_EVERY or what == "done":
-        _told = time.monotonic()
-        _err.print(f"{name}: {what} ({100 * done // max(1, total)} %)", soft_wrap=True)
 
 
 @contextmanager

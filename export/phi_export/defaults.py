@@ -1,7 +1,7 @@
 """What `phi-export` does where nothing is said; apart, so that the command can say so before it loads anything."""
 
 DEFAULT_FORMATS = ("gguf", "onnx", "coreml")  # mlx is for Macs: by name
-PREFERENCES = ("balanced", "quality", "speed")  # of a mix (`plan.Budget`), the first by default
+PREFERENCES = ("balanced", "quality", "speed")  # of a mix (`allocate.Budget`), the first by default
 BUILT_IN = "built-in"  # the text to calibrate on
 WINDOWS = 32  # of it, of WINDOW tokens each
 WINDOW = 512

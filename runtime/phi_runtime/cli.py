@@ -17,6 +17,8 @@ from phi_runtime.model import Phi, load
 from phi_runtime.planning.memory import DEVICES
 from phi_runtime.version import __version__
 
+_IMPORT_PATIENCE = 200  # twentieths of a second that a signal waits for the end of an import
+
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a command: a PhiError becomes one line and its exit code, Ctrl-C and SIGTERM clean up.
@@ -27,7 +29,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
 
     def receive(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        if not _imports(frame) or not hasattr(signal, "setitimer"):
+        if not _imports(frame) or len(received) > _IMPORT_PATIENCE or not hasattr(signal, "setitimer"):
             raise KeyboardInterrupt
         # An exception that passes through a library's own initialisation aborts the process (torch 2.13), so this one
         # is raised a moment later.
@@ -153,23 +155,27 @@ def _memory(p: argparse.ArgumentParser) -> None:
 
 
 def _sampling(p: argparse.ArgumentParser) -> None:
-    d = GenerationConfig()
-    most = "at most so many tokens (%(default)s)"
-    p.add_argument("--max-tokens", type=positive, default=d.max_tokens, metavar="N", help=most)
-    p.add_argument("--temperature", type=float, default=d.temperature, help="0 takes the likeliest token (%(default)s)")
-    p.add_argument("--top-k", type=int, default=d.top_k, help="draw from the k likeliest tokens (default 0: all)")
-    top_p = "draw from the likeliest tokens of this share (%(default)s)"
-    p.add_argument("--top-p", type=float, default=d.top_p, help=top_p)
-    min_p = "and that have this share of the likeliest's probability (%(default)s)"
-    p.add_argument("--min-p", type=float, default=d.min_p, help=min_p)
-    penalty = "above 1: against repetition (%(default)s)"
-    p.add_argument("--repetition-penalty", type=float, default=d.repetition_penalty, help=penalty)
-    p.add_argument("--seed", type=int, default=d.seed, help="seed of the draw (%(default)s)")
+    defaults = GenerationConfig()
+    for name, says in _SAMPLING.items():
+        default = getattr(defaults, name)
+        kind = positive if name == "max_tokens" else type(default)
+        p.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=f"{says} (default %(default)s)")
+
+
+# Fields of `GenerationConfig` that are options.
+_SAMPLING = {
+    "max_tokens": "at most so many tokens",
+    "temperature": "0 takes the likeliest token",
+    "top_k": "draw from the k likeliest tokens; 0: all",
+    "top_p": "draw from the likeliest tokens of this share",
+    "min_p": "and that have this share of the likeliest's probability",
+    "repetition_penalty": "above 1: against repetition",
+    "seed": "seed of the draw",
+}
 
 
 def _options(args: argparse.Namespace) -> Options:
-    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    return cast(Options, {name: getattr(args, name) for name in names})
+    return cast(Options, {name: getattr(args, name) for name in _SAMPLING})
 
 
 def _load(args: argparse.Namespace) -> Phi:

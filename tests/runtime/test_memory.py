@@ -21,7 +21,7 @@ with open("/proc/self/status") as f:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system says no peak")
-@pytest.mark.parametrize(("name", "kv"), [("gguf", "f16"), ("gguf", "q8_0"), ("onnx", "f32")])
+@pytest.mark.parametrize(("name", "kv"), [("gguf", "f16"), ("gguf", "q8_0"), ("onnx", "f32"), ("mlx", "f32")])
 def test_a_process_comes_to_what_was_predicted(name, kv, bundles):
     said = predict(open_package(bundles / name), "this machine", 96, kv, 1 << 40)
     command = [sys.executable, "-c", _CHILD, bundles / name, "96", kv]

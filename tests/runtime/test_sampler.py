@@ -1,5 +1,8 @@
+from dataclasses import fields
+
 import numpy as np
 
+from phi_runtime.generation.config import GenerationConfig, Options
 from phi_runtime.generation.sampler import Sampler, Sampling, log_softmax
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
@@ -37,3 +40,7 @@ def test_a_seed_repeats():
 def test_log_softmax_stands_large_logits():
     out = log_softmax(np.array([[1e4, 0.0], [-1e4, -1e4]], np.float32))
     assert np.allclose(out, [[0, -1e4], [np.log(0.5)] * 2])
+
+
+def test_every_field_of_the_configuration_is_a_keyword():
+    assert Options.__annotations__.keys() == {f.name for f in fields(GenerationConfig)}

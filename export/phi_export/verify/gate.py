@@ -71,7 +71,7 @@ def judge(
     head = exact.head()
     progress("the artifact on held-out text")
     agreement = Agreement()
-    if not record(manifest.format).timed:  # slow here, such as an interpreter
+    if not record(manifest.format).native:
         stored = _Torch(manifest.config().decoder(), get_format(manifest.format).read(bundle, manifest), windows)
         stored_head = stored.head()
         for i, window in enumerate(windows):

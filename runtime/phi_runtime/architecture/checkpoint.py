@@ -100,9 +100,10 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not folder.exists():
         raise NotFoundError(f"{folder}: no such folder; give the folder that holds config.json")
     _check_kind(folder)
-    raw, path = read_json(folder / "config.json"), folder / "config.json"
-    config, parts = parse_config(raw, path), family_of(raw, path).parts
-    made_of = parts(config)
+    path = folder / "config.json"
+    raw = read_json(path)
+    config = parse_config(raw, path)
+    made_of = family_of(raw, path).parts(config)
     files = _weight_files(folder)
     tensors: dict[str, Tensor] = {}
     for path in files:

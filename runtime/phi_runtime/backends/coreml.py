@@ -174,5 +174,5 @@ RECORD = Record(
     process=100_000_000,
     kv_types=lambda package, engine: ("f16",),
     memory=plain_memory,
-    timed=False,  # elsewhere than on Apple's devices it is interpreted
+    native=False,  # elsewhere than on Apple's devices it is interpreted
 )

@@ -17,9 +17,9 @@ class Record:
     those of them that are never chosen by themselves. module, extra: what has to be importable, and the extra of
     phi-edge that brings it. process: bytes of Python, NumPy, the tokenizer and the engine's own code before any model;
     measured on Linux, x86-64. kv_types: types that the cache may have, the default first, by package and engine.
-    memory: bytes of the cache and of buffers, by package, context and type of the cache. timed: whether its speed on
-    this machine says anything, so that `phi-export calibrate-speed` measures it. tokenizer: what an artifact brings of
-    its own.
+    memory: bytes of the cache and of buffers, by package, context and type of the cache. native: whether the engine
+    runs here as on the devices that it is for; one that does not is slow, and its speed says nothing. tokenizer: what
+    an artifact brings of its own.
     """
 
     engines: dict[str, str]
@@ -29,7 +29,7 @@ class Record:
     kv_types: Callable[[Package, str], tuple[str, ...]]
     memory: Callable[[Package, int, str], tuple[int, int]]
     on_request: tuple[str, ...] = ()
-    timed: bool = True
+    native: bool = True
     tokenizer: Callable[[Backend], Codec | None] = lambda _: None
 
 

@@ -6,7 +6,7 @@ before anything is written, so that its header is known and the weights are stre
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from phi_export.formats.parallel_writer import PlacedFile, Stream
 from phi_export.quantize.gptq import Factor
 from phi_export.quantize.uniform import F16, U8, finite, round_affine
 from phi_runtime.architecture.checkpoint import Checkpoint, stop_tokens
-from phi_runtime.architecture.config import Config
+from phi_runtime.architecture.config import Config, Phi3Config
 from phi_runtime.architecture.decoder import F32, Decoder
 from phi_runtime.backends.mil.blob import pack, unpack
 from phi_runtime.backends.mlx import WEIGHTS
@@ -84,16 +84,13 @@ def check(config: Config, options: Options) -> None:
     choose_profile("mlx", PROFILES, options)
     if config.model_type not in _ARCHITECTURES:
         raise UnsupportedError(f"mlx: model_type {config.model_type!r} is not carried; use --format onnx,coreml")
-    rope = config.decoder().rope
-    if rope is not None and rope.long and abs(rope.attention_factor - _stretched(config)) > 1e-6:
-        raise UnsupportedError("mlx: mlx_lm has no place for an attention_factor in rope_scaling; use --format onnx")
-
-
-def _stretched(config: Config) -> float:
-    """The attention factor that mlx_lm derives from the two contexts (arXiv:2402.13753)."""
-    original = config.decoder().rope.original  # type: ignore[union-attr]
-    stretch = config.max_position_embeddings / original
-    return float(np.sqrt(1 + np.log(stretch) / np.log(original))) if stretch > 1 else 1.0
+    if isinstance(config, Phi3Config) and (scaling := config.rope_scaling) is not None:
+        derived = replace(config, rope_scaling=replace(scaling, attention_factor=None))
+        factors = [c.decoder().rope.attention_factor for c in (config, derived)]  # type: ignore[union-attr]
+        if abs(factors[0] - factors[1]) > 1e-6:
+            raise UnsupportedError(
+                "mlx: mlx_lm has no place for an attention_factor in rope_scaling; use --format onnx,coreml"
+            )
 
 
 def artifact(folder: Path) -> str:
