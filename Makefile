@@ -1,4 +1,4 @@
-# The two commands: `make demo` and `make test`. Each makes its environment first.
+# `make demo`, `make check`, `make test`, `make docs`. Each makes its environment first.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,14 +6,16 @@ BIN := $(VENV)/bin
 DEMO := out/demo
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: help env demo test test-clients test-page lint clean
+.PHONY: help env demo check test docs test-clients test-page lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          train a small Phi on this Python's standard library, export it to 4 bits"
 	@echo "                   in three formats, verify and measure them: $(DEMO)/report.html;"
 	@echo "                   then the same for a fully trained model, which answers questions"
-	@echo "make test          style, types, imports and tests (what CI runs)"
+	@echo "make check         style, types, imports and the tests that neither train nor export: a minute"
+	@echo "make test          the same with all tests (what CI runs)"
+	@echo "make docs          the documentation site: out/site/index.html"
 	@echo "make test-clients  the bundles in optimum, in an environment of its own"
 	@echo "make test-page     the chat page in headless Chromium"
 	@echo "make clean         remove out/; the environments stay"
@@ -37,7 +39,7 @@ $(DEMO)/shards/shards.json: | $(DEMO)/tokenizer/tokenizer.json
 $(DEMO)/checkpoint/config.json: | $(DEMO)/shards/shards.json
 	@echo "==> 3/6 training a Phi-3 on them: about 5 minutes on two cores"
 	$(BIN)/phi-train phi3-demo --out $(DEMO)/checkpoint \
-	    --set tokenizer=$(DEMO)/tokenizer --set data=$(DEMO)/shards
+	    --set data.tokenizer=$(DEMO)/tokenizer --set data.shards=$(DEMO)/shards
 
 $(DEMO)/bundles: | $(DEMO)/checkpoint/config.json
 	@echo "==> 4/6 exporting it to 4 bits in three formats: seconds"
@@ -81,8 +83,17 @@ $(DEMO)/answers.txt: | $(DEMO)/sample.html
 # ---- make test ----
 
 # Two processes of one thread each: twice as quick as one of two.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: env lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not clients and not browser"
+	$(PYTEST) --cov -m "not clients and not browser"
+
+check: env lint
+	$(PYTEST) -m "not integration and not clients and not browser"
+
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "==> open out/site/index.html"
 
 lint: env
 	$(BIN)/ruff check .

@@ -1,7 +1,6 @@
 """Breaking bundles on purpose, the ways an exporter could: the manifest is mended afterwards, so
 that only a look at the artifact itself can tell."""
 
-import dataclasses
 import json
 import math
 import struct
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from msgspec.structs import replace
 
 from phi_runtime.backends.mil.schema import messages
 from phi_runtime.package.manifest import list_files, read_manifest, write_manifest
@@ -18,7 +18,7 @@ FIRST, SECOND = "model.layers.0.mlp.gate_up_proj.weight", "model.layers.1.mlp.ga
 
 def rehash(bundle: Path) -> None:
     manifest = read_manifest(bundle)
-    write_manifest(bundle, dataclasses.replace(manifest, files=list_files(bundle)))
+    write_manifest(bundle, replace(manifest, files=list_files(bundle)))
 
 
 def swap(path: Path, a: int, b: int, size: int) -> None:

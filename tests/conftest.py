@@ -10,6 +10,16 @@ from support import run, settings
 
 from phi_runtime.package.formats import FORMATS
 
+# Fixtures that train or export something.
+HEAVY = {"checkpoint", "bundles"}
+
+
+def pytest_collection_modifyitems(items):
+    """Tests on what was trained or exported are integration tests, whether they say so or not."""
+    for item in items:
+        if HEAVY & set(getattr(item, "fixturenames", ())):
+            item.add_marker("integration")
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
@@ -25,7 +35,7 @@ def corpus(tmp_path_factory) -> Path:
 def checkpoint(tmp_path_factory, corpus) -> Path:
     """A checkpoint that phi-train made in some seconds; it predicts text far better than chance."""
     out = tmp_path_factory.mktemp("trained") / "tiny-phi"
-    done = run("phi-train", "phi3-demo", "--out", out, *settings(f"corpus={corpus}"))
+    done = run("phi-train", "phi3-demo", "--out", out, *settings(f"data.corpus={corpus}"))
     assert done.returncode == 0, done.stderr
     return out
 

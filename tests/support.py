@@ -19,13 +19,13 @@ TINY = (
     "model.num_key_value_heads=1",
     "model.max_position_embeddings=320",
     "model.sliding_window=100",
-    "steps=150",
-    "batch_size=8",
-    "sequence_length=160",
-    "learning_rate=4e-3",
-    "warmup_steps=10",
+    "schedule.steps=150",
+    "data.batch_size=8",
+    "data.sequence_length=160",
+    "optimizer.lr=4e-3",
+    "schedule.warmup_steps=10",
     "save_every=50",
-    "eval_windows=8",
+    "data.eval_windows=8",
 )
 
 
@@ -82,8 +82,8 @@ def feedback_noise(factor, relative, weights, random):
     size = np.sqrt(relative * np.square(weights, dtype=np.float32).mean(axis=1, keepdims=True))
     drawn = random.standard_normal(weights.shape, dtype=np.float32) * size
     out = np.empty_like(drawn)
-    for place, spread in factor.places():
-        out[:, factor.order[place]] = drawn[:, place] @ spread
+    for place, unit_upper in factor.places():
+        out[:, factor.order[place]] = drawn[:, place] @ unit_upper
     return out
 
 

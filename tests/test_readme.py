@@ -1,5 +1,6 @@
 """The README is held to the repository: its commands run, its tree and figures are the real ones."""
 
+import os
 import re
 import shlex
 import shutil
@@ -11,25 +12,27 @@ from importlib import import_module
 import peft
 import pytest
 import transformers
-from support import ROOT, SCRIPTS, TINY
+from support import ROOT, SCRIPTS, TINY, run
 
 README = (ROOT / "README.md").read_text()
+HOW_TO = [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    lines = "\n".join(blocks("bash")).splitlines()
+def commands(page: str) -> list[list[str]]:
+    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
 @pytest.fixture(scope="module")
-def desk(checkpoint, tmp_path_factory):
-    """A folder with a checkpoint and an adapter by the names that the README uses."""
+def desk(checkpoint, bundles, tmp_path_factory):
+    """A folder with a checkpoint, an adapter and bundles by the names that the pages use."""
     folder = tmp_path_factory.mktemp("desk")
     shutil.copytree(checkpoint, folder / "my-phi", ignore=shutil.ignore_patterns("training"))
+    shutil.copytree(bundles, folder / "bundles")
     shutil.copy(checkpoint / "training" / "shards" / "heldout.txt", folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
@@ -57,33 +60,76 @@ def serves(command, desk):
         assert process.wait(20) in (0, 143, -15)
 
 
-def test_its_commands_run_as_written(desk, corpus):
-    ours = [c for c in commands() if c[0].startswith("phi-")]
-    assert {c[0] for c in ours} == {"phi-export", "phi-run", "phi-bench", "phi-train"}
-    for command in ours:
-        if command[:2] == ["phi-train", "phi3-demo"]:  # the same command, at a size that tests can wait for
-            command += [part for s in (*TINY, f"corpus={corpus}", "steps=2") for part in ("--set", s)]
-        if command[:2] == ["phi-run", "serve"]:
-            serves(command, desk)
+def runs(page, desk, corpus, done=()):
+    """A page's commands and programs run as they are written; of phi-train, at a size that tests can wait for."""
+    for command in commands(page):
+        if not command[0].startswith("phi-") or command in done:
             continue
-        done = subprocess.run(
-            [SCRIPTS / command[0], *command[1:]],
+        given = list(command)
+        if given[0] == "phi-train" and given[1].endswith("-demo") and "--dry-run" not in given:
+            small = (*TINY, f"data.corpus={corpus}") if given[1] == "phi3-demo" else ("data.sequence_length=160",)
+            given += [part for s in (*small, "schedule.steps=2") for part in ("--set", s)]
+        if given[1] == "make-sft-data":
+            given += ["--corpus", str(corpus)]
+        if given[:2] == ["phi-run", "serve"]:
+            serves(given, desk)
+            continue
+        if given[:2] == ["phi-export", "--int4"] and "my-phi" in given and "--force" not in given:
+            given.append("--force")
+        ended = subprocess.run(
+            [SCRIPTS / given[0], *given[1:]],
             cwd=desk,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             check=False,
         )
-        assert done.returncode == 0, (command, done.stderr)
-    for program in blocks("python"):
+        assert ended.returncode == 0, (command, ended.stderr)
+    for program in blocks(page, "python"):
+        ended = subprocess.run([sys.executable, "-c", program], cwd=desk, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout
+
+
+def test_its_commands_run_as_written(desk, corpus):
+    assert {c[0] for c in commands(README) if c[0].startswith("phi-")} == {"phi-export", "phi-run", "phi-train"}
+    for program in blocks(README, "python"):
         assert len([line for line in program.splitlines() if line.strip()]) <= 5
-        done = subprocess.run([sys.executable, "-c", program], cwd=desk, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout
+    runs(README, desk, corpus)
+
+
+@pytest.mark.parametrize("page", HOW_TO, ids=lambda p: p.stem)
+def test_the_commands_of_the_documentation_run_as_written(page, desk, corpus):
+    runs(page.read_text(), desk, corpus, done=commands(README))
+
+
+@pytest.mark.parametrize("recipe", [b for p in HOW_TO for b in blocks(p.read_text(), "toml")])
+def test_recipe_files_of_the_documentation(recipe, tmp_path):
+    (tmp_path / "my-recipe.toml").write_text(recipe)
+    done = run("phi-train", tmp_path / "my-recipe.toml", "--out", tmp_path / "run", "--dry-run")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(
+        [SCRIPTS / "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    reference = (tmp_path / "site" / "reference" / "phi-train.html").read_text()
+    assert "phi-train make-preferences" in reference and "--conversations FILE" in reference
+    for page in (tmp_path / "site").rglob("*.html"):  # it works offline
+        assert not re.search(r"(?:src|href)=.https?://(?!github)[^ >]*\.(?:js|css|woff2?)", page.read_text()), page
 
 
 def test_its_other_commands_are_make_targets_and_extras():
-    others = [c for c in commands() if not c[0].startswith("phi-")]
+    others = [c for c in commands(README) if not c[0].startswith("phi-")]
     for command in others:
         if command[0] == "make":
             done = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -112,8 +158,8 @@ def test_its_figures_are_the_kept_reports():
 
 
 def test_the_tables_of_quality_are_the_kept_figures():
-    quality = tool("quality")
-    page = (ROOT / "docs" / "quality.md").read_text()
+    quality = tool("quality_tables")
+    page = (ROOT / "docs" / "explanation" / "quality.md").read_text()
     assert page.split(quality.BEGIN)[1].split(quality.END)[0].strip() == quality.figures().strip()
 
 

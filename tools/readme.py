@@ -4,16 +4,16 @@ Keeps the report as docs/demo.json, draws docs/demo.svg from it and rewrites the
 README's markers. With no argument, redoes the last two from docs/demo.json.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from phi_bench.measure import Report, Result
 from phi_bench.page import COLUMNS, cells, mb
 from phi_bench.plots import COLOURS
+from phi_bench.report import Report
+from phi_runtime.contract import decode
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT, PICTURE, README = ROOT / "docs" / "demo.json", ROOT / "docs" / "demo.svg", ROOT / "README.md"
@@ -33,25 +33,25 @@ def main() -> None:
 
 def load(path: Path) -> Report:
     """A report from its JSON."""
-    raw = json.loads(path.read_text())
-    return Report(raw["machine"], raw["settings"], raw["checkpoint"], [Result(**r) for r in raw["results"]])
+    return decode(path.read_bytes(), Report)
 
 
 def figures(report: Report) -> str:
     """The README's paragraph and table."""
     c, m, s = report.checkpoint, report.machine, report.settings
     assert c is not None
-    t = c["training"]
+    t = c.training
+    assert t is not None
     rows = [COLUMNS, ("---", "---", *["---:"] * (len(COLUMNS) - 2))]
-    rows.append(("checkpoint", "reference", mb(c["file_bytes"]), f"{c['bits_per_weight']:.2f}", *[""] * 5))
-    rows[-1] += (f"{c['perplexity']:.3f}", "", "")
+    rows.append(("checkpoint", "reference", mb(c.file_bytes), f"{c.bits_per_weight:.2f}", *[""] * 5))
+    rows[-1] += (f"{c.perplexity:.3f}", "", "")
     rows += [tuple(cells(r)) for r in report.results]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return (
-        f"\nOn {m['cores']} cores of an {m['cpu']}: {t['parameters']:,} parameters, {t['tokens']:,} tokens in "
-        f"{t['seconds']:.0f} s; held-out loss {t['initial_loss']:.3f} before, {t['final_loss']:.3f} after, "
-        f"{t['unigram_loss']:.3f} for a unigram model. Quality over {s['quality_tokens']:,} held-out tokens; speed is "
-        f"the median of {s['rounds']} rounds.\n\n{table}\n\n![bytes and quality of each bundle](docs/demo.svg)\n\n"
+        f"\nOn {m.cores} cores of an {m.cpu}: {t.parameters:,} parameters, {t.tokens:,} tokens in "
+        f"{t.seconds:.0f} s; held-out loss {t.initial_loss:.3f} before, {t.final_loss:.3f} after, "
+        f"{t.unigram_loss:.3f} for a unigram model. Quality over {s.quality_tokens:,} held-out tokens; speed is "
+        f"the median of {s.rounds} rounds.\n\n{table}\n\n![bytes and quality of each bundle](docs/demo.svg)\n\n"
     )
 
 
@@ -60,7 +60,7 @@ def picture(report: Report) -> str:
     c = report.checkpoint
     assert c is not None
     figure = Figure(figsize=(8.4, 1.9))
-    sizes = {"checkpoint": c["file_bytes"] / 1e6} | {r.format: r.file_bytes / 1e6 for r in report.results}
+    sizes = {"checkpoint": c.file_bytes / 1e6} | {r.format: r.file_bytes / 1e6 for r in report.results}
     losses = {r.format: 1000 * (r.kld_mean or 0) for r in report.results}
     for place, title, values, unit in (
         (0, "bytes on disk, MB", sizes, "{:.2f}"),

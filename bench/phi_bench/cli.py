@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from phi_runtime.cli import parser, positive, run
+from phi_runtime.contract import encode
 from phi_runtime.errors import OutputExistsError, missing_extra
 from phi_runtime.files import write_file
+from phi_runtime.package.hub import local_checkpoint
 
 # The page has every column; a terminal has room for these.
 _SHOWN = ("format", "size", "generation, tokens/s", "peak memory", "perplexity", "KL divergence", "same top token")
@@ -25,7 +27,7 @@ def _main(argv: list[str]) -> None:
     r.add_argument("bundles", metavar="BUNDLE", type=Path, nargs="+", help="folders of bundles")
     r.add_argument("--out", type=Path, required=True, metavar="report.json", help="where the figures go")
     r.add_argument("--html", type=Path, metavar="report.html", help="where the page goes")
-    r.add_argument("--against", type=Path, metavar="CKPT", help="the checkpoint, for quality")
+    r.add_argument("--against", metavar="CKPT", help="the checkpoint (a folder or a name), for quality")
     r.add_argument("--text", type=Path, metavar="FILE", help="the text that quality is measured on")
     r.add_argument("--tokens", type=positive, default=4096, metavar="N", help="tokens of it (default %(default)s)")
     r.add_argument("--rounds", type=positive, default=3, metavar="N", help="rounds of speed (default %(default)s)")
@@ -33,7 +35,7 @@ def _main(argv: list[str]) -> None:
     q.add_argument(
         "models", metavar="BUNDLE", type=Path, nargs="+", help="bundles, or anybody's .gguf of the same model"
     )
-    q.add_argument("--against", type=Path, metavar="CKPT", required=True, help="the checkpoint")
+    q.add_argument("--against", metavar="CKPT", required=True, help="the checkpoint: a folder or a name")
     q.add_argument("--text", type=Path, metavar="FILE", required=True, help="the text, which calibration has not seen")
     q.add_argument("--tokens", type=positive, default=16384, metavar="N", help="tokens of it (default %(default)s)")
     q.add_argument(
@@ -62,10 +64,11 @@ def _run(args: argparse.Namespace) -> None:
             raise OutputExistsError(f"{path}: is a folder; name the file to write")
 
     console = Console(stderr=True)
+    against = None if args.against is None else local_checkpoint(args.against, console.print)
     with console.status("measuring") as status:
         say = status.update if console.is_terminal else console.print
-        report = measure.run(args.bundles, args.against, args.text, args.tokens, args.rounds, progress=say)
-    write_file(args.out, report.to_json())
+        report = measure.run(args.bundles, against, args.text, args.tokens, args.rounds, progress=say)
+    write_file(args.out, encode(report))
     if args.html:
         write_file(args.html, page.render(report))
     table = Table()
@@ -88,9 +91,10 @@ def _quality(args: argparse.Namespace) -> None:
     except ImportError as e:
         raise missing_extra(e, "bench") from None
     console = Console(stderr=True)
+    against = local_checkpoint(args.against, console.print)
     with console.status("measuring") as status:
         say = status.update if console.is_terminal else (lambda _: None)
-        found = quality(args.models, args.against, args.text, args.tokens, args.window, args.skip, args.kv, say)
+        found = quality(args.models, against, args.text, args.tokens, args.window, args.skip, args.kv, say)
     if args.out:
         write_file(args.out, json.dumps([q.to_json() for q in found], indent=1) + "\n")
     out = Console(highlight=False)

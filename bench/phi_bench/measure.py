@@ -5,22 +5,25 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import phi_runtime
+from phi_bench.report import CheckpointRow, LossAt, Report, Result, Settings
 from phi_bench.worker import Speed
 from phi_export.verify.logits import WINDOW
 from phi_export.verify.metrics import Agreement, windows
 from phi_export.verify.text import sample_tokens
 from phi_runtime.architecture.checkpoint import Checkpoint, open_checkpoint
-from phi_runtime.architecture.config import num_parameters, read_json
+from phi_runtime.architecture.config import num_parameters
 from phi_runtime.backends import record
 from phi_runtime.backends.reference import Reference
-from phi_runtime.errors import BundleError, UsageError
+from phi_runtime.contract import Contract, decode, read_record
+from phi_runtime.errors import BundleError, CheckpointError, UsageError
 from phi_runtime.package.manifest import Manifest, find_bundle, read_manifest
 from phi_runtime.planning.machine import machine
+from phi_train.trainer.summary import Summary
 
 PROMPTS = (
     'def read_lines(path):\n    """Return the lines of',
@@ -30,32 +33,8 @@ PROMPTS = (
 SAMPLE_TOKENS = 72
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Result:
-    """One bundle on one backend. Quality is None where no checkpoint was given.
-
-    decode_tps and the like are medians over the rounds; bytes are of the bundle's files, the
-    manifest not counted; KL divergence is in nats, against the checkpoint in float32 arithmetic.
-    """
-
-    name: str
-    format: str
-    backend: str
-    file_bytes: int
-    bits_per_weight: float
-    prompt_tokens: int
-    decode_tokens: int
-    load_s: float
-    ttft_s: float
-    prompt_tps: float
-    decode_tps: float
-    peak_rss_bytes: int
-    perplexity: float | None
-    kld_mean: float | None
-    top1_agreement: float | None
-    samples: list[str]
+_T = TypeVar("_T")
+_REMEDY = "move the training folder away to leave it out"
 
 
 @dataclass(frozen=True)
@@ -65,20 +44,6 @@ class Subject:
     bundle: Path
     manifest: Manifest
     backend: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything that was measured, and on what."""
-
-    machine: dict[str, Any]
-    settings: dict[str, Any]
-    checkpoint: dict[str, Any] | None
-    results: list[Result]
-
-    def to_json(self) -> str:
-        """The content of report.json."""
-        return json.dumps(asdict(self), indent=1) + "\n"
 
 
 def run(
@@ -119,13 +84,13 @@ def run(
     for subject, measured, agreement in zip(subjects, speeds, agreements, strict=True):
         progress(f"samples: {subject.bundle} on {subject.backend}")
         results.append(_result(subject, measured, agreement))
-    settings = {
-        "rounds": rounds,
-        "quality_tokens": agreements[0].tokens if agreements[0] else None,
-        "prompts": list(PROMPTS),
-        "random_weights": any(m.source.random for m in manifests),
-    }
-    return Report(machine(), settings, _describe(checkpoint, agreements[0]), results)
+    settings = Settings(
+        rounds=rounds,
+        quality_tokens=agreements[0].tokens if agreements[0] else None,
+        prompts=PROMPTS,
+        random_weights=any(m.source.random for m in manifests),
+    )
+    return Report(machine(), settings, _describe(checkpoint, agreements[0]), tuple(results))
 
 
 def quality(subjects: list[Subject], checkpoint: Checkpoint, tokens: list[int], progress: Progress) -> list[Agreement]:
@@ -181,23 +146,47 @@ def _result(subject: Subject, speeds: list[Speed], agreement: Agreement | None) 
         perplexity=agreement.perplexity_q if agreement else None,
         kld_mean=agreement.kld_mean if agreement else None,
         top1_agreement=agreement.top1_agreement if agreement else None,
-        samples=samples,
+        samples=tuple(samples),
     )
 
 
-def _describe(checkpoint: Checkpoint | None, agreement: Agreement | None) -> dict[str, Any] | None:
-    """The checkpoint's own row, and how it was trained where its folder tells."""
+class _LogLine(Contract, frozen=True):
+    """What the page needs of a line of `training/log.jsonl`."""
+
+    step: int
+    loss: float
+
+
+class _Recipe(Contract, frozen=True):
+    """What the page needs of `training/recipe.json`."""
+
+    name: str
+
+
+def _describe(checkpoint: Checkpoint | None, agreement: Agreement | None) -> CheckpointRow | None:
+    """The checkpoint's own row, and how it was trained where its folder tells. Raises CheckpointError."""
     if checkpoint is None:
         return None
     training = checkpoint.folder / "training"
-    log, recipe = training / "log.jsonl", training / "recipe.json"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    return {
-        "name": read_json(recipe)["name"] if recipe.is_file() else checkpoint.folder.resolve().name,
-        "parameters": num_parameters(checkpoint.config),
-        "file_bytes": sum(f.stat().st_size for f in checkpoint.folder.iterdir() if f.is_file()),
-        "bits_per_weight": 8 * sum(t.nbytes for t in checkpoint.tensors.values()) / num_parameters(checkpoint.config),
-        "perplexity": agreement.perplexity_p if agreement else None,
-        "training": read_json(training / "summary.json") if (training / "summary.json").is_file() else None,
-        "loss": [[line["step"], line["loss"]] for line in lines],
-    }
+    recipe = _read(training / "recipe.json", _Recipe)
+    return CheckpointRow(
+        name=recipe.name if recipe else checkpoint.folder.resolve().name,
+        parameters=num_parameters(checkpoint.config),
+        file_bytes=sum(f.stat().st_size for f in checkpoint.folder.iterdir() if f.is_file()),
+        bits_per_weight=8 * sum(t.nbytes for t in checkpoint.tensors.values()) / num_parameters(checkpoint.config),
+        perplexity=agreement.perplexity_p if agreement else None,
+        training=_read(training / "summary.json", Summary),
+        loss=_losses(training / "log.jsonl"),
+    )
+
+
+def _losses(log: Path) -> tuple[LossAt, ...]:
+    try:
+        lines = [decode(line, _LogLine) for line in log.read_bytes().splitlines()] if log.is_file() else []
+    except ValueError as e:
+        raise CheckpointError(f"{log}: {e}; {_REMEDY}") from None
+    return tuple(LossAt(line.step, line.loss) for line in lines)
+
+
+def _read(path: Path, kind: type[_T]) -> _T | None:
+    return read_record(path, kind, CheckpointError, _REMEDY) if path.is_file() else None

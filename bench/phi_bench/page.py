@@ -2,8 +2,8 @@
 
 from html import escape
 
-from phi_bench.measure import Report, Result
 from phi_bench.plots import all_bars, loss_curve
+from phi_bench.report import Report, Result
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2330; --soft: #5d6675; --line: #d8dce3; --page: #ffffff; --card: #f6f7f9; }
@@ -50,7 +50,7 @@ COLUMNS = (
 def render(report: Report) -> str:
     """The page."""
     c = report.checkpoint
-    name = c["name"] if c else "bundles"
+    name = c.name if c else "bundles"
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -65,35 +65,34 @@ def render(report: Report) -> str:
         '<div class="grid" style="margin-top:1rem">',
     ]
     parts += [f'<div class="card"><h3>{escape(h)}</h3>{svg}</div>' for h, svg in all_bars(report).items()]
-    if c and c["loss"] and c["training"]:
-        parts.append(f'<div class="card"><h3>Training loss</h3>{loss_curve(c["loss"], c["training"])}</div>')
+    if c and c.loss and c.training:
+        parts.append(f'<div class="card"><h3>Training loss</h3>{loss_curve(c.loss, c.training)}</div>')
     parts += ["</div>", _notes(report), "<h2>What each writes</h2>", _samples(report), "</body></html>"]
     return "\n".join(parts) + "\n"
 
 
 def _machine(report: Report) -> str:
     m = report.machine
-    memory = m["memory_bytes"]
     return (
-        f"{m['cpu']}, {m['cores']} cores, {memory / 1e9:.1f} GB ({memory / 2**30:.1f} GiB) of memory, "
-        f"{m['system']}, Python {m['python']}, phi-edge {m['phi_edge']}"
+        f"{m.cpu}, {m.cores} cores, {m.memory_bytes / 1e9:.1f} GB ({m.memory_bytes / 2**30:.1f} GiB) of memory, "
+        f"{m.system}, Python {m.python}, phi-edge {m.phi_edge}"
     )
 
 
 def _learned(report: Report) -> str:
-    t = report.checkpoint["training"] if report.checkpoint else None
+    t = report.checkpoint.training if report.checkpoint else None
     if not t:
         return ""
+    unigram = "" if t.unigram_loss is None else f"; a unigram model of the same tokens has {t.unigram_loss:.3f}"
     return (
-        f"<p>{t['parameters']:,} parameters, trained on {t['tokens']:,} tokens in {t['seconds']:.0f} s "
-        f"({t['tokens_per_second']:,.0f} tokens/s). Held-out loss {t['initial_loss']:.3f} at the start, "
-        f"<strong>{t['final_loss']:.3f}</strong> at the end; a unigram model of the same tokens has "
-        f"{t['unigram_loss']:.3f} nats per token.</p>"
+        f"<p>{t.parameters:,} parameters, trained on {t.tokens:,} tokens in {t.seconds:.0f} s "
+        f"({t.tokens_per_second:,.0f} tokens/s). Held-out loss {t.initial_loss:.3f} at the start, "
+        f"<strong>{t.final_loss:.3f}</strong> at the end{unigram} (nats per token).</p>"
     )
 
 
 def _random(report: Report) -> str:
-    if not report.settings.get("random_weights"):
+    if not report.settings.random_weights:
         return ""
     return "<p><strong>The weights are random.</strong> Bytes, memory and speed are real; quality means nothing.</p>"
 
@@ -101,8 +100,8 @@ def _random(report: Report) -> str:
 def _table(report: Report) -> str:
     rows = [f"<tr>{''.join(f'<th>{escape(h)}</th>' for h in COLUMNS)}</tr>"]
     if c := report.checkpoint:
-        baseline = ["checkpoint", "reference", mb(c["file_bytes"]), f"{c['bits_per_weight']:.2f}", *[""] * 5]
-        rows.append(_row([*baseline, _figure(c["perplexity"], 3), "", ""]))
+        baseline = ["checkpoint", "reference", mb(c.file_bytes), f"{c.bits_per_weight:.2f}", *[""] * 5]
+        rows.append(_row([*baseline, _figure(c.perplexity, 3), "", ""]))
     rows += [_row(cells(r)) for r in report.results]
     return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
 
@@ -141,9 +140,9 @@ def _row(values: list[str]) -> str:
 def _notes(report: Report) -> str:
     s = report.settings
     quality = (
-        f" Quality: the first {s['quality_tokens']:,} tokens of the text, read in windows from an empty context, "
+        f" Quality: the first {s.quality_tokens:,} tokens of the text, read in windows from an empty context, "
         "against the checkpoint's weights in float32 arithmetic."
-        if s["quality_tokens"]
+        if s.quality_tokens
         else ""
     )
     reference = (
@@ -153,7 +152,7 @@ def _notes(report: Report) -> str:
     )
     first = report.results[0]
     return (
-        f'<p class="soft">Speed: medians of {s["rounds"]} rounds in turn, each in a fresh process; a prompt of '
+        f'<p class="soft">Speed: medians of {s.rounds} rounds in turn, each in a fresh process; a prompt of '
         f"{first.prompt_tokens} tokens, then {first.decode_tokens} generated. Peak memory is the whole process, "
         f"Python and libraries included.{quality}{reference}</p>"
     )
@@ -161,7 +160,7 @@ def _notes(report: Report) -> str:
 
 def _samples(report: Report) -> str:
     parts = []
-    for i, prompt in enumerate(report.settings["prompts"]):
+    for i, prompt in enumerate(report.settings.prompts):
         parts.append('<div class="grid" style="margin-bottom:1rem">')
         for r in report.results:
             text = f"<pre><b>{escape(prompt)}</b>{escape(r.samples[i])}</pre>"

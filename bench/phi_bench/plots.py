@@ -1,12 +1,12 @@
 """The report's pictures: inline SVG that takes its text colour from the page, light or dark."""
 
 import io
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from phi_bench.measure import Report
+from phi_bench.report import LossAt, Report
+from phi_train.trainer.summary import Summary
 
 # Matplotlib wants a colour; this one is replaced by the page's own.
 _INK = "#010203"
@@ -29,17 +29,18 @@ def bars(labels: list[str], values: list[float], unit: str, digits: int) -> str:
     return _svg(figure, f"{unit}{labels}{digits}")
 
 
-def loss_curve(loss: list[list[float]], summary: dict[str, Any]) -> str:
+def loss_curve(loss: tuple[LossAt, ...], summary: Summary) -> str:
     """Training loss by step, with the held-out figures as lines."""
     figure = Figure(figsize=(4.6, 2.6))
     axes = figure.add_axes((0.12, 0.17, 0.86, 0.79))
-    steps, values = [p[0] for p in loss], [p[1] for p in loss]
+    steps, values = [p.step for p in loss], [p.loss for p in loss]
     axes.plot(steps, values, color=COLOURS["onnx"], linewidth=0.9, label="training batches")
-    for name, key, colour in (
-        ("unigram model", "unigram_loss", COLOURS["gguf"]),
-        ("held-out, at the end", "final_loss", COLOURS["coreml"]),
+    for name, value, colour in (
+        ("unigram model", summary.unigram_loss, COLOURS["gguf"]),
+        ("held-out, at the end", summary.final_loss, COLOURS["coreml"]),
     ):
-        axes.axhline(summary[key], color=colour, linewidth=1.4, linestyle="--", label=f"{name}: {summary[key]:.2f}")
+        if value is not None:
+            axes.axhline(value, color=colour, linewidth=1.4, linestyle="--", label=f"{name}: {value:.2f}")
     axes.set_xlabel("step", color=_INK, fontsize=9)
     axes.set_ylabel("nats per token", color=_INK, fontsize=9)
     axes.tick_params(colors=_INK, labelsize=8)
@@ -60,15 +61,15 @@ def all_bars(report: Report) -> dict[str, str]:
     sizes = [r.file_bytes / 1e6 for r in results]
     pictures = {
         "Bytes on disk": bars(
-            ["checkpoint"] * bool(c) + labels, [c["file_bytes"] / 1e6] * bool(c) + sizes if c else sizes, "MB", 2
+            ["checkpoint"] * bool(c) + labels, [c.file_bytes / 1e6] * bool(c) + sizes if c else sizes, "MB", 2
         ),
         "Peak memory (RSS)": bars(labels, [r.peak_rss_bytes / 1e6 for r in results], "MB", 0),
         "Generation": bars(labels, [r.decode_tps for r in results], "tokens/s", 0),
         "Reading a prompt": bars(labels, [r.prompt_tps for r in results], "tokens/s", 0),
     }
-    if c and c["perplexity"] is not None:
+    if c and c.perplexity is not None:
         pictures["Perplexity, held-out text"] = bars(
-            ["checkpoint", *labels], [c["perplexity"], *(r.perplexity or 0 for r in results)], "", 2
+            ["checkpoint", *labels], [c.perplexity, *(r.perplexity or 0 for r in results)], "", 2
         )
         pictures["KL divergence from the checkpoint"] = bars(labels, [r.kld_mean or 0 for r in results], "nats", 4)
     return pictures

@@ -18,6 +18,7 @@ from phi_export.verify.text import sample_tokens
 from phi_runtime.architecture.checkpoint import Checkpoint, open_checkpoint
 from phi_runtime.backends import cores
 from phi_runtime.backends.llama_cpp import KV_TYPES, LlamaCppBackend
+from phi_runtime.backends.record import EngineOptions
 from phi_runtime.backends.reference import Reference
 from phi_runtime.errors import UsageError
 from phi_runtime.package.manifest import find_bundle, read_manifest
@@ -133,7 +134,7 @@ def open_model(path: Path, checkpoint: Checkpoint, window: int, kv: str) -> tupl
         if manifest.format != "gguf":
             return manifest.file_bytes(), phi_runtime.load(bundle).logits
         artifact, size = bundle / manifest.artifact, manifest.file_bytes()
-    backend = LlamaCppBackend(artifact, window, cores(), kv, config.decoder().cache_shape().crossover)
+    backend = LlamaCppBackend(artifact, EngineOptions(window, cores(), kv), config.decoder().cache_shape().crossover)
     if backend.vocab_size != config.vocab_size:
         raise UsageError(f"{path}: has {backend.vocab_size} tokens, the checkpoint {config.vocab_size}; is it its own?")
 

@@ -21,14 +21,16 @@ from phi_export.allocate import Budget, plan_mix
 from phi_export.calibrate.calibration import CalibrationText, calibrate
 from phi_export.calibrate.text import calibration_windows
 from phi_export.defaults import WINDOW
-from phi_export.formats import Options, fitting, get_format, tensor_groups
+from phi_export.formats import fitting, get_format, tensor_groups
 from phi_export.quantize.uniform import dequantize_rows, round_rows
 from phi_export.verify.manifest import describe_source
 from phi_export.verify.text import sample_tokens
 from phi_runtime.architecture.checkpoint import Checkpoint, open_checkpoint
 from phi_runtime.backends.reference import Reference
+from phi_runtime.package.manifest import ExportOptions
 from phi_runtime.planning.speed import load_speeds
-from phi_train.models.phi3 import Phi3DecoderLayer, rope_tables, window_mask
+from phi_train.models.attention import AttentionContext
+from phi_train.models.phi3 import Phi3DecoderLayer
 
 BLOCK = 128
 STEPS, BATCH, RATE = 200, 2, 1e-3
@@ -51,7 +53,7 @@ class Scaled(nn.Module):
 
     def __init__(self, rounded: np.ndarray) -> None:
         super().__init__()
-        self.register_buffer("rounded", torch.from_numpy(rounded))
+        self.rounded = torch.from_numpy(rounded)
         self.change = nn.Parameter(torch.zeros(rounded.shape[0], rounded.shape[1] // BLOCK))
 
     def weight(self) -> torch.Tensor:
@@ -73,14 +75,14 @@ def tuned(checkpoint: Checkpoint, start: Weights, texts: list[list[int]]) -> Wei
     tokens = torch.tensor(texts)
     exact = torch.from_numpy(checkpoint.read("model.embed_tokens.weight"))[tokens]
     ours = torch.from_numpy(out["model.embed_tokens.weight"])[tokens]
-    cos, sin = rope_tables(config, WINDOW, exact.device)
-    mask = window_mask(config, WINDOW, exact.device)
+    decoder = config.decoder()
+    context = AttentionContext(decoder, WINDOW, exact.device)
     for n in range(config.num_hidden_layers):
         prefix = f"model.layers.{n}."
         layer = Phi3DecoderLayer(config)
         layer.load_state_dict({k: torch.from_numpy(checkpoint.read(prefix + k)) for k in layer.state_dict()})
         with torch.no_grad():
-            exact = torch.cat([layer(x[None], cos, sin, mask) for x in exact])
+            exact = torch.cat([layer(x[None], decoder.layers[n], context) for x in exact])
         moved = {}
         for place in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
             where, name = place.split(".")
@@ -93,13 +95,13 @@ def tuned(checkpoint: Checkpoint, start: Weights, texts: list[list[int]]) -> Wei
         random = torch.Generator().manual_seed(n)
         for _ in range(STEPS):
             rows = torch.randperm(len(tokens), generator=random)[:BATCH]
-            loss = (layer(ours[rows], cos, sin, mask) - exact[rows]).square().mean()
+            loss = (layer(ours[rows], decoder.layers[n], context) - exact[rows]).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
         with torch.no_grad():
-            ours = torch.cat([layer(x[None], cos, sin, mask) for x in ours])
+            ours = torch.cat([layer(x[None], decoder.layers[n], context) for x in ours])
             out |= {name: linear.weight().numpy() for name, linear in moved.items()}
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 out[f"{prefix}{norm}.weight"] = getattr(layer, norm).weight.numpy()
@@ -113,7 +115,7 @@ def main() -> None:
     began = time.perf_counter()
     calibration = calibrate(checkpoint, describe_source(checkpoint), CalibrationText(args.calibrate, args.windows))
     calibrated = time.perf_counter() - began
-    module, options = get_format("onnx"), Options("fp16")
+    module, options = get_format("onnx"), ExportOptions("fp16")
     found = tensor_groups(checkpoint.config, options)
     matrices = {i.tensor: i for i in found if i.role != "vector"}
     exact = {name: checkpoint.read(name) for name in checkpoint.tensors}

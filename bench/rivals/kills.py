@@ -29,15 +29,18 @@ def main() -> None:
     args = p.parse_args()
     draw = np.random.default_rng(args.seed)
     shutil.rmtree(args.out, ignore_errors=True)
-    command = [Path(sys.executable).parent / "phi-train", "phi3-demo"]
+    command = [str(Path(sys.executable).parent / "phi-train"), "phi3-demo"]
     command += [part for setting in args.settings for part in ("--set", setting)]
     whole, broken = args.out / "whole", args.out / "broken"
-    subprocess.run([*command, "--out", whole], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run([*command, "--out", str(whole)], check=True, stderr=subprocess.DEVNULL)
     expected = losses(whole)
     kills = flips = exact = 0
     while not (broken / "config.json").exists():
         process = subprocess.Popen(
-            [*command, "--out", broken], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            [*command, "--out", str(broken)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         if kills < args.kills:
             # From the start of the interpreter to some steps into the run.

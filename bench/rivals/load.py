@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
+from typing import Any
 
 import openai
 
@@ -48,7 +49,7 @@ class Load:
             except Exception as e:
                 self.errors.append(f"{type(e).__name__}: {e}")
 
-    def _ask(self, client: openai.OpenAI, turn: int) -> None:
+    def _ask(self, client: Any, turn: int) -> None:
         said = [{"role": "user", "content": f"def f{turn % 50}(x):"}]
         common = {"model": "phi", "max_tokens": 24, "temperature": 0.0}
         kind = "left" if turn % 10 == 0 else ("chat", "stream", "stop", "schema")[turn % 4]
@@ -73,7 +74,9 @@ class Load:
     def resident(self) -> int:
         """The server's memory, bytes."""
         with urllib.request.urlopen(f"{self.address}/metrics") as answer:  # noqa: S310  (the address is the caller's)
-            return int(re.search(rb"^phi_resident_bytes (\d+)", answer.read(), re.MULTILINE)[1])
+            found = re.search(rb"^phi_resident_bytes (\d+)", answer.read(), re.MULTILINE)
+        assert found is not None
+        return int(found[1])
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import torch
 from runs import phi, train
 
 from phi_runtime.architecture.checkpoint import open_checkpoint
-from phi_train.checkpoints.extend import WAYS
+from phi_train.checkpoints.extend import METHODS
 from phi_train.data.shards import open_data
 from phi_train.models import load_model
 
@@ -42,12 +42,14 @@ def main() -> None:
         base = args.out / f"base-{seed}"
         train("phi3-demo", base, {**common, **MODEL, "sequence_length": SHORT, "batch_size": 16, "steps": 800})
         show(f"seed {seed}, base", base, rows[:, :SHORT])
-        for way in WAYS:
-            out = args.out / f"{way}-{seed}"
-            phi("extend", base, "--context", LONG, "--data", args.data, "--way", way, "--out", out, "--seed", seed)
-            show(f"seed {seed}, {way}", out, rows)
-        for way in WAYS:
-            out = args.out / f"{way}-{seed}"
+        for method in METHODS:
+            out = args.out / f"{method}-{seed}"
+            phi(
+                "extend", base, "--context", LONG, "--data", args.data, "--method", method, "--out", out, "--seed", seed
+            )
+            show(f"seed {seed}, {method}", out, rows)
+        for method in METHODS:
+            out = args.out / f"{method}-{seed}"
             more = {"model": out, "init_from": out, "sequence_length": LONG, "batch_size": 2, "steps": 100}
             more |= {
                 "learning_rate": 5e-4,
@@ -56,8 +58,8 @@ def main() -> None:
                 "samples": 0,
                 "short_every": 2,
             }
-            train("phi3-demo", args.out / f"{way}-{seed}-trained", {**common, **more})
-            show(f"seed {seed}, {way}, 100 steps there", args.out / f"{way}-{seed}-trained", rows)
+            train("phi3-demo", args.out / f"{method}-{seed}-trained", {**common, **more})
+            show(f"seed {seed}, {method}, 100 steps there", args.out / f"{method}-{seed}-trained", rows)
 
 
 @torch.no_grad()

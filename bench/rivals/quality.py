@@ -26,7 +26,7 @@ from phi_export.allocate import Budget
 from phi_export.calibrate.calibration import CalibrationText, calibrate
 from phi_export.calibrate.text import calibration_windows
 from phi_export.defaults import WINDOW
-from phi_export.formats import SIDECAR_FILES, Options, get_format, tensor_groups
+from phi_export.formats import SIDECAR_FILES, get_format, tensor_groups
 from phi_export.pipeline import export, plan
 from phi_export.verify.manifest import describe_source
 from phi_export.verify.metrics import Agreement
@@ -34,7 +34,7 @@ from phi_export.verify.text import sample_tokens
 from phi_runtime.architecture.checkpoint import Checkpoint, open_checkpoint
 from phi_runtime.backends.llama_cpp import KV_TYPES
 from phi_runtime.backends.reference import Reference
-from phi_runtime.package.manifest import read_manifest
+from phi_runtime.package.manifest import ExportOptions, read_manifest
 from phi_runtime.text.tokenizer import Tokenizer
 
 PRESETS = ("Q2_K", "IQ3_XXS", "Q3_K_S", "IQ3_S", "IQ3_M", "Q3_K_M", "IQ4_XS", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M")
@@ -51,7 +51,7 @@ class Arms:
 
     def add(self, group: str, name: str, size: int, seconds: float, logits: Logits) -> None:
         """Enter a model that was made."""
-        bits = 8 * size / sum(i.weights for i in tensor_groups(self.checkpoint.config, Options()))
+        bits = 8 * size / sum(i.weights for i in tensor_groups(self.checkpoint.config, ExportOptions()))
         self.rows.append({"group": group, "name": name, "bytes": size, "bits": bits, "seconds": seconds})
         self.models.append(logits)
         print(f"{group:8} {name:42} {size:>12,} bytes {bits:.3f} bits/weight  {seconds:.1f} s", flush=True)
@@ -64,13 +64,13 @@ class Arms:
         shutil.rmtree(out, ignore_errors=True)
         beside = self.companions
         if format == "coreml":
-            (probe,) = plan(self.checkpoint, (format,), None, Options(**options))
+            (probe,) = plan(self.checkpoint, (format,), None, ExportOptions(**options))
             beside = probe.overhead
         room = None if budget is None else Budget(budget + beside)
         began = time.perf_counter()
         text = self.text if calibrated else None
         (made,) = export(
-            self.checkpoint.folder, out, (format,), budget=room, options=Options(**options), tokens=64, text=text
+            self.checkpoint.folder, out, (format,), budget=room, options=ExportOptions(**options), tokens=64, text=text
         )
         seconds = time.perf_counter() - began - made.verify_s
         size = sum(f.bytes for f in made.manifest.files if f.path not in SIDECAR_FILES)
@@ -223,17 +223,18 @@ def coremltools_arm(arms: Arms, name: str, config: Any, embedding: bool, kind: s
     weights: dict[str, np.ndarray] = {}
     size = 0
     began = time.perf_counter()
-    for item in tensor_groups(checkpoint.config, Options()):
+    for item in tensor_groups(checkpoint.config, ExportOptions()):
         w = checkpoint.read(item.tensor)
         if item.role == "vector" or (item.role == "embedding" and not embedding):
             weights[item.tensor] = w.astype(np.float16).astype(np.float32)
             size += 2 * w.size
             continue
 
-        @Builder.program(input_specs=[Builder.TensorSpec((1, w.shape[1]), types.fp16)], opset_version=ct.target.iOS18)
-        def layer(x: Any) -> Any:
-            return Builder.linear(x=x, weight=w.astype(np.float16))  # noqa: B023  (called at once)
+        def linear(x: Any, w: np.ndarray = w) -> Any:
+            return Builder.linear(x=x, weight=w.astype(np.float16))
 
+        specs = [Builder.TensorSpec((1, w.shape[1]), types.fp16)]
+        layer = Builder.program(input_specs=specs, opset_version=ct.target.iOS18)(linear)
         model = ct.convert(
             layer, convert_to="mlprogram", minimum_deployment_target=ct.target.iOS18, skip_model_load=True
         )
@@ -283,7 +284,7 @@ def main() -> None:
         windows = calibration_windows(checkpoint, args.calibrate, args.windows, WINDOW)
         for preset, size in llama_cpp(arms, args.llama, windows, args.presets.split(",")):
             arms.ours("gguf", f"ours at {preset}'s bytes", "gguf", size)
-        weights = sum(i.weights for i in tensor_groups(checkpoint.config, Options()))
+        weights = sum(i.weights for i in tensor_groups(checkpoint.config, ExportOptions()))
         arms.ours("gguf", "ours at 3.77 bits per weight", "gguf", int(3.77 * weights / 8))
         arms.ours("gguf", "ours, plain int4, round to nearest", "gguf", None, calibrated=False)
         arms.ours("gguf", "ours, plain int4, calibrated", "gguf", None)

@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 
-def train(recipe: str, out: Path, settings: dict[str, object]) -> dict[str, float]:
+def train(recipe: str, out: Path, settings: Mapping[str, object]) -> dict[str, float]:
     """Run a recipe; its summary."""
     phi(recipe, "--out", out, *(part for k, v in settings.items() for part in ("--set", f"{k}={v}")))
     summary: dict[str, float] = json.loads((out / "training" / "summary.json").read_text())
@@ -15,8 +16,9 @@ def train(recipe: str, out: Path, settings: dict[str, object]) -> dict[str, floa
 
 def phi(*arguments: object) -> str:
     """Run a phi-train command; what it says at its end."""
-    command = [Path(sys.executable).parent / "phi-train", *map(str, arguments)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+    command = [str(Path(sys.executable).parent / "phi-train"), *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return done.stdout
 
 
 def log(out: Path) -> list[dict[str, float]]:

@@ -110,9 +110,9 @@ class Dictated:
         """Tokens in the KV cache."""
         return self._backend.position
 
-    def forward(self, tokens: list[int], every: bool) -> np.ndarray:
+    def forward(self, tokens: list[int], all_logits: bool) -> np.ndarray:
         """The engine's logits, with the text's next token far above the others."""
-        rows = self._backend.forward(tokens, every).copy()
+        rows = self._backend.forward(tokens, all_logits).copy()
         for i, row in enumerate(rows):
             row[self._text[self.position - len(rows) + i + 1]] = 1e4
         return rows

@@ -19,8 +19,8 @@ from phi_train.data.conversations import Preferences, open_examples
 from phi_train.data.questions import write_questions
 from phi_train.data.shards import open_data
 from phi_train.models import load_model
-from phi_train.trainer.objectives import likelihoods
-from phi_train.trainer.qat import train_on_grid
+from phi_train.trainer.objectives import log_likelihoods
+from phi_train.trainer.qat import enable_qat
 
 MODEL = {
     "model.vocab_size": 768, "model.hidden_size": 192, "model.intermediate_size": 512, "model.num_hidden_layers": 4,
@@ -63,7 +63,7 @@ def one(args: argparse.Namespace, seed: int, learnt: Path, asked: Path) -> dict[
     tuned = train("phi3-demo", out / "sft", {**common, **sft, "learning_rate": 1e-3})
     found |= {"sft before": tuned["initial_loss"], "sft after": tuned["final_loss"]}
 
-    phi("reject", out / "sft", "--conversations", learnt, "--most", 2000, "--out", out / "pairs.jsonl")
+    phi("make-preferences", out / "sft", "--conversations", learnt, "--most", 2000, "--out", out / "pairs.jsonl")
     phi("shards", "--conversations", out / "pairs.jsonl", "--tokenizer", args.tokenizer, "--out", out / "pairs")
     dpo = {"data": out / "pairs", "objective": "dpo", "init_from": out / "sft", "steps": 60, "batch_size": 16}
     preferred = train("phi3-demo", out / "dpo", {**common, **dpo, "learning_rate": 1e-4, "eval_windows": 200})
@@ -84,7 +84,7 @@ def one(args: argparse.Namespace, seed: int, learnt: Path, asked: Path) -> dict[
 
 def right(checkpoint: Path, asked: Path, out: Path) -> float:
     """How many of 300 questions that nothing was learnt from are answered as they stand."""
-    said = phi("reject", checkpoint, "--conversations", asked, "--most", 300, "--out", out)
+    said = phi("make-preferences", checkpoint, "--conversations", asked, "--most", 300, "--out", out)
     return float(said.split("the model answers ")[1].split()[0])
 
 
@@ -92,7 +92,7 @@ def right(checkpoint: Path, asked: Path, out: Path) -> float:
 def likelier(checkpoint: Path, pairs: Path) -> float:
     """Share of the held-out pairs whose preferred answer the model finds likelier."""
     batch = Preferences(open_examples(pairs), 1, 256, 0, 1000, 0).heldout()
-    said = likelihoods(load_model(open_checkpoint(checkpoint)), batch)
+    said = log_likelihoods(load_model(open_checkpoint(checkpoint)), batch)
     return float((said[:, 0] > said[:, 1]).float().mean())
 
 
@@ -101,7 +101,7 @@ def loss(checkpoint: Path, data: Path, grid: str | None) -> float:
     """Held-out nats per token, the weights on a grid where one is given."""
     model = load_model(open_checkpoint(checkpoint))
     if grid is not None:
-        train_on_grid(model, grid)
+        enable_qat(model, grid)
     rows = torch.from_numpy(open_data(data).heldout_windows(256, 64))
     logits = model(rows[:, :-1])
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))

@@ -33,7 +33,13 @@ def main() -> None:
     p.add_argument("--set", action="append", default=[], dest="settings")
     p.add_argument("--theirs", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args()
-    settings = [f"steps={STEPS}", "samples=0", "save_every=1000", f"tokenizer={args.tokenizer}", f"data={args.data}"]
+    settings = [
+        f"schedule.steps={STEPS}",
+        "samples=0",
+        "save_every=1000",
+        f"data.tokenizer={args.tokenizer}",
+        f"data.shards={args.data}",
+    ]
     settings += args.settings
     if args.theirs:
         print(theirs(settings, args.data))
@@ -45,7 +51,7 @@ def main() -> None:
     ratios, shares = [], []
     for n in range(args.rounds):
         peak = products()
-        a = ours(args.out / str(n), settings, r.batch_size * r.sequence_length)
+        a = ours(args.out / str(n), settings, r.data.batch_size * r.data.sequence_length)
         command = [sys.executable, __file__, *sys.argv[1:], "--theirs"]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         b = float(said.split()[-1])
@@ -76,7 +82,7 @@ def ours(out: Path, settings: list[str], tokens: int) -> float:
     """Tokens per second of phi-train."""
     train(RECIPE, out, dict(setting.split("=", 1) for setting in settings))
     lines = log(out)
-    return tokens * (STEPS - WARM) / (lines[-1]["seconds"] - lines[WARM - 1]["seconds"])
+    return float(tokens * (STEPS - WARM) / (lines[-1]["seconds"] - lines[WARM - 1]["seconds"]))
 
 
 def theirs(settings: list[str], data: Path) -> float:
@@ -88,7 +94,7 @@ def theirs(settings: list[str], data: Path) -> float:
     r = get_recipe(RECIPE, settings)
     model = Phi3ForCausalLM(Phi3Config(**{**r.model.to_json(), "pad_token_id": 0, "attn_implementation": "sdpa"}))
     opened = open_data(data)
-    rows = [torch.from_numpy(opened.window(i, r.sequence_length)) for i in range(STEPS * r.batch_size)]
+    rows = [torch.from_numpy(opened.window(i, r.data.sequence_length)) for i in range(STEPS * r.data.batch_size)]
     times = []
 
     class Clock(TrainerCallback):
@@ -96,13 +102,22 @@ def theirs(settings: list[str], data: Path) -> float:
             times.append(time.perf_counter())
 
     arguments = TrainingArguments(
-        output_dir="/nonexistent", max_steps=STEPS, per_device_train_batch_size=r.batch_size, use_cpu=True, bf16=True,
-        learning_rate=r.learning_rate, weight_decay=r.weight_decay, optim="adamw_torch_fused", report_to=[],
-        save_strategy="no", logging_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+        output_dir="/nonexistent",
+        max_steps=STEPS,
+        per_device_train_batch_size=r.data.batch_size,
+        use_cpu=True,
+        bf16=True,
+        learning_rate=r.optimizer.lr,
+        weight_decay=r.optimizer.weight_decay,
+        optim="adamw_torch_fused",
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
     dataset = [{"input_ids": row, "labels": row} for row in rows]
     Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=[Clock()]).train()
-    return r.batch_size * r.sequence_length * (STEPS - WARM) / (times[-1] - times[WARM - 1])
+    return r.data.batch_size * r.data.sequence_length * (STEPS - WARM) / (times[-1] - times[WARM - 1])
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ import numpy as np
 
 from phi_export.calibrate.equalise import scales_bytes
 from phi_export.defaults import PREFERENCES
-from phi_export.formats import Format, Options, Plan, TensorGroup, Type, fitting, sidecar_files, stored, tensor_groups
+from phi_export.formats import Format, Quantization, TensorGroup, Type, fitting, sidecar_files, stored, tensor_groups
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.errors import UsageError
+from phi_runtime.package.manifest import ExportOptions
 from phi_runtime.planning.speed import Speeds
 
 # Expected loss of storing an item as a type, in any unit that adds up over items.
@@ -49,12 +50,12 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Planned:
+class QuantizationPlan:
     """What an export will write in one format."""
 
     format: str
-    plan: Plan
-    options: Options
+    plan: Quantization
+    options: ExportOptions
     context: int
     overhead: int  # bytes of the bundle beside the weights, at most
     items: tuple[TensorGroup, ...]
@@ -91,11 +92,11 @@ def plan_mix(
     name: str,
     module: Format,
     checkpoint: Checkpoint,
-    options: Options,
+    options: ExportOptions,
     budget: Budget,
     speeds: Speeds,
     sensitivity: Sensitivity = weight_error,
-) -> Planned:
+) -> QuantizationPlan:
     """The mix that a budget asks for.
 
     Raises UsageError for a budget that no mix can meet; it names the nearest that can.
@@ -146,7 +147,7 @@ def plan_mix(
 
 
 def _eligible(
-    module: Format, item: TensorGroup, options: Options, budget: Budget, speeds: Speeds, timed: bool
+    module: Format, item: TensorGroup, options: ExportOptions, budget: Budget, speeds: Speeds, timed: bool
 ) -> dict[str, Type]:
     """The types that an item may have; those of known speed where the mix is `timed`."""
     kinds = fitting(module, item, options)
@@ -163,7 +164,7 @@ def _eligible(
 
 
 def _time_limit(
-    module: Format, matrices: list[TensorGroup], options: Options, budget: Budget, speeds: Speeds
+    module: Format, matrices: list[TensorGroup], options: ExportOptions, budget: Budget, speeds: Speeds
 ) -> float | None:
     """Milliseconds per token that a mix may be predicted to take; None for any."""
     if budget.min_speed is not None:
@@ -179,11 +180,11 @@ def q4_k_m_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of a model's matrices as llama.cpp's Q4_K_M stores them; 16 bits where rows divide into no block."""
     from phi_export.formats.gguf import write as gguf
 
-    kinds, layers = gguf.types(Options()), len(checkpoint.config.decoder().layers)
+    kinds, layers = gguf.types(ExportOptions()), len(checkpoint.config.decoder().layers)
     total = 0
-    for item in tensor_groups(checkpoint.config, Options()):
+    for item in tensor_groups(checkpoint.config, ExportOptions()):
         if item.role != "vector":
-            kind = kinds[gguf.yardstick(item, layers, Options())]
+            kind = kinds[gguf.yardstick(item, layers, ExportOptions())]
             fits = item.columns % kind.multiple == 0
             total += kind.nbytes(item.rows, item.columns) if fits else 2 * item.weights
     return total
@@ -212,17 +213,17 @@ def _planned(
     name: str,
     module: Format,
     checkpoint: Checkpoint,
-    options: Options,
-    plan: Plan,
+    options: ExportOptions,
+    plan: Quantization,
     found: list[TensorGroup],
     sensitivity: Sensitivity,
-) -> Planned:
+) -> QuantizationPlan:
     kinds, context = module.types(options), module.context(checkpoint.config, options)
     losses = {i.name: sensitivity(i, kinds[plan[i.name].type]) for i in found if i.role != "vector"}
-    return Planned(name, plan, options, context, _overhead(module, checkpoint, options), tuple(found), losses)
+    return QuantizationPlan(name, plan, options, context, _overhead(module, checkpoint, options), tuple(found), losses)
 
 
-def _overhead(module: Format, checkpoint: Checkpoint, options: Options) -> int:
+def _overhead(module: Format, checkpoint: Checkpoint, options: ExportOptions) -> int:
     beside = sum(p.stat().st_size for n in sidecar_files(module) if (p := checkpoint.folder / n).is_file())
     manifest = 4096 + 160 * len(tensor_groups(checkpoint.config, options))
     manifest += len(str(checkpoint.config.to_json())) * 2

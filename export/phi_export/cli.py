@@ -36,20 +36,20 @@ def _export(argv: list[str]) -> None:
         "       phi-export lint BUNDLE\n"
         "       phi-export calibrate-speed [--threads N]"
     )
-    p.add_argument("checkpoint", metavar="CKPT", help="a Hugging Face model folder")
+    p.add_argument("checkpoint", metavar="CKPT", help="a Hugging Face model folder, or a published model's name")
     _adapter(p)
     p.add_argument(
-        "--int4", action="store_true", help="4 bits and more: as few as keep the model, at most Q4_K_M's bytes"
+        "--int4", action="store_true", help="4 bits or more, as few as keep the quality; at most Q4_K_M's bytes"
     )
     p.add_argument("--memory", metavar="SIZE", help="the best mix of types whose files fit, e.g. 1.8GB or 1.8GiB")
     p.add_argument(
         "--prefer",
         choices=PREFERENCES,
-        help="what the mix is chosen for: the least loss at no less than Q4_K_M's speed (balanced, the default), at "
-        "any (quality), or only types that decode as fast as 4 bits do (speed)",
+        help="how to choose the mix: the least loss without being slower than Q4_K_M (balanced, the default), the "
+        "least loss at any speed (quality), or only types as fast as 4-bit ones (speed)",
     )
     p.add_argument(
-        "--min-speed", type=_speed, metavar="N", help="of the mixes that fit, those predicted to decode N tokens/s here"
+        "--min-speed", type=_speed, metavar="N", help="only mixes predicted to decode N tokens/s or more here"
     )
     p.add_argument(
         "--calibrate",
@@ -57,7 +57,7 @@ def _export(argv: list[str]) -> None:
         default=BUILT_IN,
         help="calibrate the quantiser (GPTQ) on this text: a file, a folder, or `built-in` (default: %(default)s)",
     )
-    p.add_argument("--fast", action="store_true", help="do not calibrate: minutes less, and several times the loss")
+    p.add_argument("--fast", action="store_true", help="skip calibration: saves minutes, costs several times the loss")
     p.add_argument(
         "--windows",
         type=positive,
@@ -65,21 +65,24 @@ def _export(argv: list[str]) -> None:
         metavar="N",
         help=f"windows of {WINDOW} tokens to calibrate on (%(default)s)",
     )
-    p.add_argument("--cache", type=Path, metavar="DIR", help="where calibrations are kept (default: CKPT/calibration)")
-    p.add_argument("--out", type=Path, metavar="DIR", help="folder for the bundles: DIR/gguf, DIR/onnx, DIR/coreml")
-    known = f"of {', '.join(FORMATS)}, comma-separated (default %(default)s)"
+    p.add_argument("--cache", type=Path, metavar="DIR", help="where to keep calibrations (default: CKPT/calibration)")
+    p.add_argument("--out", type=Path, metavar="DIR", help="folder for the bundles: DIR/gguf, DIR/onnx and so on")
+    known = f"one or more of {', '.join(FORMATS)}, separated by commas (default %(default)s)"
     p.add_argument("--format", default=",".join(DEFAULT_FORMATS), help=known)
     p.add_argument("--profile", help="onnx: fp32 or fp16 activations; coreml: gpu or ane (default: the first)")
     p.add_argument(
-        "--context", type=positive, metavar="N", help="tokens of context: Core ML's cache, the ledger's memory"
+        "--context",
+        type=positive,
+        metavar="N",
+        help="tokens of context: Core ML's KV cache, the size report's memory",
     )
-    p.add_argument("--split-qkv", action="store_true", help="gguf: queries, keys and values as tensors of their own")
+    p.add_argument("--split-qkv", action="store_true", help="gguf: store queries, keys and values as separate tensors")
     p.add_argument("--tokens", type=positive, metavar="N", help="tokens to verify over (default: a sample)")
     p.add_argument("--threads", type=positive, metavar="N", help="threads (default: one per core)")
-    p.add_argument("--dry-run", action="store_true", help="print the ledger of bytes and write nothing")
-    p.add_argument("--force", action="store_true", help="replace bundles that are in DIR already")
+    p.add_argument("--dry-run", action="store_true", help="print the size report and write nothing")
+    p.add_argument("--force", action="store_true", help="replace bundles that are already in DIR")
     p.add_argument(
-        "--accept-loss", action="store_true", help="keep a bundle whose perplexity rises by a quarter or more"
+        "--accept-loss", action="store_true", help="keep a bundle even if its perplexity rises by 25 %% or more"
     )
     args = p.parse_args(argv)
     if args.int4 == (args.memory is not None):
@@ -98,9 +101,11 @@ def _export(argv: list[str]) -> None:
         from phi_export.adapter import open_adapted
         from phi_export.allocate import Budget
         from phi_export.calibrate.calibration import CalibrationText, calibrate
-        from phi_export.formats import Options, get_format
+        from phi_export.formats import get_format
         from phi_export.pipeline import export, plan
         from phi_export.verify.manifest import describe_source
+        from phi_runtime.package.hub import local_checkpoint
+        from phi_runtime.package.manifest import ExportOptions
     except ImportError as e:
         raise missing_extra(e, "export") from None
     for name in formats:
@@ -109,10 +114,10 @@ def _export(argv: list[str]) -> None:
         raise UsageError("--profile belongs to one format: say which with --format")
     if args.split_qkv and formats != ("gguf",):
         raise UsageError("--split-qkv is gguf's: say --format gguf")
-    options = Options(args.profile, args.context, args.split_qkv)
+    options = ExportOptions(args.profile, args.context, args.split_qkv)
     budget = Budget(memory, args.prefer or PREFERENCES[0], args.min_speed)
     text = None if args.fast else CalibrationText(args.calibrate, args.windows, args.cache)
-    checkpoint = open_adapted(args.checkpoint, args.adapter)
+    checkpoint = open_adapted(local_checkpoint(args.checkpoint, console.note), args.adapter)
     console.notes(checkpoint)
     if args.dry_run:
         calibration = None
@@ -121,7 +126,7 @@ def _export(argv: list[str]) -> None:
                 calibration = calibrate(checkpoint, describe_source(checkpoint), text, detail)
         for name in formats:
             (planned,) = plan(checkpoint, (name,), budget, options, calibration)
-            console.ledger(checkpoint, planned, calibration)
+            console.size_report(checkpoint, planned, calibration)
             if budget.min_speed is None:
                 others = [p for p in PREFERENCES if p != budget.prefer]
                 mixes = {p: plan(checkpoint, (name,), Budget(memory, p), options, calibration)[0] for p in others}
@@ -156,19 +161,21 @@ def _speed(text: str) -> float:
 
 
 def _verify(argv: list[str]) -> None:
-    p = argparse.ArgumentParser("phi-export verify", description="Hold a bundle to the checkpoint it was made from.")
+    p = argparse.ArgumentParser(
+        "phi-export verify", description="Verify a bundle against the checkpoint it was made from."
+    )
     p.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder of a bundle that phi-export wrote")
-    p.add_argument("--against", metavar="CKPT", required=True, help="the checkpoint's folder")
+    p.add_argument("--against", metavar="CKPT", required=True, help="the checkpoint: a folder or a name")
     _adapter(p)
     p.add_argument("--text", type=Path, metavar="FILE", help="text to compare over (default: a built-in sample)")
     p.add_argument(
         "--tokens",
         type=positive,
         metavar="N",
-        help="how many tokens of it (default: all, or enough of the sample)",
+        help="tokens to compare over (default: all, or enough of the sample)",
     )
     p.add_argument(
-        "--accept-loss", action="store_true", help="pass a bundle whose perplexity rises by a quarter or more"
+        "--accept-loss", action="store_true", help="pass a bundle even if its perplexity rises by 25 %% or more"
     )
     args = p.parse_args(argv)
 
@@ -178,9 +185,10 @@ def _verify(argv: list[str]) -> None:
         from phi_export.verify.gate import HeldOutText, held_out_windows
         from phi_export.verify.text import sample_tokens
         from phi_export.verify.verification import verify
+        from phi_runtime.package.hub import local_checkpoint
     except ImportError as e:
         raise missing_extra(e, "export") from None
-    checkpoint = open_adapted(args.against, args.adapter)
+    checkpoint = open_adapted(local_checkpoint(args.against, console.note), args.adapter)
     tokens = sample_tokens(checkpoint, args.text, args.tokens)
     held_out = HeldOutText(checkpoint, BUILT_IN, held_out_windows(checkpoint, BUILT_IN), args.accept_loss)
     if args.text is not None:
@@ -195,7 +203,7 @@ def _verify(argv: list[str]) -> None:
 
 def _lint(argv: list[str]) -> None:
     p = argparse.ArgumentParser(
-        "phi-export lint", description="Say what a device would refuse or run slowly in a Core ML bundle."
+        "phi-export lint", description="Report what a device would refuse or run slowly in a Core ML bundle."
     )
     p.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder of a Core ML bundle that phi-export wrote")
     args = p.parse_args(argv)
@@ -209,7 +217,7 @@ def _lint(argv: list[str]) -> None:
     manifest = read_manifest(bundle)
     if manifest.format != "coreml":
         raise UsageError(f"{bundle}: is of format {manifest.format}; lint looks at coreml bundles")
-    found = lint(bundle / manifest.artifact, manifest.options.get("profile") or "gpu")
+    found = lint(bundle / manifest.artifact, manifest.options.profile or "gpu")
     console.findings(found)
     if any(f.refused for f in found):
         raise VerificationError(f"{bundle}: a device would refuse it")
@@ -217,7 +225,8 @@ def _lint(argv: list[str]) -> None:
 
 def _calibrate_speed(argv: list[str]) -> None:
     p = argparse.ArgumentParser(
-        "phi-export calibrate-speed", description="Measure how fast each type decodes here; takes two or three minutes."
+        "phi-export calibrate-speed",
+        description="Measure how fast each type decodes here: two or three minutes.",
     )
     p.add_argument("--threads", type=positive, metavar="N", help="threads (default: one per core)")
     p.add_argument(

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from phi_export.allocate import Planned, gb
+from phi_export.allocate import QuantizationPlan, gb
 from phi_export.calibrate.calibration import Calibration
 from phi_export.calibrate.equalise import FILE
 from phi_export.defaults import PREFERENCES
@@ -34,13 +34,18 @@ _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
 
 
+def note(text: str) -> None:
+    """A line beside the progress."""
+    _err.print(text, markup=False, soft_wrap=True)
+
+
 def notes(checkpoint: Checkpoint) -> None:
     """What was read otherwise than it is spelt."""
-    for note in checkpoint.notes:
-        _err.print(note, markup=False, soft_wrap=True)
+    for said in checkpoint.notes:
+        note(said)
 
 
-def ledger(checkpoint: Checkpoint, planned: Planned, calibration: Calibration | None = None) -> None:
+def size_report(checkpoint: Checkpoint, planned: QuantizationPlan, calibration: Calibration | None = None) -> None:
     """The table of `--dry-run`: what each group of tensors will take and cost, and what follows from it."""
     module, plan = get_format(planned.format), planned.plan
     total, weights = planned.weight_bytes, sum(q.weights for q in plan.values())
@@ -87,7 +92,7 @@ def _short(name: str) -> str:
     return re.sub(r"^(model\.|transformer\.)?((layers|h)\.\d+\.)?|\.weight(?=$|:)", "", name)
 
 
-def _speed(planned: Planned) -> None:
+def _speed(planned: QuantizationPlan) -> None:
     speeds = load_speeds(get_format(planned.format).ENGINE)
     ms = planned.milliseconds(speeds)
     if ms is None:
@@ -99,7 +104,7 @@ def _speed(planned: Planned) -> None:
     )
 
 
-def frontier(mixes: dict[str, Planned], chosen: str, calibrated: bool) -> None:
+def frontier(mixes: dict[str, QuantizationPlan], chosen: str, calibrated: bool) -> None:
     """What each preference gives: bytes, expected loss, predicted time."""
     table = Table(title="the same budget by --prefer", title_justify="left")
     for column in ("--prefer", "weights", "expected loss" if calibrated else "loss, relative", "ms per token"):

@@ -10,18 +10,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-from phi_export.formats import Options, Uncalibrated, get_format, stored, tensor_groups
-from phi_export.formats.parallel_writer import Stream
+from phi_export.formats import Uncalibrated, get_format, stored, tensor_groups
+from phi_export.formats.parallel_writer import ParallelWriter
 from phi_export.pipeline import check_runtimes
 from phi_runtime.architecture.checkpoint import Checkpoint, open_checkpoint
 from phi_runtime.backends import cores, open_backend, record
 from phi_runtime.errors import MissingExtraError, PhiError, UsageError
 from phi_runtime.files import write_file
 from phi_runtime.package.formats import FORMATS
-from phi_runtime.package.manifest import Manifest, Source
+from phi_runtime.package.manifest import ExportOptions, Manifest, Source
 from phi_runtime.package.open import Package, open_bundle
 from phi_runtime.planning.machine import machine
 from phi_runtime.planning.speed import calibrated_path
@@ -60,7 +60,7 @@ def calibrate_speed(
     if not engines and missing is not None:
         raise missing
     m = machine()
-    said = f"{threads} threads of {m['cpu']}, {m['memory_bytes'] / 1e9:.0f} GB, {m['system']}"
+    said = f"{threads} threads of {m.cpu}, {m.memory_bytes / 1e9:.0f} GB, {m.system}"
     table: dict[str, object] = {"machine": said, "unit": "nanoseconds per weight and token", "engines": engines}
     path = out or calibrated_path()
     write_file(path, json.dumps(table, indent=1) + "\n")
@@ -71,7 +71,7 @@ def _prepare(
     name: str, checkpoint: Checkpoint, folder: Path, threads: int, progress: Callable[[str], None]
 ) -> dict[str, Package]:
     """A model of each type."""
-    module, options = get_format(name), Options()
+    module, options = get_format(name), ExportOptions()
     found = tensor_groups(checkpoint.config, options)
     packages = {}
     for kind in module.types(options):
@@ -79,7 +79,7 @@ def _prepare(
         bundle = folder / f"{name}-{kind}"
         bundle.mkdir()
         plan = {i.name: stored(module, i, kind, options) for i in found}
-        stream = Stream(bundle / "journal", threads, lambda _: None)
+        stream = ParallelWriter(bundle / "journal", threads, lambda _: None)
         module.write(checkpoint, plan, options, bundle, stream, Uncalibrated())
         stream.close()
         manifest = Manifest(
@@ -93,7 +93,7 @@ def _prepare(
             chat=None,
             quantization=plan,
             files=(),
-            options=asdict(options),
+            options=options,
         )
         packages[kind] = open_bundle(bundle, manifest)
     return packages
@@ -112,10 +112,10 @@ def _measure(
         progress(f"{engine}: round {r + 1} of {_ROUNDS}")
         for kind, backend in backends.items():
             backend.trim(0)
-            backend.forward([5], every=False)
+            backend.forward([5], all_logits=False)
             began = time.perf_counter()
             for token in range(_TOKENS):
-                backend.forward([7 * token + 1], every=False)
+                backend.forward([7 * token + 1], all_logits=False)
             taken[kind].append((time.perf_counter() - began) / _TOKENS)
     for backend in backends.values():
         backend.close()

@@ -1,21 +1,22 @@
 """The pipeline: read, plan, quantize and write, verify; then, and only then, rename into place."""
 
 import hashlib
-import json
 import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from phi_export.allocate import Budget, Planned, plan_mix, weight_error
+import msgspec
+
+from phi_export.allocate import Budget, QuantizationPlan, plan_mix, weight_error
 from phi_export.calibrate.calibration import Calibration, CalibrationText, calibrate
 from phi_export.calibrate.equalise import equalised, write_scales
 from phi_export.defaults import BUILT_IN
-from phi_export.formats import Format, Options, Uncalibrated, get_format, sidecar_files
-from phi_export.formats.parallel_writer import Stream
+from phi_export.formats import Format, Uncalibrated, get_format, sidecar_files
+from phi_export.formats.parallel_writer import ParallelWriter
 from phi_export.verify.gate import HeldOutText, held_out_windows
 from phi_export.verify.manifest import describe_source
 from phi_export.verify.text import sample_tokens
@@ -24,7 +25,16 @@ from phi_runtime.architecture.checkpoint import Checkpoint, open_checkpoint, sto
 from phi_runtime.backends import cores, record
 from phi_runtime.errors import CheckpointError, MissingExtraError, OutputExistsError, PhiError
 from phi_runtime.files import replace_folder, resumable_folder
-from phi_runtime.package.manifest import MANIFEST, Manifest, Parity, Source, list_files, read_manifest, write_manifest
+from phi_runtime.package.manifest import (
+    MANIFEST,
+    ExportOptions,
+    Manifest,
+    Parity,
+    Source,
+    list_files,
+    read_manifest,
+    write_manifest,
+)
 from phi_runtime.planning.speed import load_speeds
 from phi_runtime.text.chat_templates import chat_name
 from phi_runtime.text.tokenizer import Tokenizer
@@ -49,23 +59,23 @@ def plan(
     checkpoint: Checkpoint,
     formats: tuple[str, ...],
     budget: Budget | None = None,
-    options: Options | None = None,
+    options: ExportOptions | None = None,
     calibration: Calibration | None = None,
     to_calibrate: bool = False,
-) -> list[Planned]:
+) -> list[QuantizationPlan]:
     """How each format will store each tensor, from the headers and the calibration alone; without one that is still
     `to_calibrate`, as far as that goes.
 
     Raises UsageError for an unknown format or a budget that cannot be met, UnsupportedError for a model or a
     width that a format cannot carry.
     """
-    options = options or Options()
+    options = options or ExportOptions()
     planned = []
     for name in formats:
         module = get_format(name)
         module.check(checkpoint.config, options)
         model, known = as_format(module, checkpoint, calibration)
-        options = replace(options, int8_kv=(to_calibrate or known is not None) and name == "onnx")
+        options = msgspec.structs.replace(options, int8_kv=(to_calibrate or known is not None) and module.HAS_INT8_KV)
         loss = known.losses(module, model, options) if known else weight_error
         speeds = load_speeds(module.ENGINE)
         planned.append(plan_mix(name, module, model, options, budget or Budget(None), speeds, loss))
@@ -90,7 +100,7 @@ def export(
     force: bool = False,
     progress: Progress = lambda *_: None,
     budget: Budget | None = None,
-    options: Options | None = None,
+    options: ExportOptions | None = None,
     tokens: int | None = None,
     threads: int | None = None,
     text: CalibrationText | None = None,
@@ -158,7 +168,7 @@ class _Job:
     progress: Progress
     calibration: Calibration | None
 
-    def bundle(self, planned: Planned, folder: Path) -> Exported:
+    def bundle(self, planned: QuantizationPlan, folder: Path) -> Exported:
         """Write one bundle, what an earlier run left of it included, and verify it."""
         folder.mkdir(exist_ok=True)
         if (folder / MANIFEST).is_file():
@@ -176,7 +186,7 @@ class _Job:
             self.progress(planned.format, what, done, steps)
 
         began = time.perf_counter()
-        stream = Stream(
+        stream = ParallelWriter(
             folder.with_name(f"{planned.format}.journal"), self.threads, lambda name: step(f"writing {name}")
         )
         module.write(source, planned.plan, planned.options, folder, stream, calibration or Uncalibrated())
@@ -198,7 +208,7 @@ class _Job:
             chat=chat_name(self.source.folder),
             quantization=planned.plan,
             files=list_files(folder),
-            options=asdict(planned.options),
+            options=planned.options,
             calibration=self.calibration.on if self.calibration else None,
         )
         write_manifest(folder, manifest)
@@ -207,19 +217,19 @@ class _Job:
             folder, manifest, self.source, self.sample, lambda what: step(f"verifying {what}"), True, self.held_out
         )
         parity = outcome.require(Path(planned.format))
-        manifest = replace(manifest, parity=parity, quality=outcome.quality)
+        manifest = msgspec.structs.replace(manifest, parity=parity, quality=outcome.quality)
         write_manifest(folder, manifest)
         stream.forget()
         self.progress(planned.format, "done", steps, steps)
         return Exported(folder, manifest, parity, wrote - began, time.perf_counter() - wrote)
 
 
-def _key(described: Source, planned: list[Planned], calibration: Calibration | None) -> str:
+def _key(described: Source, planned: list[QuantizationPlan], calibration: Calibration | None) -> str:
     """A digest of all that decides the bytes."""
     calibrated = calibration.on.digest if calibration else None
-    plans = [(p.format, asdict(p.options), {n: q.type for n, q in p.plan.items()}) for p in planned]
-    said = json.dumps([__version__, asdict(described), plans, calibrated])
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
+    plans = [(p.format, p.options, {n: q.type for n, q in p.plan.items()}) for p in planned]
+    said = msgspec.json.encode([__version__, described, plans, calibrated])
+    return hashlib.sha256(said).hexdigest()[:16]
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:

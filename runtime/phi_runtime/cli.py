@@ -17,6 +17,7 @@ from phi_runtime.model import Phi, load
 from phi_runtime.planning.memory import DEVICES
 from phi_runtime.version import __version__
 
+DEVICE_CHOICES = ("auto", "cpu", "gpu")
 _IMPORT_PATIENCE = 200  # twentieths of a second that a signal waits for the end of an import
 
 
@@ -114,17 +115,17 @@ def _main(argv: list[str]) -> None:
     _model(g)
     g.add_argument("--prompt", required=True, help="the text to continue")
     _sampling(g)
-    g.add_argument("--policy", default="reject", choices=POLICIES, help="where the context is too small (%(default)s)")
+    g.add_argument("--policy", default="reject", choices=POLICIES, help="if the context is too small (%(default)s)")
     g.add_argument("--quiet", action="store_true", help="no timings after the text")
 
     c = commands.add_parser("chat", help="talk to a model in the terminal")
     _model(c)
-    c.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    c.add_argument("--system", metavar="TEXT", help="system message")
     _sampling(c)
 
-    q = commands.add_parser("plan", help="how much memory a model will take, and how fast it will be")
+    q = commands.add_parser("plan", help="predict memory and speed before loading")
     q.add_argument("path", metavar="MODEL", help="a bundle, a GGUF file or an onnxruntime-genai folder")
-    q.add_argument("--backend", help="engine whose speed is wanted (default: the first of the format)")
+    q.add_argument("--backend", help="engine to predict the speed of (default: the first of the format)")
     q.add_argument("--device", help="a named device instead of this machine: " + ", ".join(DEVICES))
     _memory(q)
 
@@ -133,7 +134,7 @@ def _main(argv: list[str]) -> None:
     s.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s); others need --token")
     s.add_argument("--port", type=_port, default=8080, help="port (%(default)s; 0 takes a free one)")
     s.add_argument("--token", help="what clients must send as their API key (default: PHI_RUN_TOKEN, if set)")
-    s.add_argument("--queue", type=positive, default=16, help="requests that may wait, others get 503 (%(default)s)")
+    s.add_argument("--queue", type=positive, default=16, help="requests that may wait; more get 503 (%(default)s)")
     s.add_argument("--timeout", type=positive, default=600, metavar="S", help="seconds per answer (%(default)s)")
 
     args = p.parse_args(argv)
@@ -143,6 +144,7 @@ def _main(argv: list[str]) -> None:
 def _model(p: argparse.ArgumentParser) -> None:
     p.add_argument("path", metavar="MODEL", help="a bundle, a GGUF file or an onnxruntime-genai folder")
     p.add_argument("--backend", help="engine to use (default: the first of the format)")
+    p.add_argument("--device", choices=DEVICE_CHOICES, default="auto", help="where the engine runs (%(default)s)")
     p.add_argument("--threads", type=positive, help="threads (default: one per core)")
     p.add_argument("--chat-format", dest="chat", help="for a model whose chat template is not known")
     _memory(p)
@@ -164,13 +166,13 @@ def _sampling(p: argparse.ArgumentParser) -> None:
 
 # Fields of `GenerationConfig` that are options.
 _SAMPLING = {
-    "max_tokens": "at most so many tokens",
-    "temperature": "0 takes the likeliest token",
-    "top_k": "draw from the k likeliest tokens; 0: all",
-    "top_p": "draw from the likeliest tokens of this share",
-    "min_p": "and that have this share of the likeliest's probability",
-    "repetition_penalty": "above 1: against repetition",
-    "seed": "seed of the draw",
+    "max_tokens": "stop after this many tokens",
+    "temperature": "0: always the likeliest token",
+    "top_k": "sample from the k likeliest tokens; 0: all",
+    "top_p": "sample from the likeliest tokens that add up to this probability",
+    "min_p": "drop tokens below this share of the likeliest one's probability",
+    "repetition_penalty": "above 1: discourage repetition",
+    "seed": "seed of the sampler",
 }
 
 
@@ -179,7 +181,9 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def _load(args: argparse.Namespace) -> Phi:
-    return load(args.path, args.backend, args.context, args.memory, args.threads, args.kv, args.chat)
+    return load(
+        args.path, args.backend, args.context, args.memory, args.threads, args.kv, args.chat, device=args.device
+    )
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -200,7 +204,7 @@ def _timings(phi: Phi, steps: list[Step]) -> str:
     lost = f"; {dropped} tokens dropped to fit the context" if dropped else ""
     return (
         f"[{phi.backend}: {len(steps)} tokens, first after {steps[0].seconds * 1000:.0f} ms{rate}; "
-        f"stopped by {steps[-1].stop}{lost}]"
+        f"stopped by {steps[-1].finish_reason}{lost}]"
     )
 
 

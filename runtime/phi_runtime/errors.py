@@ -12,11 +12,17 @@ class PhiError(Exception):
 
 
 class UsageError(PhiError):
-    """An argument or a combination of arguments that makes no sense."""
+    """An argument or a combination of arguments that makes no sense.
+
+    Remedy: Give the argument as the message says; `--help` lists the values.
+    """
 
 
 class MissingExtraError(PhiError):
-    """A feature was asked for whose packages are not installed."""
+    """A feature was asked for whose packages are not installed.
+
+    Remedy: Install the extra that the message names: `pip install 'phi-edge[EXTRA]'`.
+    """
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} is not installed: pip install 'phi-edge[{extra}]'")
@@ -28,46 +34,86 @@ def missing_extra(e: ImportError, extra: str) -> ImportError | MissingExtraError
 
 
 class NotFoundError(PhiError):
-    """A path that does not exist."""
+    """A path that does not exist.
+
+    Remedy: Check the path or the model's name.
+    """
+
+
+class DownloadError(PhiError):
+    """A download that broke off; what arrived is kept, and the same command goes on from there.
+
+    Remedy: Run the same command again; check the network if it happens twice.
+    """
 
 
 class OutputExistsError(PhiError):
-    """An output that exists already and was not to be replaced."""
+    """An output that exists already and was not to be replaced.
+
+    Remedy: Choose another `--out`, or replace it with `--force`.
+    """
 
 
 class DiskFullError(PhiError):
-    """The disk filled up while something was being written; the part written is gone again."""
+    """The disk filled up while something was being written; the part written is gone again.
+
+    Remedy: Free some space and run the same command again.
+    """
 
 
 class CheckpointError(PhiError):
-    """A Hugging Face model folder that is missing something, damaged or inconsistent."""
+    """A Hugging Face model folder that is missing something, damaged or inconsistent.
+
+    Remedy: Fetch or save the checkpoint again; the message names the file and the tensor.
+    """
 
 
 class UnsupportedError(PhiError):
-    """A well-formed model that this version cannot carry."""
+    """A well-formed model that this version cannot carry.
+
+    Remedy: Choose another format, or the checkpoint that the message asks for.
+    """
 
 
 class BundleError(PhiError):
-    """A bundle, or a file of one, that is damaged, inconsistent or from a newer version."""
+    """A bundle, or a file of one, that is damaged, inconsistent or from a newer version.
+
+    Remedy: Export the bundle again, or fetch it again if it was downloaded.
+    """
 
 
 class ChatError(PhiError):
-    """A conversation that cannot be written in the model's chat format, or a model without a known one."""
+    """A conversation that cannot be written in the model's chat format, or a model without a known one.
+
+    Remedy: Name the chat format with `chat=` or `--chat-format`, or mend the message that is named.
+    """
 
 
 class TokenError(PhiError):
-    """Tokens outside the vocabulary, or an empty prompt."""
+    """Tokens outside the vocabulary, or an empty prompt.
+
+    Remedy: Give text, or token ids of the model's own tokenizer.
+    """
 
 
 class ContextError(PhiError):
-    """More tokens than the context holds."""
+    """More tokens than the context holds.
+
+    Remedy: Shorten the prompt, reserve a longer context, or choose another context policy.
+    """
 
 
 class MemoryPlanError(PhiError):
-    """A model that does not fit into the memory that it may take."""
+    """A model that does not fit into the memory that it may take.
+
+    Remedy: Give more memory, a shorter context or a smaller type of KV cache; the message has the arithmetic.
+    """
 
 
 class VerificationError(PhiError):
-    """A bundle that does not agree with its checkpoint."""
+    """A bundle that does not agree with its checkpoint.
+
+    Remedy: Keep more bytes or calibrate on other text; the message names the check that failed.
+    """
 
     exit_code = 1

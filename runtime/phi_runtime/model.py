@@ -18,15 +18,15 @@ from phi_runtime.architecture.decoder import F32
 from phi_runtime.backends import open_backend, own_tokenizer
 from phi_runtime.errors import ChatError, TokenError, UsageError
 from phi_runtime.generation import prompt_cache
-from phi_runtime.generation.batch import Batches, generate
+from phi_runtime.generation.batch import SupportsBatches, generate
 from phi_runtime.generation.config import GenerationConfig, Options
-from phi_runtime.generation.engine import Engine, Step, StopReason
+from phi_runtime.generation.engine import Engine, FinishReason, Step
 from phi_runtime.package.manifest import Manifest
 from phi_runtime.package.open import Package, open_package
 from phi_runtime.planning.memory import plan_package
 from phi_runtime.text.chat_templates import ChatFormat, Messages, get_format
 from phi_runtime.text.tokenizer import FILE as TOKENIZER
-from phi_runtime.text.tokenizer import Codec, StreamDecoder, TextStop, Tokenizer
+from phi_runtime.text.tokenizer import StreamDecoder, TextStop, Tokenizer, TokenizerLike
 
 _POLL = 0.005  # seconds
 _MOST_ROWS = 64
@@ -54,7 +54,7 @@ class Completion:
     text: str
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
-    stop: StopReason | None
+    finish_reason: FinishReason | None
     ttft_s: float
     decode_tps: float
     prompt_tokens: int
@@ -105,7 +105,7 @@ class Phi:
     is exhausted or closed, and its own thread gets a UsageError for another call meanwhile.
     """
 
-    def __init__(self, package: Package, engine: Engine, tokenizer: Codec, chat: ChatFormat | None) -> None:
+    def __init__(self, package: Package, engine: Engine, tokenizer: TokenizerLike, chat: ChatFormat | None) -> None:
         self.package = package
         self.tokenizer = tokenizer
         self.engine = engine
@@ -183,7 +183,7 @@ class Phi:
             raise UsageError("generate_batch takes a list of prompts; for one, call generate")
         texts = [self._tokens(p) for p in prompts]
         backend = self.engine.backend
-        if not isinstance(backend, Batches) or not self.package.shape.batches:
+        if not isinstance(backend, SupportsBatches) or not self.package.shape.batches:
             return [self.generate(text, **options) for text in texts]
         with self._my_turn():
             return self._batch(backend, min(rows, len(texts)), texts, **options) if texts else []
@@ -308,11 +308,11 @@ class Phi:
             for step in steps:
                 piece = text.push(step)
                 yield piece
-                if piece.step.stop or self._closed:
+                if piece.step.finish_reason or self._closed:
                     return
 
     def _batch(
-        self, backend: Batches, rows: int, prompts: list[list[int]], **options: Unpack[Options]
+        self, backend: SupportsBatches, rows: int, prompts: list[list[int]], **options: Unpack[Options]
     ) -> list[Completion]:
         o = GenerationConfig(**options)
         fitted = [self.engine.fit(tokens, o.max_tokens, o.policy) for tokens in prompts]
@@ -323,10 +323,10 @@ class Phi:
 
         def heard(n: int, step: Step) -> bool:
             tokens, dropped = fitted[n]
-            if step.stop is None and len(tokens) + len(pieces[n]) >= slots:
-                step = replace(step, stop="context")
+            if step.finish_reason is None and len(tokens) + len(pieces[n]) >= slots:
+                step = replace(step, finish_reason="context")
             pieces[n].append(texts[n].push(replace(step, dropped=0 if pieces[n] else dropped)))
-            return pieces[n][-1].step.stop is None and not self._closed
+            return pieces[n][-1].step.finish_reason is None and not self._closed
 
         batch = backend.batch(rows, slots)
         try:
@@ -341,18 +341,18 @@ class Phi:
 class _Text:
     """The text of an answer, step by step."""
 
-    def __init__(self, codec: Codec, prompt: list[int], stop: str | Sequence[str]) -> None:
-        self._codec, self._decoder = codec, StreamDecoder(codec, prompt)
+    def __init__(self, tokenizer: TokenizerLike, prompt: list[int], stop: str | Sequence[str]) -> None:
+        self._tokenizer, self._decoder = tokenizer, StreamDecoder(tokenizer, prompt)
         self._ends = TextStop([stop] if isinstance(stop, str) else stop)
 
     def push(self, step: Step) -> Chunk:
         """The piece of a step; its stop is this text's."""
-        spelt = self._codec.token_bytes(step.token)
-        text = "" if step.stop == "stop_token" else self._decoder.push(step.token)
-        text = self._ends.push(text + (self._decoder.flush() if step.stop else ""))
+        spelt = self._tokenizer.token_bytes(step.token)
+        text = "" if step.finish_reason == "stop_token" else self._decoder.push(step.token)
+        text = self._ends.push(text + (self._decoder.flush() if step.finish_reason else ""))
         if self._ends.found:
-            return Chunk(text, spelt, replace(step, stop="stop_text"))
-        return Chunk(text + (self._ends.flush() if step.stop else ""), spelt, step)
+            return Chunk(text, spelt, replace(step, finish_reason="stop_text"))
+        return Chunk(text + (self._ends.flush() if step.finish_reason else ""), spelt, step)
 
 
 def _answer(prompt_tokens: int, pieces: list[Chunk]) -> Completion:
@@ -362,7 +362,7 @@ def _answer(prompt_tokens: int, pieces: list[Chunk]) -> Completion:
         text="".join(p.text for p in pieces),
         tokens=tuple(s.token for s in steps),
         logprobs=tuple(s.logprob for s in steps),
-        stop=steps[-1].stop if steps else None,
+        finish_reason=steps[-1].finish_reason if steps else None,
         ttft_s=steps[0].seconds if steps else 0.0,
         decode_tps=(len(steps) - 1) / after_first if after_first else 0.0,
         prompt_tokens=prompt_tokens,
@@ -380,6 +380,7 @@ def load(
     kv: str | None = None,
     chat: str | None = None,
     draft: str | Path | None = None,
+    device: str = "auto",
 ) -> Phi:
     """Open a bundle that phi-export wrote, a Phi in a GGUF file, or an onnxruntime-genai folder.
 
@@ -387,18 +388,20 @@ def load(
     what the model has, up to 4,096. memory: bytes, or a size such as "2.5GB", that context and cache are chosen within
     (see `plan`). threads: by default one per core. kv: the type of the cache, such as q8_0 (llama.cpp) or int8
     (onnxruntime, calibrated bundles). chat: a format of `phi_runtime.text.chat_templates`, for a model whose template
-    is not known. draft: a small model of the same tokenizer, which guesses tokens for this one to check.
+    is not known. draft: a small model of the same tokenizer, which guesses tokens for this one to check. device: "cpu",
+    "gpu", or "auto" for the one that the installed engine prefers.
 
     Raises NotFoundError, BundleError, UnsupportedError, MissingExtraError, UsageError for a backend that does not run
-    the format, ContextError for a context beyond the model's, MemoryPlanError where `memory` is too little.
+    the format or a device that it cannot use, ContextError for a context beyond the model's, MemoryPlanError where
+    `memory` is too little.
     """
     package = open_package(path)
     said = package.chat if chat is None else get_format(chat)
     if memory is not None:
         found = plan_package(package, context=context, memory=memory, kv=kv, backend=backend)
         context, kv = found.context, found.kv
-    tokenizer: Codec | None = None if package.folder is None else Tokenizer(package.folder)
-    opened = open_backend(package, backend, context, threads, kv)
+    tokenizer: TokenizerLike | None = None if package.folder is None else Tokenizer(package.folder)
+    opened = open_backend(package, backend, context, threads, kv, device)
     tokenizer = tokenizer or own_tokenizer(package, opened)
     assert tokenizer is not None, "every package has a tokenizer.json or a GGUF file"
     engine = Engine(opened, package.stop_tokens, package.shape.crossover)

@@ -21,7 +21,7 @@ from phi_export.calibrate.equalise import equalised
 from phi_export.calibrate.forward import TorchDecoder
 from phi_export.calibrate.text import calibration_windows
 from phi_export.defaults import BUILT_IN, WINDOW
-from phi_export.formats import Options, get_format, tensor_groups
+from phi_export.formats import get_format, tensor_groups
 from phi_export.pipeline import export, plan
 from phi_export.quantize import gptq
 from phi_export.verify.manifest import describe_source
@@ -30,7 +30,7 @@ from phi_export.verify.verification import verify
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.backends.reference import Reference
 from phi_runtime.package.formats import FORMATS
-from phi_runtime.package.manifest import read_manifest
+from phi_runtime.package.manifest import ExportOptions, read_manifest
 from phi_runtime.text.tokenizer import Tokenizer
 from phi_train.data.corpus import Document, documents
 
@@ -94,7 +94,7 @@ def divergence(source, read, tokens) -> float:
 
 @pytest.mark.parametrize(("name", "profile"), [(n, p) for n in FORMATS for p in get_format(n).PROFILES])
 def test_a_calibrated_bundle_is_closer_to_its_checkpoint(name, profile, source, wanted, tokens, tmp_path):
-    options, found = Options(profile), []
+    options, found = ExportOptions(profile), []
     (fast,) = plan(source, (name,), options=options)
     for text in (None, wanted):
         # The same bytes of weights: a calibrated bundle may hold a graph more.
@@ -109,22 +109,22 @@ def test_a_calibrated_bundle_is_closer_to_its_checkpoint(name, profile, source, 
 
 
 def test_costs_foretell_the_loss(source, wanted, calibration, tokens, tmp_path):
-    (planned,) = plan(source, ("onnx",), None, Options(), calibration)
+    (planned,) = plan(source, ("onnx",), None, ExportOptions(), calibration)
     (made,) = export(source.folder, tmp_path / "b", ("onnx",), text=wanted, tokens=64)
     measured = divergence(source, get_format("onnx").read(made.folder, made.manifest), tokens[:2048])
     assert measured / 2 < planned.expected_loss < measured * 2
 
 
 def test_every_matrix_has_a_cost_and_a_factor(source, calibration):
-    for item in tensor_groups(source.config, Options(split_qkv=True)):
+    for item in tensor_groups(source.config, ExportOptions(split_qkv=True)):
         if item.role == "vector":
             continue
-        assert calibration.costs[item.name] > 0
+        assert calibration.sensitivity[item.name] > 0
         factor = calibration.factor(item.tensor)
         assert (factor is None) == (item.role == "embedding")
-        assert factor is None or factor.spread[0].shape == (item.columns, item.columns)
-    whole = {i.name: calibration.cost(i) for i in tensor_groups(source.config, Options())}
-    assert sum(whole.values()) == pytest.approx(sum(calibration.costs.values()))
+        assert factor is None or factor.unit_upper[0].shape == (item.columns, item.columns)
+    whole = {i.name: calibration.sensitivity_of(i) for i in tensor_groups(source.config, ExportOptions())}
+    assert sum(whole.values()) == pytest.approx(sum(calibration.sensitivity.values()))
 
 
 def test_a_calibration_is_made_once(source, wanted, calibration):
@@ -143,8 +143,8 @@ def test_an_interrupted_calibration_goes_on(checkpoint, wanted, calibration, tmp
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert state, f"it ended before it could be killed: {process.stderr.read()}"
-    assert not list(tmp_path.glob("*/costs.json"))
-    first = next(tmp_path.glob("*/*layers.0*-spread.npy"))
+    assert not list(tmp_path.glob("*/sensitivity.json"))
+    first = next(tmp_path.glob("*/*layers.0*-factor.npy"))
     written = first.stat().st_mtime_ns
     done = run(*command[:1], *command[1:])
     assert done.returncode == 0, done.stderr
@@ -157,14 +157,14 @@ def test_an_interrupted_calibration_goes_on(checkpoint, wanted, calibration, tmp
 def test_damage_to_the_cache_is_named(checkpoint, wanted, calibration, tmp_path):
     copy = tmp_path / "cache"
     shutil.copytree(calibration.folder, copy / calibration.folder.name)
-    spread = next(copy.glob("*/*down_proj*-spread.npy"))
-    spread.write_bytes(spread.read_bytes()[:-100])
+    unit_upper = next(copy.glob("*/*down_proj*-factor.npy"))
+    unit_upper.write_bytes(unit_upper.read_bytes()[:-100])
     export_ = ("phi-export", "--int4", checkpoint, "--format", "onnx", "--out", tmp_path / "out")
     options = ("--calibrate", wanted.text, "--windows", 12, "--cache", copy)
     done = run(*export_, *options)
     assert done.returncode == 2, done.stderr
-    assert spread.name in done.stderr and "delete" in done.stderr
-    (copy / calibration.folder.name / "costs.json").write_text('{"a": "b"}')
+    assert unit_upper.name in done.stderr and "delete" in done.stderr
+    (copy / calibration.folder.name / "sensitivity.json").write_text('{"a": "b"}')
     done = run(*export_, *options)
     assert done.returncode == 2
     assert "delete" in done.stderr
@@ -265,7 +265,7 @@ def test_a_calibrated_onnx_bundle_has_a_cache_of_8_bits_too(int8_bundle, tokens)
             for phi in (whole, small):
                 backend = phi.engine.backend
                 backend.trim(0)
-                backend.forward(piece[:40], every=False)
+                backend.forward(piece[:40], all_logits=False)
                 rows.append(
                     np.concatenate([backend.forward(piece[a : a + 10], True) for a in range(40, len(piece), 10)])
                 )

@@ -125,7 +125,11 @@ print(json.dumps(out[0, len(prompt):].tolist()))
 def test_optimum(checkpoint, prompt, tmp_path):
     # optimum 0.1.0 takes every phi3 for one without grouped queries, so this one has none.
     training = checkpoint / "training"
-    more = (f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "model.num_key_value_heads=2")
+    more = (
+        f"data.tokenizer={training / 'tokenizer'}",
+        f"data.shards={training / 'shards'}",
+        "model.num_key_value_heads=2",
+    )
     plain = tmp_path / "plain"
     assert run("phi-train", "phi3-demo", "--out", plain, *settings(*more)).returncode == 0
     assert run("phi-export", "--int4", "--fast", plain, "--out", tmp_path / "out", "--format", "onnx").returncode == 0

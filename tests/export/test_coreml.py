@@ -8,7 +8,7 @@ from breakage import rehash
 from support import run
 
 import phi_runtime
-from phi_export.formats import Options, get_format
+from phi_export.formats import get_format
 from phi_export.formats.coreml.graph import kv_capacity
 from phi_export.formats.coreml.lint import CHUNK_BYTES, lint
 from phi_export.pipeline import export
@@ -16,7 +16,7 @@ from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.backends.coreml import package_paths
 from phi_runtime.backends.mil.schema import messages
 from phi_runtime.backends.reference import Reference
-from phi_runtime.package.manifest import read_manifest
+from phi_runtime.package.manifest import ExportOptions, read_manifest
 from phi_train.recipes.published import PUBLISHED
 
 
@@ -53,7 +53,7 @@ def test_a_shorter_context_is_a_smaller_cache(checkpoint, tokens, tmp_path):
 def chain(checkpoint, tmp_path, monkeypatch):
     """Files of half a megabyte at most, as if the Neural Engine loaded no larger ones."""
     monkeypatch.setitem(CHUNK_BYTES, "ane", 350_000)
-    (made,) = export(checkpoint, tmp_path / "chain", ("coreml",), options=Options("ane"))
+    (made,) = export(checkpoint, tmp_path / "chain", ("coreml",), options=ExportOptions("ane"))
     return made.folder
 
 

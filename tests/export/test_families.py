@@ -14,14 +14,14 @@ from phi_export.calibrate.equalise import equalised
 from phi_export.calibrate.forward import TorchDecoder
 from phi_export.calibrate.text import calibration_windows
 from phi_export.defaults import WINDOW
-from phi_export.formats import Options, get_format, tensor_groups
+from phi_export.formats import get_format, tensor_groups
 from phi_export.verify.manifest import describe_source
 from phi_export.verify.metrics import Agreement
 from phi_export.verify.verification import verify
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.architecture.config import parse_config
 from phi_runtime.backends.reference import Reference
-from phi_runtime.package.manifest import read_manifest
+from phi_runtime.package.manifest import ExportOptions, read_manifest
 from phi_train.checkpoints.init import _pieces
 from phi_train.data.tokenizer import build_tokenizer, tokenizer_config
 
@@ -255,7 +255,7 @@ def test_calibration_finds_every_matrix(name, tokenizer, tmp_path):
     np.testing.assert_allclose(same, exact, atol=2e-4 * np.std(exact))  # moved scales change nothing
     size = 1e-3
     said, found = [], []
-    for item in tensor_groups(checkpoint.config, Options(split_qkv=True)):
+    for item in tensor_groups(checkpoint.config, ExportOptions(split_qkv=True)):
         if item.role in ("vector", "embedding"):
             continue
         erring = scaled.read(item.tensor).copy()
@@ -269,7 +269,7 @@ def test_calibration_finds_every_matrix(name, tokenizer, tmp_path):
         agreement = Agreement()
         for text, logits in zip(texts, exact, strict=True):
             agreement.add(logits, Reference(checkpoint.config.decoder(), read, 0).forward(text, True)[0], text[1:])
-        said.append(calibration.costs[item.name] * size)
+        said.append(calibration.sensitivity[item.name] * size)
         found.append(agreement.kld_mean)
     ratios = np.array(said) / np.array(found)
     assert np.all((ratios > 0.5) & (ratios < 2)), ratios.round(2)
@@ -299,16 +299,16 @@ def test_longrope_changes_its_factors_where_it_should(kind, tokenizer, tmp_path)
     text = np.random.default_rng(1).integers(3, VOCAB, 262).tolist()
 
     def exact(length):
-        return Reference(decoder, read, 0).forward(text[:length], every=False)[0]
+        return Reference(decoder, read, 0).forward(text[:length], all_logits=False)[0]
 
     def close(a, b):
         return np.sqrt(np.square(a - b).mean()) < 0.06 * b.std()  # K types round activations in blocks of 256
 
     with phi_runtime.load(bundle) as phi:
         backend = phi.engine.backend
-        backend.forward(text[:254], every=False)
+        backend.forward(text[:254], all_logits=False)
         for length in (255, 256, 257, 258):
-            assert close(backend.forward([text[length - 1]], every=False), exact(length)), length
+            assert close(backend.forward([text[length - 1]], all_logits=False), exact(length)), length
         backend.trim(250)  # and back
-        assert close(backend.forward(text[250:255], every=False), exact(255))
-        assert close(backend.forward(text[255:262], every=False), exact(262))
+        assert close(backend.forward(text[250:255], all_logits=False), exact(255))
+        assert close(backend.forward(text[255:262], all_logits=False), exact(262))

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from support import run
 
-from phi_export.formats import Options, get_format
+from phi_export.formats import get_format
 from phi_export.formats.onnx import write as onnx
 from phi_export.pipeline import export, plan
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.package.formats import FORMATS
-from phi_runtime.package.manifest import check_files, list_files, read_manifest
+from phi_runtime.package.manifest import ExportOptions, check_files, list_files, read_manifest
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -87,7 +87,7 @@ def test_every_profile_and_a_mix_under_a_ceiling(name, profile, bound, checkpoin
     )
     assert plain.returncode == 0, plain.stderr
     manifest = read_manifest(tmp_path / "plain" / name)
-    assert manifest.options["profile"] == profile
+    assert manifest.options.profile == profile
     assert manifest.bits_per_weight() < bound
     size = sum(f.stat().st_size for f in (tmp_path / "plain").rglob("*") if f.is_file())
     budget = int(size * (1.1 if name == "gguf" else 0.93))  # rows this short leave GGUF no type below 4 bits
@@ -160,6 +160,6 @@ def test_sharded_and_other_types_read_the_same(checkpoint, tmp_path):
 def test_onnxruntime_computes_with_zero_points(kind, profile, checkpoint, tmp_path, monkeypatch):
     """Embedding, head and all; a row of three blocks ends in half a byte. Verification runs it beside the reference."""
     monkeypatch.setattr(onnx, "yardstick", lambda *_: kind)
-    (made,) = export(checkpoint, tmp_path / "b", ("onnx",), options=Options(profile))
+    (made,) = export(checkpoint, tmp_path / "b", ("onnx",), options=ExportOptions(profile))
     assert {q.type for q in made.manifest.quantization.values()} - {"float32", "float16"} == {kind}
     assert made.parity.kld_mean < 0.05

@@ -8,13 +8,13 @@ import pytest
 from support import run
 
 from phi_export.allocate import Budget
-from phi_export.formats import Options, get_format
+from phi_export.formats import get_format
 from phi_export.pipeline import export
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.architecture.config import parse_config
 from phi_runtime.backends.reference import Reference
 from phi_runtime.errors import UnsupportedError
-from phi_runtime.package.manifest import read_manifest
+from phi_runtime.package.manifest import ExportOptions, read_manifest
 
 mlx = pytest.importorskip("mlx.core")
 mlx_lm = pytest.importorskip("mlx_lm")
@@ -83,8 +83,8 @@ def test_an_attention_factor_of_its_own_is_refused(checkpoint, tmp_path):
     }
     module = get_format("mlx")
     config = parse_config(raw, tmp_path)
-    module.check(config, Options())
-    assert module.context(config, Options()) == 64
+    module.check(config, ExportOptions())
+    assert module.context(config, ExportOptions()) == 64
     raw["rope_scaling"]["attention_factor"] = 1.5
     with pytest.raises(UnsupportedError, match="attention_factor"):
-        module.check(parse_config(raw, tmp_path), Options())
+        module.check(parse_config(raw, tmp_path), ExportOptions())

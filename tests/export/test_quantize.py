@@ -1,12 +1,13 @@
 import numpy as np
 import pytest
 
-from phi_export.formats import Options, get_format
+from phi_export.formats import get_format
 from phi_export.formats.gguf.write import _TYPES as GGML
 from phi_export.quantize import ggml
 from phi_export.quantize.q4 import quantize_q4_0, quantize_q4_k
 from phi_export.quantize.uniform import dequantize_rows, fit_palettes, round_affine, round_rows
-from phi_runtime.backends.mil.blob import pack, unpack
+from phi_runtime.package.bits import pack, unpack
+from phi_runtime.package.manifest import ExportOptions
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_the_errors_in_the_tables_are_the_measured_ones(name, weights):
     """The solver and verification go by them."""
     module = get_format(name)
     for profile in module.PROFILES:
-        for kind in module.types(Options(profile)).values():
+        for kind in module.types(ExportOptions(profile)).values():
             if name == "gguf":
                 quantize = {"Q4_0": quantize_q4_0, "Q4_K": quantize_q4_k}.get(kind.name)
                 raw = quantize(weights) if quantize else ggml.quantize(weights, kind)

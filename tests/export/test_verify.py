@@ -173,11 +173,11 @@ def test_a_truncated_artifact_is_refused(name, copy, checkpoint):
         (lambda m: m.update(version=True), "version"),
         (lambda m: m.update(chat="evil"), "chat format"),
         (lambda m: m["source"].update(random=True), "random"),
-        (lambda m: m["source"].update(random="x"), "malformed"),
+        (lambda m: m["source"].update(random="x"), "source.random: expected `bool`"),
         (lambda m: m["source"]["sha256"].update({"model.safetensors": "0" * 64}), "digests of the checkpoint"),
         (lambda m: m["options"].update(profile="bogus"), "options"),
-        (lambda m: m["options"].update(context=1.5), "malformed"),
-        (lambda m: m["parity"].update(perplexity="x"), "malformed"),
+        (lambda m: m["options"].update(context=1.5), "options.context: expected"),
+        (lambda m: m["parity"].update(perplexity="x"), "parity.perplexity: expected"),
     ],
 )
 def test_a_manifest_that_claims_what_is_not_so_is_refused(change, says, copy, checkpoint):

@@ -10,6 +10,8 @@ from phi_runtime.backends.reference import ReferenceBackend
 from phi_runtime.errors import ContextError
 from phi_runtime.package.formats import FORMATS
 
+FORGETFUL = ("onnx", "coreml")  # their cache holds less than their context
+
 
 @pytest.fixture(params=FORMATS)
 def phi(request, bundles):
@@ -36,43 +38,41 @@ def test_prompts_of_every_length(phi, reference, tokens, count):
         with pytest.raises(ContextError, match="holds 100"):
             phi.logits(tokens[:count])
         return
-    assert close(phi.logits(tokens[:count]), reference().forward(tokens[:count], every=True))
+    assert close(phi.logits(tokens[:count]), reference().forward(tokens[:count], all_logits=True))
 
 
 def test_a_token_at_a_time_is_the_same(phi, reference, tokens):
     count = min(phi.context, 300)
-    backend, expected = phi.engine.backend, reference().forward(tokens[:count], every=True)
+    backend, expected = phi.engine.backend, reference().forward(tokens[:count], all_logits=True)
     backend.trim(0)
-    assert close(backend.forward(tokens[:60], every=False), expected[59:60])
+    assert close(backend.forward(tokens[:60], all_logits=False), expected[59:60])
     for i in range(60, count):
-        assert close(backend.forward([tokens[i]], every=False), expected[i : i + 1], 0.04), i
+        assert close(backend.forward([tokens[i]], all_logits=False), expected[i : i + 1], 0.04), i
     assert backend.position == count
 
 
 def test_rewind_forgets(phi, reference, tokens):
     backend = phi.engine.backend
     backend.trim(0)
-    backend.forward(tokens[:50], every=False)
+    backend.forward(tokens[:50], all_logits=False)
     backend.trim(20)
     assert backend.position == 20
-    again = backend.forward(tokens[300:340], every=True)
-    assert close(again, reference().forward(tokens[:20] + tokens[300:340], every=True)[20:])
+    again = backend.forward(tokens[300:340], all_logits=True)
+    assert close(again, reference().forward(tokens[:20] + tokens[300:340], all_logits=True)[20:])
 
 
+@pytest.mark.parametrize("phi", FORGETFUL, indirect=True)
 @pytest.mark.parametrize("position", [299, 290, 250, 170, 100, 37, 1])
 def test_a_cache_that_forgets_reads_again(phi, reference, tokens, position):
     """ONNX holds the window of 100 and a chunk, Core ML 256 tokens: what a rewind goes back to may be gone."""
-    if phi.context < 320:
-        assert phi.backend in ("llama.cpp", "mlx")
-        return
     backend = phi.engine.backend
     backend.trim(0)
-    backend.forward(tokens[:300], every=False)
+    backend.forward(tokens[:300], all_logits=False)
     backend.trim(position)
-    again = backend.forward(tokens[400:410], every=True)
-    assert close(again, reference().forward(tokens[:position] + tokens[400:410], every=True)[position:])
-    one = backend.forward(tokens[410:411], every=False)
-    assert close(one, reference().forward(tokens[:position] + tokens[400:411], every=False))
+    again = backend.forward(tokens[400:410], all_logits=True)
+    assert close(again, reference().forward(tokens[:position] + tokens[400:410], all_logits=True)[position:])
+    one = backend.forward(tokens[410:411], all_logits=False)
+    assert close(one, reference().forward(tokens[:position] + tokens[400:411], all_logits=False))
 
 
 def test_onnx_holds_no_more_than_the_window_and_a_chunk(bundles):
@@ -85,13 +85,13 @@ def test_greedy_tokens_are_the_references(phi, reference, tokens):
     prompt = tokens[:30]
     answer = phi.generate(prompt, max_tokens=24)
     model, chosen = reference(), []
-    logits = model.forward(prompt, every=False)[-1]
+    logits = model.forward(prompt, all_logits=False)[-1]
     for token in answer.tokens:
         # Rounding may turn a tie; a token that is chosen must be a tie's.
         assert logits[token] >= logits.max() - 0.05 * logits.std()
         chosen.append(token)
-        logits = model.forward([token], every=False)[-1]
-    assert len(chosen) == 24 or answer.stop == "stop_token"
+        logits = model.forward([token], all_logits=False)[-1]
+    assert len(chosen) == 24 or answer.finish_reason == "stop_token"
 
 
 def test_streamed_text_is_the_generated_text(phi):
@@ -102,7 +102,7 @@ def test_streamed_text_is_the_generated_text(phi):
     kept = [t for t in answer.tokens if t not in phi.manifest.stop_tokens]
     assert prompt + answer.text == phi.detokenize(phi.tokenize(prompt) + kept)
     assert all(lp <= 0 for lp in answer.logprobs)
-    assert pieces[-1].step.stop == answer.stop is not None
+    assert pieces[-1].step.finish_reason == answer.finish_reason is not None
 
 
 def test_threads_do_not_change_the_answer(phi, bundles, tokens):

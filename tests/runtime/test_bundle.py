@@ -104,4 +104,4 @@ def test_unreasonable_requests(bundle):
         for bad in ({"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_k": -1}, {"seed": -1}):
             with pytest.raises(UsageError):
                 phi.generate([5], **bad)
-        assert phi.generate([5] * 16, max_tokens=5).stop == "context"
+        assert phi.generate([5] * 16, max_tokens=5).finish_reason == "context"

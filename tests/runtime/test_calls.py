@@ -26,7 +26,7 @@ def test_batches_answer_as_single_calls_do(name, bundles, text):
             assert same is None or abs(answer.logprobs[same] - alone.logprobs[same]) < 3
             kept = slice(0, same)
             assert np.allclose(answer.logprobs[kept], alone.logprobs[kept], atol=0.05)
-            assert same is not None or (answer.text, answer.stop) == (alone.text, alone.stop)
+            assert same is not None or (answer.text, answer.finish_reason) == (alone.text, alone.finish_reason)
             assert answer.prompt_tokens == alone.prompt_tokens
         alone = [phi.generate(p, **options, speculate=False).tokens for p in prompts]
         assert sum(a.tokens == tokens for a, tokens in zip(batch, alone, strict=True)) >= 5

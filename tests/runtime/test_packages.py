@@ -261,7 +261,7 @@ def test_stop_texts_end_an_answer_before_them(bundles):
             for stops in (stop, [stop, "\x00never"], ["\x00never", stop]):
                 pieces = list(phi.stream(PROMPT, max_tokens=30, stop=stops))
                 assert "".join(p.text for p in pieces) == whole[: whole.index(stop)]
-                assert pieces[-1].step.stop == "stop_text"
+                assert pieces[-1].step.finish_reason == "stop_text"
         assert phi.generate(PROMPT, max_tokens=30, stop=whole[-2:] + "\x00").text == whole
         with pytest.raises(UsageError, match="stop text is empty"):
             phi.generate(PROMPT, stop="")
@@ -328,7 +328,7 @@ def test_a_draft_model_guesses_for_another(bundles, stranger):
         expected = alone.generate(PROMPT, max_tokens=40)
     with phi_runtime.load(bundles / "gguf", draft=bundles / "onnx") as phi:
         assert phi.generate(PROMPT, max_tokens=40).tokens == expected.tokens
-        assert phi.engine.draft.held
+        assert phi.engine.draft.cached_tokens
     with pytest.raises(UsageError, match="same tokenizer"):
         phi_runtime.load(bundles / "gguf", draft=stranger)
 

@@ -152,14 +152,14 @@ def test_a_stream_left_while_it_is_sent_is_closed_at_once():
 def test_what_cannot_be_asked_is_refused_by_name(served):
     client = served.client()
     for options, says in (
-        ({"n": 0}, "n: is not between"),
+        ({"n": 0}, "n: expected"),
         ({"temperature": -1}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -2}, "max_tokens"),
         ({"frequency_penalty": 3}, "frequency_penalty"),
-        ({"extra_body": {"tmperature": 1}}, "tmperature: unknown field"),
+        ({"extra_body": {"tmperature": 1}}, r"tmperature: unknown field \(did you mean temperature\?\)"),
         ({"logit_bias": {"5": 1000}}, "logit_bias"),
-        ({"extra_body": {"echo": True}}, "echo: belongs to"),
+        ({"extra_body": {"echo": True}}, "echo: unknown field"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"stop": [5]}, "stop"),
     ):

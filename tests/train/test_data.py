@@ -88,7 +88,7 @@ def test_shards_hold_the_documents_in_order(corpus, tokenizer, data):
 
 def test_batches_depend_on_the_step_alone_and_cover_an_epoch(data):
     count = data.windows(64)
-    recipe = get_recipe("phi3-demo", ["batch_size=1", "sequence_length=64", "seed=3", "eval_windows=2"])
+    recipe = get_recipe("phi3-demo", ["data.batch_size=1", "data.sequence_length=64", "seed=3", "data.eval_windows=2"])
     stream = Packed(data, recipe, None)
     seen = np.concatenate([stream.batch(step).tokens[:, 0] for step in range(count)])
     assert np.array_equal(Packed(data, recipe, None).batch(5).tokens[0], seen[5:6])
@@ -99,7 +99,7 @@ def test_batches_depend_on_the_step_alone_and_cover_an_epoch(data):
 
 def test_a_second_phase_begins_where_it_is_told(data):
     first, then = (
-        Packed(data, get_recipe("phi3-demo", ["batch_size=2", "sequence_length=64", f"seed={seed}"]), None)
+        Packed(data, get_recipe("phi3-demo", ["data.batch_size=2", "data.sequence_length=64", f"seed={seed}"]), None)
         for seed in (1, 2)
     )
     both = Phases(first, then, 3)

@@ -85,7 +85,7 @@ def test_windows_hold_whole_conversations_and_an_epoch_all_of_them(talks):
     seen = []
     for number in range(len(stream._windows)):
         batch = stream.batch(number)
-        tokens, learned, documents = (x[0, 0].numpy() for x in (batch.tokens, batch.learned, batch.documents))
+        tokens, learned, documents = (x[0, 0].numpy() for x in (batch.tokens, batch.loss_mask, batch.documents))
         for d in range(documents.max() + 1):
             seen.append((tuple(tokens[documents == d]), tuple(learned[documents == d])))
         assert not learned[documents < 0].any()
@@ -108,7 +108,7 @@ def test_pairs_share_their_prompt_and_differ_in_their_answer(tmp_path, file, tok
     t = Tokenizer(tokenizer)
     batch = Preferences(open_examples(tmp_path / "pairs"), 4, 64, seed=0, most=9, pad=0).batch(1)
     assert batch.tokens.shape[:2] == (4, 2)
-    for tokens, learned in zip(batch.tokens.numpy(), batch.learned.numpy(), strict=True):
+    for tokens, learned in zip(batch.tokens.numpy(), batch.loss_mask.numpy(), strict=True):
         prompts = [side[: flags.argmax()].tolist() for side, flags in zip(tokens, learned, strict=True)]
         assert prompts[0] == prompts[1] and prompts[0][-1] == t.id("<|assistant|>")
         assert t.decode(tokens[0][learned[0]].tolist()).startswith("Yes.")

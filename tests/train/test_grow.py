@@ -96,15 +96,15 @@ def test_every_way_fills_every_tensor(small, tmp_path):
         )
     first = next(iter(config.tensor_shapes()))
     original = open_checkpoint(folder).read(first)
-    for way in ("random", "reuse", "tile"):
-        grow(folder, large, way, tmp_path / way)
-        grown = open_checkpoint(tmp_path / way)
+    for method in ("random", "reuse", "tile"):
+        grow(folder, large, method, tmp_path / method)
+        grown = open_checkpoint(tmp_path / method)
         assert {n: t.shape for n, t in grown.tensors.items()} == large.tensor_shapes()
         corner = grown.read(first)[:, :64]
-        assert np.array_equal(corner, original) == (way != "random")
+        assert np.array_equal(corner, original) == (method != "random")
         rest = grown.read(first)[:, 64:]
-        assert np.array_equal(rest, original[:, :32]) == (way == "tile")
-        assert logits(tmp_path / way).isfinite().all()
+        assert np.array_equal(rest, original[:, :32]) == (method == "tile")
+        assert logits(tmp_path / method).isfinite().all()
 
 
 @pytest.mark.parametrize("small", [PHI3], indirect=True, ids=["phi3"])
@@ -121,5 +121,5 @@ def test_what_cannot_be_grown(small, tmp_path):
     with pytest.raises(UsageError, match="none of random"):
         grow(folder, config, "stretch", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    done = run("phi-train", "grow", folder, "--into", "phi2", "--way", "tile", "--out", tmp_path / "out")
+    done = run("phi-train", "grow", folder, "--into", "phi2", "--method", "tile", "--out", tmp_path / "out")
     assert done.returncode == 2 and "model_type phi3, not phi" in done.stderr

@@ -74,12 +74,22 @@ def test_what_is_written_is_what_was_judged(tmp_path, checkpoint, data):
 
 
 def test_it_is_trained_there_and_its_short_context_too(tmp_path, checkpoint, data):
-    done = run("phi-train", "extend", checkpoint, "--context", 640, "--data", data, "--way", "yarn",
+    done = run("phi-train", "extend", checkpoint, "--context", 640, "--data", data, "--method", "yarn",
                "--windows", 2, "--out", tmp_path / "long")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    changes = [f"model={tmp_path / 'long'}", f"init_from={tmp_path / 'long'}", f"data={data}", "steps=4",
-               f"tokenizer={checkpoint / 'training' / 'tokenizer'}", "sequence_length=640", "batch_size=2",
-               "short_every=2", "samples=0", "eval_windows=2", "learning_rate=1e-4"]  # fmt: skip
+    changes = [
+        f"model={tmp_path / 'long'}",
+        f"init_from={tmp_path / 'long'}",
+        f"data.shards={data}",
+        "schedule.steps=4",
+        f"data.tokenizer={checkpoint / 'training' / 'tokenizer'}",
+        "data.sequence_length=640",
+        "data.batch_size=2",
+        "data.short_context_interval=2",
+        "samples=0",
+        "data.eval_windows=2",
+        "optimizer.lr=1e-4",
+    ]
     done = run("phi-train", "phi3-demo", "--out", tmp_path / "out", *(p for c in changes for p in ("--set", c)))
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_scaling"]["long_factor"]
@@ -89,7 +99,7 @@ def test_it_is_trained_there_and_its_short_context_too(tmp_path, checkpoint, dat
 def test_what_cannot_be_extended(tmp_path, checkpoint, data):
     with pytest.raises(UsageError, match="has 320 already"):
         extend(checkpoint, 320, data, tmp_path / "out")
-    with pytest.raises(UsageError, match="no way 'ntk'"):
+    with pytest.raises(UsageError, match="no method 'ntk'"):
         extend(checkpoint, 640, data, tmp_path / "out", "ntk")
     with pytest.raises(UsageError, match="are wanted; give more"):
         extend(checkpoint, 100_000, data, tmp_path / "out", windows=500)

@@ -50,7 +50,7 @@ def test_the_checkpoint_opens_in_transformers_with_our_logits(checkpoint, tokens
     with torch.no_grad():
         expected = theirs(ids).logits[0].numpy()
         assert np.abs(ours(ids)[0].numpy() - expected).max() <= 1e-4
-    reference = ReferenceBackend(opened.config.decoder(), opened.read).forward(piece, every=True)
+    reference = ReferenceBackend(opened.config.decoder(), opened.read).forward(piece, all_logits=True)
     assert np.abs(reference - expected).max() <= 1e-4
     assert expected.std() > 0.5, "logits this flat would prove nothing"
 
@@ -89,7 +89,7 @@ def test_every_shape_agrees_with_transformers(kv_heads, window, theta):
     def read(name, start=0, stop=None):
         return weights[name][start:stop]
 
-    reference = ReferenceBackend(config.decoder(), read).forward(ids[0].tolist(), every=True)
+    reference = ReferenceBackend(config.decoder(), read).forward(ids[0].tolist(), all_logits=True)
     assert np.abs(reference - expected).max() <= 1e-4
 
 

@@ -12,7 +12,7 @@ import transformers
 from phi_runtime.architecture.config import num_parameters, parse_config
 from phi_runtime.backends.reference import Reference
 from phi_train.models import build
-from phi_train.models.attention import Sight, init_weights
+from phi_train.models.attention import AttentionContext, init_weights
 from phi_train.recipes.published import PUBLISHED
 
 PHI3 = {
@@ -117,9 +117,9 @@ def test_phi3_small_is_its_written_definition():
 def test_over_as_many_heads_as_the_stride_every_key_is_seen():
     decoder = parse_config(SMALL | {"blocksparse_vert_stride": 8}, Path("config.json")).decoder()
     sparse, dense = decoder.layers[0], decoder.layers[1]
-    sight = Sight(decoder, 200, torch.device("cpu"))
-    seen = sight.mask(sparse)[0]
-    assert sight.mask(dense) is None
+    context = AttentionContext(decoder, 200, torch.device("cpu"))
+    seen = context.mask(sparse)[0]
+    assert context.mask(dense) is None
     causal = torch.ones(200, 200, dtype=torch.bool).tril()
     assert torch.equal(seen.any(0), causal) and not torch.equal(seen[0], causal)
     assert all(bool(head.diagonal().all()) for head in seen)

@@ -12,7 +12,7 @@ from phi_train.data.batch import Batch
 from phi_train.models import build
 from phi_train.recipes.catalogue import get_recipe
 from phi_train.trainer.objectives import next_token, preference
-from phi_train.trainer.qat import round_weight, train_on_grid
+from phi_train.trainer.qat import enable_qat, round_weight
 
 DRAW = torch.Generator().manual_seed(0)
 
@@ -34,12 +34,12 @@ def by_hand(model, text, learned):
 
 def test_the_next_token_of_those_that_are_learnt():
     batch = Batch(tokens(3, 1, 7), tokens(3, 1, 7) > 4)
-    expected = -sum(by_hand(table(1), t, m) for t, m in zip(batch.tokens[:, 0], batch.learned[:, 0], strict=True))
+    expected = -sum(by_hand(table(1), t, m) for t, m in zip(batch.tokens[:, 0], batch.loss_mask[:, 0], strict=True))
     assert float(next_token(table(1), batch, None, 1.0)) == pytest.approx(expected, rel=1e-5)
     whole = Batch(batch.tokens)
     expected = -sum(by_hand(table(1), t, [True] * 7) for t in batch.tokens[:, 0])
     assert float(next_token(table(1), whole, None, 1.0)) == pytest.approx(expected, rel=1e-5)
-    assert whole.count == 18 and batch.count == int(batch.learned[..., 1:].sum())
+    assert whole.count == 18 and batch.count == int(batch.loss_mask[..., 1:].sum())
 
 
 def test_a_teacher_is_matched():
@@ -57,7 +57,7 @@ def test_a_preference():
     batch = Batch(tokens(3, 2, 7), tokens(3, 2, 7) > 3)
     assert float(preference(table(1), batch, table(1), 0.1, 0.0)) == pytest.approx(3 * math.log(2), rel=1e-5)
     loss, chosen = 0.0, 0.0
-    for text, learned in zip(batch.tokens, batch.learned, strict=True):
+    for text, learned in zip(batch.tokens, batch.loss_mask, strict=True):
         now, then = ([by_hand(table(n), text[side], learned[side]) for side in (0, 1)] for n in (1, 2))
         loss += math.log1p(math.exp(-0.3 * ((now[0] - now[1]) - (then[0] - then[1]))))
         chosen -= now[0] / int(learned[0][1:].sum())
@@ -82,7 +82,7 @@ def test_weights_are_rounded_as_the_exporter_rounds_them(bits, block):
 def test_a_model_on_its_grid(name):
     """It says what a model of rounded weights says, and its gradient is that model's."""
     small = ["model.vocab_size=320", "model.hidden_size=64", "model.max_position_embeddings=128"]
-    config = get_recipe(name, [*small, "sequence_length=64"]).model
+    config = get_recipe(name, [*small, "data.sequence_length=64"]).model
     torch.manual_seed(0)
     free, fixed = build(config), build(config)
     fixed.load_state_dict(free.state_dict())
@@ -92,7 +92,7 @@ def test_a_model_on_its_grid(name):
                 p.copy_(round_weight(p, 4, 32))
     text = torch.randint(0, 320, (2, 16), generator=DRAW)
     plain = free(text)
-    train_on_grid(free, "int4-g32")
+    enable_qat(free, "int4-g32")
     assert torch.allclose(free(text), fixed(text), atol=1e-5)
     assert (free(text) - plain).abs().max() > 1e-3
     for model in (free, fixed):
@@ -104,4 +104,4 @@ def test_a_model_on_its_grid(name):
 @pytest.mark.parametrize("name", ["int4", "int3-g32", "int4-g48", "nf4"])
 def test_grids_that_there_are_not(name):
     with pytest.raises(UsageError, match="no grid"):
-        get_recipe("phi3-demo", [f"rounding={name}"])
+        get_recipe("phi3-demo", [f"objective.qat={name}"])

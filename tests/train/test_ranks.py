@@ -15,9 +15,17 @@ from phi_train.recipes.catalogue import get_recipe
 from phi_train.trainer.loop import _number, learning_rate
 
 SMALL = (
-    "model.hidden_size=64", "model.intermediate_size=128", "model.num_hidden_layers=2", "sequence_length=48",
-    "batch_size=8", "steps=16", "save_every=4", "eval_windows=2", "warmup_steps=2", "precision=fp32",
-)  # fmt: skip
+    "model.hidden_size=64",
+    "model.intermediate_size=128",
+    "model.num_hidden_layers=2",
+    "data.sequence_length=48",
+    "data.batch_size=8",
+    "schedule.steps=16",
+    "save_every=4",
+    "data.eval_windows=2",
+    "schedule.warmup_steps=2",
+    "parallelism.precision=fp32",
+)
 
 _TALKATIVE = {**os.environ, "PYTHONFAULTHANDLER": "1"}  # a crash outside Python says where
 
@@ -25,7 +33,7 @@ _TALKATIVE = {**os.environ, "PYTHONFAULTHANDLER": "1"}  # a crash outside Python
 @pytest.fixture
 def common(checkpoint):
     training = checkpoint / "training"
-    return (*SMALL, f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}")
+    return (*SMALL, f"data.tokenizer={training / 'tokenizer'}", f"data.shards={training / 'shards'}")
 
 
 def command(ranks, out, changes):
@@ -46,7 +54,10 @@ def alone(tmp_path, common):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_processes_learn_as_one(stage, tmp_path, common, alone):
-    done = run(*command(2, tmp_path / "two", (*common, f"zero_stage={stage}", "micro_batch_size=2")), env=_TALKATIVE)
+    done = run(
+        *command(2, tmp_path / "two", (*common, f"parallelism.zero_stage={stage}", "parallelism.micro_batch_size=2")),
+        env=_TALKATIVE,
+    )
     assert done.returncode == 0, done.stderr[-5000:]
     assert done.stdout.count("held-out loss") == 1
     assert np.abs(np.subtract(losses(tmp_path / "two"), alone)).max() < 1e-4
@@ -56,7 +67,7 @@ def test_two_processes_learn_as_one(stage, tmp_path, common, alone):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_killed_on_two_processes_it_goes_on_with_one(stage, tmp_path, common, alone):
     out = tmp_path / "broken"
-    changes = (*common, f"zero_stage={stage}")
+    changes = (*common, f"parallelism.zero_stage={stage}")
     process = subprocess.Popen(
         command(2, out, changes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -72,7 +83,7 @@ def test_killed_on_two_processes_it_goes_on_with_one(stage, tmp_path, common, al
 
 
 def test_a_batch_that_does_not_divide(tmp_path, common):
-    done = run(*command(2, tmp_path / "out", (*common, "batch_size=7")))
+    done = run(*command(2, tmp_path / "out", (*common, "data.batch_size=7")))
     assert done.returncode != 0
     assert "batch_size 7 does not divide among 2 processes" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -80,7 +91,7 @@ def test_a_batch_that_does_not_divide(tmp_path, common):
 
 def test_sigterm_saves_and_leaves(tmp_path, common):
     out = tmp_path / "out"
-    changes = (*common, "steps=4000", "save_every=100000")
+    changes = (*common, "schedule.steps=4000", "save_every=100000")
     process = subprocess.Popen(command(1, out, changes), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     log = out / "training" / "log.jsonl"
     while not (log.is_file() and len(log.read_text().splitlines()) > 3) and process.poll() is None:
@@ -128,7 +139,7 @@ def test_a_batch_that_goes_wrong_is_left_out(what, skipped, tmp_path, common):
     done = subprocess.run([sys.executable, "-c", _SPOIL, what, *arguments], capture_output=True, text=True)
     if what == "always":
         assert done.returncode == 2
-        assert "11 batches went wrong" in done.stderr and "lower learning_rate" in done.stderr
+        assert "11 batches went wrong" in done.stderr and "lower optimizer.lr" in done.stderr
         return
     assert done.returncode == 0, done.stderr
     assert f"batch {6 if what != 'weights' else 7} is left out" in done.stderr
@@ -148,20 +159,33 @@ def test_schedules():
     assert learning_rate(linear, 750 + (36_000 - 750) // 2) == pytest.approx(5e-4, rel=1e-3)
     assert learning_rate(get_recipe("phi15", []), 0) == learning_rate(get_recipe("phi15", []), 30_000) == 2e-4
     cosine = get_recipe("phi3-mini-4k", [])
-    assert learning_rate(cosine, cosine.steps) == pytest.approx(cosine.final_learning_rate)
+    assert learning_rate(cosine, cosine.schedule.steps) == pytest.approx(cosine.schedule.final_lr)
 
 
 def test_a_run_begins_with_another_checkpoint(tmp_path, checkpoint, common):
     training = checkpoint / "training"
-    mine = (f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "steps=2", "learning_rate=1e-6")
+    mine = (
+        f"data.tokenizer={training / 'tokenizer'}",
+        f"data.shards={training / 'shards'}",
+        "schedule.steps=2",
+        "optimizer.lr=1e-6",
+    )
     raw = json.loads((checkpoint / "config.json").read_text())
     fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
               "vocab_size", "max_position_embeddings", "sliding_window")  # fmt: skip
     same = tuple(f"model.{f}={raw[f]}" for f in fields)
     before = json.loads((training / "summary.json").read_text())
     out = tmp_path / "out"
-    changes = (*mine, *same, f"init_from={checkpoint}", "dropout=0.1", "checkpoint_activations=true",
-               "documents_apart=true", "sequence_length=160", "batch_size=4")  # fmt: skip
+    changes = (
+        *mine,
+        *same,
+        f"init_from={checkpoint}",
+        "objective.dropout=0.1",
+        "parallelism.gradient_checkpointing=true",
+        "data.separate_documents=true",
+        "data.sequence_length=160",
+        "data.batch_size=4",
+    )
     done = run(*command(1, out, changes))
     assert done.returncode == 0, done.stderr
     after = json.loads((out / "training" / "summary.json").read_text())
@@ -172,7 +196,9 @@ def test_a_run_begins_with_another_checkpoint(tmp_path, checkpoint, common):
 
 
 def test_documents_that_are_kept_apart_train_otherwise(tmp_path, common, alone):
-    done = run(*command(1, tmp_path / "apart", (*common, "documents_apart=true", "micro_batch_size=2")))
+    done = run(
+        *command(1, tmp_path / "apart", (*common, "data.separate_documents=true", "parallelism.micro_batch_size=2"))
+    )
     assert done.returncode == 0, done.stderr
     found = losses(tmp_path / "apart")
     assert found != alone and np.abs(np.subtract(found, alone)).max() < 0.5

@@ -36,21 +36,26 @@ def test_its_losses_are_what_a_count_and_the_reference_find(checkpoint):
     opened = open_checkpoint(checkpoint)
     losses = []
     for row in rows.tolist():
-        log_p = log_softmax(ReferenceBackend(opened.config.decoder(), opened.read).forward(row[:-1], every=True))
+        log_p = log_softmax(ReferenceBackend(opened.config.decoder(), opened.read).forward(row[:-1], all_logits=True))
         losses.append(-log_p[np.arange(len(row) - 1), row[1:]].mean())
     assert summary["final_loss"] == pytest.approx(np.mean(losses), abs=0.02)  # bfloat16 against float32
 
 
 def test_a_second_run_does_no_work_twice(checkpoint, corpus):
     before = (checkpoint / "model.safetensors").stat().st_mtime_ns
-    done = run("phi-train", "phi3-demo", "--out", checkpoint, *settings(f"corpus={corpus}"))
+    done = run("phi-train", "phi3-demo", "--out", checkpoint, *settings(f"data.corpus={corpus}"))
     assert done.returncode == 0
     assert (checkpoint / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_killed_and_continued_it_ends_in_the_same_bytes(tmp_path, checkpoint):
     training = checkpoint / "training"
-    common = settings(f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "steps=40", "save_every=8")
+    common = settings(
+        f"data.tokenizer={training / 'tokenizer'}",
+        f"data.shards={training / 'shards'}",
+        "schedule.steps=40",
+        "save_every=8",
+    )
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run("phi-train", "phi3-demo", "--out", whole, *common).returncode == 0
 
@@ -102,21 +107,21 @@ def test_a_damaged_state_is_passed_over(tmp_path, checkpoint):
     ("args", "says"),
     [
         (["phi3-dem"], "did you mean phi3-demo"),
-        (["phi3-demo", "--set", "stepps=3"], "did you mean steps"),
-        (["phi3-demo", "--set", "steps=many"], "should be a int"),
+        (["phi3-demo", "--set", "stepps=3"], "did you mean schedule.steps"),
+        (["phi3-demo", "--set", "schedule.steps=many"], "schedule.steps: expected `int`"),
         (["phi3-demo", "--set", "steps"], "key=value"),
-        (["phi3-demo", "--set", "steps=0"], "above 0"),
-        (["phi3-demo", "--set", "sequence_length=9999"], "sequence_length"),
+        (["phi3-demo", "--set", "schedule.steps=0"], "schedule.steps: expected `int` >= 1"),
+        (["phi3-demo", "--set", "data.sequence_length=9999"], "sequence_length"),
         (["phi3-demo", "--set", "model.num_attention_heads=5"], "do not divide"),
         (["phi3-demo", "--set", "model.vocab_size=-4"], "vocab_size"),
-        (["phi3-demo", "--set", "beta1=7"], "beta1"),
-        (["phi3-demo", "--set", "model.tie_word_embeddings=1"], "true or false"),
+        (["phi3-demo", "--set", "optimizer.beta1=7"], "beta1"),
+        (["phi3-demo", "--set", "model.tie_word_embeddings=maybe"], "expected `bool`"),
         (["phi3-demo", "--set", "model.partial_rotary_factor=0.01"], "leaves 0 dimensions"),
-        (["phi3-demo", "--set", "micro_batch_size=3"], "does not divide"),
-        (["phi3-demo", "--set", "schedule=cosin"], "none of cosine"),
-        (["phi3-demo", "--set", "model.rope_scaling=su"], "LongRope"),
-        (["phi3-demo", "--set", "corpus=/no/such/folder"], "no such folder"),
-        (["phi3-demo", "--set", "data=/no/such/folder", "--set", "tokenizer=/no"], "phi-train shards"),
+        (["phi3-demo", "--set", "parallelism.micro_batch_size=3"], "does not divide"),
+        (["phi3-demo", "--set", "schedule.type=cosin"], "none of constant, cosine, linear (did you mean cosine?)"),
+        (["phi3-demo", "--set", "model.rope_scaling=su"], "model.rope_scaling=su"),
+        (["phi3-demo", "--set", "data.corpus=/no/such/folder"], "no such folder"),
+        (["phi3-demo", "--set", "data.shards=/no/such/folder", "--set", "data.tokenizer=/no"], "phi-train shards"),
     ],
 )
 def test_bad_settings_get_one_line(tmp_path, args, says):
@@ -128,7 +133,7 @@ def test_bad_settings_get_one_line(tmp_path, args, says):
 
 
 def test_another_recipe_in_the_same_folder_is_refused(checkpoint, corpus):
-    done = run("phi-train", "phi3-demo", "--out", checkpoint, *settings(f"corpus={corpus}", "seed=7"))
+    done = run("phi-train", "phi3-demo", "--out", checkpoint, *settings(f"data.corpus={corpus}", "seed=7"))
     assert done.returncode == 2
     assert "seed=0, not 7" in done.stderr
 
@@ -143,7 +148,10 @@ def test_a_foreign_folder_is_refused(tmp_path):
 def test_too_little_data_is_refused(tmp_path, checkpoint):
     training = checkpoint / "training"
     common = settings(
-        f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "batch_size=100000", "micro_batch_size=4"
+        f"data.tokenizer={training / 'tokenizer'}",
+        f"data.shards={training / 'shards'}",
+        "data.batch_size=100000",
+        "parallelism.micro_batch_size=4",
     )
     done = run("phi-train", "phi3-demo", "--out", tmp_path / "out", *common)
     assert done.returncode == 2
@@ -156,7 +164,7 @@ def test_data_of_another_tokenizer_is_refused(tmp_path, checkpoint):
     other.mkdir()
     for path in (training / "tokenizer").iterdir():
         (other / path.name).write_bytes(path.read_bytes() + b"\n")
-    common = settings(f"tokenizer={other}", f"data={training / 'shards'}")
+    common = settings(f"data.tokenizer={other}", f"data.shards={training / 'shards'}")
     done = run("phi-train", "phi3-demo", "--out", tmp_path / "out", *common)
     assert done.returncode == 2
     assert "not tokenised with" in done.stderr
@@ -179,7 +187,10 @@ def test_a_full_disk(command, tmp_path, checkpoint, corpus):
         "tokenizer": ["--corpus", corpus, "--vocab-size", "768"],
         "shards": ["--corpus", corpus, "--tokenizer", training / "tokenizer"],
         "phi3-demo": settings(
-            f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "steps=2", "save_every=1"
+            f"data.tokenizer={training / 'tokenizer'}",
+            f"data.shards={training / 'shards'}",
+            "schedule.steps=2",
+            "save_every=1",
         ),
     }[command]
     out = tmp_path / "out"

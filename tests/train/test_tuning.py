@@ -19,7 +19,7 @@ from phi_train.models.greedy import continuations
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory, corpus):
     out = tmp_path_factory.mktemp("questions") / "questions.jsonl"
-    done = run("phi-train", "questions", "--corpus", corpus, "--out", out)
+    done = run("phi-train", "make-sft-data", "--corpus", corpus, "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -35,15 +35,21 @@ def talks(tmp_path_factory, questions, checkpoint):
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory, checkpoint, talks):
     out = tmp_path_factory.mktemp("tuned") / "tuned"
-    done = tune(out, checkpoint, talks, "objective=sft", "steps=60")
+    done = tune(out, checkpoint, talks, "objective.type=sft", "schedule.steps=60")
     assert done.returncode == 0, done.stderr
     return out
 
 
 def tune(out, begin, data, *changes):
     """phi-train from a checkpoint, on some data."""
-    common = [f"model={begin}", f"init_from={begin}", f"tokenizer={begin}", f"data={data}", "sequence_length=160"]
-    common += ["batch_size=8", "warmup_steps=5", "learning_rate=2e-3", "save_every=30", *changes]
+    common = [
+        f"model={begin}",
+        f"init_from={begin}",
+        f"data.tokenizer={begin}",
+        f"data.shards={data}",
+        "data.sequence_length=160",
+    ]
+    common += ["data.batch_size=8", "schedule.warmup_steps=5", "optimizer.lr=2e-3", "save_every=30", *changes]
     return run("phi-train", "phi3-demo", "--out", out, *(part for c in common for part in ("--set", c)))
 
 
@@ -78,12 +84,14 @@ def test_it_learns_to_answer(tuned):
 
 def test_it_learns_not_to_say_what_it_said(tmp_path, tuned, questions):
     pairs = tmp_path / "pairs.jsonl"
-    done = run("phi-train", "reject", tuned, "--conversations", questions, "--most", 300, "--out", pairs)
+    done = run("phi-train", "make-preferences", tuned, "--conversations", questions, "--most", 300, "--out", pairs)
     assert done.returncode == 0, done.stderr
     assert all(line["chosen"] != line["rejected"] for line in map(json.loads, pairs.read_text().splitlines()))
     done = run("phi-train", "shards", "--conversations", pairs, "--tokenizer", tuned, "--out", tmp_path / "pairs")
     assert done.returncode == 0, done.stderr
-    done = tune(tmp_path / "out", tuned, tmp_path / "pairs", "objective=dpo", "steps=20", "learning_rate=3e-4")
+    done = tune(
+        tmp_path / "out", tuned, tmp_path / "pairs", "objective.type=dpo", "schedule.steps=20", "optimizer.lr=3e-4"
+    )
     assert done.returncode == 0, done.stderr
     assert summary(tmp_path / "out")["initial_loss"] == pytest.approx(0.6931, abs=2e-3)
     assert summary(tmp_path / "out")["final_loss"] < 0.6
@@ -93,9 +101,14 @@ def test_it_learns_not_to_say_what_it_said(tmp_path, tuned, questions):
 def test_a_pupil_comes_nearer_to_its_teacher(tmp_path, checkpoint, text):
     training = checkpoint / "training"
     common = settings(
-        f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "steps=40", f"teacher={checkpoint}",
-        "model.num_hidden_layers=1", "samples=0", "rounding=int4-g64",
-    )  # fmt: skip
+        f"data.tokenizer={training / 'tokenizer'}",
+        f"data.shards={training / 'shards'}",
+        "schedule.steps=40",
+        f"objective.teacher={checkpoint}",
+        "model.num_hidden_layers=1",
+        "samples=0",
+        "objective.qat=int4-g64",
+    )
     done = run("phi-train", "phi3-demo", "--out", tmp_path / "out", *common)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(s)["loss"] for s in (tmp_path / "out" / "training" / "log.jsonl").read_text().splitlines()]
@@ -108,14 +121,14 @@ def test_a_pupil_comes_nearer_to_its_teacher(tmp_path, checkpoint, text):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["objective=sft"], "holds a corpus, phi3-demo learns from conversations"),
-        (["objective=dpo"], "holds a corpus, phi3-demo learns from preferences"),
-        (["objective=dpo", "init_from=none"], "give init_from"),
-        (["objective=rlhf"], "is none of pretrain, sft, dpo"),
-        (["then_from=3"], "both then_data and then_from"),
-        (["offload=true"], "set zero_stage"),
-        (["short_every=2"], "a context before LongRoPE"),
-        (["data=TALKS"], "holds conversations, phi3-demo learns from a corpus"),
+        (["objective.type=sft"], "holds a corpus, phi3-demo learns from conversations"),
+        (["objective.type=dpo"], "holds a corpus, phi3-demo learns from preferences"),
+        (["objective.type=dpo", "init_from=none"], "give init_from"),
+        (["objective.type=rlhf"], "is none of dpo, pretrain, sft"),
+        (["data.phase2_step=3"], "both data.phase2_shards and data.phase2_step"),
+        (["parallelism.offload_optimizer=true"], "set parallelism.zero_stage"),
+        (["data.short_context_interval=2"], "a context before LongRoPE"),
+        (["data.shards=TALKS"], "holds conversations, phi3-demo learns from a corpus"),
         (["model=/nowhere"], "/nowhere"),
     ],
 )
@@ -127,14 +140,14 @@ def test_what_does_not_go_together(changes, said, tmp_path, checkpoint, talks):
 
 
 def test_a_run_that_cannot_begin_leaves_nothing(tmp_path, checkpoint):
-    for wrong in ("data=/nowhere", "init_from=/nowhere", "teacher=/nowhere"):
+    for wrong in ("data.shards=/nowhere", "init_from=/nowhere", "objective.teacher=/nowhere"):
         done = tune(tmp_path / "out", checkpoint, checkpoint / "training" / "shards", wrong)
         assert done.returncode == 2 and "/nowhere" in done.stderr
         assert not list(tmp_path.iterdir())
 
 
 def test_a_mistake_on_two_processes_is_told_once(tmp_path, checkpoint):
-    common = settings(f"tokenizer={checkpoint}", "data=/nowhere")
+    common = settings(f"data.tokenizer={checkpoint}", "data.shards=/nowhere")
     launcher = ["--standalone", "--nproc-per-node", "2", SCRIPTS / "phi-train"]
     done = run("torchrun", *launcher, "phi3-demo", "--out", tmp_path / "out", *common)
     assert done.returncode == 1  # torchrun's own
@@ -148,7 +161,7 @@ def test_teachers_that_do_not_fit(tmp_path, checkpoint):
     raw = json.loads((short / "config.json").read_text())
     raw |= {"max_position_embeddings": 64, "original_max_position_embeddings": 64}
     (short / "config.json").write_text(json.dumps(raw))
-    done = tune(tmp_path / "out", checkpoint, shards, f"teacher={short}")
+    done = tune(tmp_path / "out", checkpoint, shards, f"objective.teacher={short}")
     assert done.returncode == 2 and "has 64 positions" in done.stderr
     other = tmp_path / "other"
     shutil.copytree(checkpoint, other, ignore=shutil.ignore_patterns("training"))
@@ -165,14 +178,14 @@ def test_what_a_model_is_asked(tmp_path, tuned):
     long = {"role": "user", "content": "x = 1\n" * 200}
     lines = [{"messages": [q, {"role": "assistant", "content": "No."}]} for q in (ask, long)]
     talks.write_text("\n" + "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
-    done = run("phi-train", "reject", tuned, "--conversations", talks, "--out", tmp_path / "pairs.jsonl")
+    done = run("phi-train", "make-preferences", tuned, "--conversations", talks, "--out", tmp_path / "pairs.jsonl")
     assert done.returncode == 0, done.stderr
     (pair,) = map(json.loads, (tmp_path / "pairs.jsonl").read_text().split("\n")[:-1])
     assert pair["prompt"] == [ask] and pair["rejected"] not in ("", "No.")
     for content in (b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}',
                     b"\xff\xfe", b'{"messages": [{"content": "x"}]}'):  # fmt: skip
         talks.write_bytes(b"\n" + content)
-        for command in (("reject", tuned), ("shards", "--tokenizer", tuned)):
+        for command in (("make-preferences", tuned), ("shards", "--tokenizer", tuned)):
             done = run("phi-train", *command, "--conversations", talks, "--out", tmp_path / "out")
             assert done.returncode == 2 and "line 2: " in done.stderr and "Traceback" not in done.stderr
             assert done.stderr.count("error: ") == 1
@@ -229,13 +242,21 @@ main()
 def test_float16_takes_no_step_where_it_overflows(stage, tmp_path, checkpoint):
     training = checkpoint / "training"
     common = settings(
-        f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "precision=fp16", "steps=60",
-        f"zero_stage={stage}", "sequence_length=48", "samples=0", "save_every=1000", "model.num_hidden_layers=1",
-    )  # fmt: skip
+        f"data.tokenizer={training / 'tokenizer'}",
+        f"data.shards={training / 'shards'}",
+        "parallelism.precision=fp16",
+        "schedule.steps=60",
+        f"parallelism.zero_stage={stage}",
+        "data.sequence_length=48",
+        "samples=0",
+        "save_every=1000",
+        "model.num_hidden_layers=1",
+    )
     done = subprocess.run(
         [sys.executable, "-c", _OVERFLOWING, "phi3-demo", "--out", tmp_path / "out", *common],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert 5 < done.stderr.count("overflow\n") < 55 and done.stderr.count("step\n") > 4
     said = summary(tmp_path / "out")
@@ -245,9 +266,15 @@ def test_float16_takes_no_step_where_it_overflows(stage, tmp_path, checkpoint):
 def test_a_worker_that_dies_is_started_again(tmp_path, checkpoint):
     training = checkpoint / "training"
     common = settings(
-        f"tokenizer={training / 'tokenizer'}", f"data={training / 'shards'}", "sequence_length=48", "steps=60",
-        "save_every=5", "precision=fp32", "zero_stage=1", "samples=0",
-    )  # fmt: skip
+        f"data.tokenizer={training / 'tokenizer'}",
+        f"data.shards={training / 'shards'}",
+        "data.sequence_length=48",
+        "schedule.steps=60",
+        "save_every=5",
+        "parallelism.precision=fp32",
+        "parallelism.zero_stage=1",
+        "samples=0",
+    )
     out = tmp_path / "out"
     launcher = [SCRIPTS / "torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
     process = subprocess.Popen(

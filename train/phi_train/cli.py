@@ -1,7 +1,6 @@
 """`phi-train`."""
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -20,14 +19,17 @@ if TYPE_CHECKING:
 _USAGE = """phi-train RECIPE --out DIR [--set key=value ...] [--dry-run]
        phi-train list
        phi-train plan RECIPE --gpus N --gpu KIND [--zero STAGE] [--set key=value ...]
-       phi-train grow CKPT --into RECIPE --way WAY --out DIR [--noise X] [--set key=value ...]
-       phi-train extend CKPT --context N --data SHARDS --out DIR [--way WAY]
+       phi-train grow CKPT --into RECIPE --method METHOD --out DIR [--noise X] [--set key=value ...]
+       phi-train extend CKPT --context N --data SHARDS --out DIR [--method METHOD]
        phi-train init NAME --out DIR [--seed N]
        phi-train sample --out DIR [--width N]
        phi-train tokenizer --corpus CORPUS --vocab-size N --out DIR
        phi-train shards --corpus CORPUS | --conversations FILE --tokenizer DIR --out DIR
-       phi-train questions --corpus CORPUS --out FILE
-       phi-train reject CKPT --conversations FILE --out FILE"""
+       phi-train make-sft-data --corpus CORPUS --out FILE
+       phi-train make-preferences CKPT --conversations FILE --out FILE"""
+
+
+_RENAMED = {"questions": "make-sft-data", "reject": "make-preferences"}  # the commands of version 0.1
 
 
 def main() -> NoReturn:
@@ -37,7 +39,12 @@ def main() -> NoReturn:
 
 def _main(argv: list[str]) -> None:
     commands = {"list": _list, "plan": _plan, "grow": _grow, "init": _init, "tokenizer": _tokenizer, "shards": _shards}
-    commands |= {"questions": _questions, "sample": _sample, "reject": _reject, "extend": _extend}
+    commands |= {"make-sft-data": _make_sft_data, "sample": _sample, "make-preferences": _make_preferences}
+    commands |= {"extend": _extend}
+    if argv and argv[0] in _RENAMED:
+        new = _RENAMED[argv[0]]
+        print(f"note: `phi-train {argv[0]}` is now `phi-train {new}`", file=sys.stderr)
+        argv = [new, *argv[1:]]
     if argv and argv[0] in commands:
         commands[argv[0]](argv[1:])
     else:
@@ -47,36 +54,41 @@ def _main(argv: list[str]) -> None:
 def _train(argv: list[str]) -> None:
     p = parser("phi-train", "Train a recipe into a Hugging Face folder; a second run of it continues the first.")
     p.usage = _USAGE
-    p.add_argument("recipe", metavar="RECIPE", help="name of a recipe; `phi-train list` shows them")
+    p.add_argument("recipe", metavar="RECIPE", help="a recipe's name (`phi-train list`), or a .toml or .json file")
     p.add_argument("--out", type=Path, metavar="DIR", required=True, help="the run's folder, then the checkpoint")
     p.add_argument("--set", action="append", default=[], metavar="key=value", dest="settings", help="change a field")
     p.add_argument("--dry-run", action="store_true", help="print the whole configuration and do nothing")
     args = p.parse_args(argv)
 
     from phi_train.recipes.catalogue import get_recipe
+    from phi_train.recipes.config import to_dict
 
-    recipe = get_recipe(args.recipe, args.settings)
+    recipe = get_recipe(args.recipe, _modern(args.settings))
     if args.dry_run:
-        print(json.dumps(dataclasses.asdict(recipe) | {"model": recipe.model.to_json()}, indent=1))
+        print(json.dumps(to_dict(recipe), indent=1))
         return
     try:
         from phi_train.trainer.engine import leave
         from phi_train.trainer.loop import train
+        from phi_train.trainer.setup import fetch_named
     except ImportError as e:
         raise missing_extra(e, "train") from None
+    first = os.environ.get("RANK", "0") == "0"  # of many processes one says it
+    recipe = fetch_named(recipe, lambda text: print(text, file=sys.stderr) if first else None)
     with _progress() as progress:
         s = train(recipe, args.out, progress)
     leave()
-    if os.environ.get("RANK", "0") != "0":  # one of many processes says it
+    if not first:
         return
     print(
         f"{args.out}: {s.parameters:,} parameters, {s.steps} steps, {s.tokens:,} tokens in {s.seconds:.0f} s "
         f"({s.tokens_per_second:.0f} tokens/s)"
     )
+    unit = "pair" if recipe.objective.type == "dpo" else "token"
     compared = "" if s.unigram_loss is None else f"; a unigram model has {s.unigram_loss:.3f}"
     print(
         f"held-out loss over {s.heldout_tokens:,} tokens: {s.initial_loss:.3f} at the start, "
-        f"{s.final_loss:.3f} at the end{compared} (nats {'per pair' if recipe.objective == 'dpo' else 'per token'})"
+        f"{s.final_loss:.3f} at the end{compared} (nats per {unit})"
     )
 
 
@@ -103,10 +115,12 @@ def _plan(argv: list[str]) -> None:
     from phi_train.recipes.catalogue import get_recipe
     from phi_train.recipes.estimate import GPUS, REPORTED, plan
 
-    found = plan(get_recipe(args.recipe, args.settings), args.gpus, args.gpu, args.zero, args.utilisation)
+    found = plan(get_recipe(args.recipe, _modern(args.settings)), args.gpus, args.gpu, args.zero, args.utilisation)
     r = found.recipe
     print(f"{r.name}: {found.parameters:,} parameters, {found.embedding:,} of them an embedding")
-    print(f"{found.tokens:,} tokens in {r.steps:,} steps of {r.batch_size:,} x {r.sequence_length:,}")
+    print(
+        f"{found.tokens:,} tokens in {r.schedule.steps:,} steps of {r.data.batch_size:,} x {r.data.sequence_length:,}"
+    )
     print(f"{found.flops:.3g} floating-point operations, attention included")
     print(f"{found.gpus} x {found.gpu} at {100 * found.utilisation:.0f} % of their peak: {found.days:.2f} days")
     if (report := REPORTED.get(r.name)) is not None:
@@ -118,15 +132,15 @@ def _plan(argv: list[str]) -> None:
     for m in found.memory:
         fits = "fits" if m.total <= GPUS[found.gpu].memory else "does not fit"
         print(f"ZeRO {m.stage}, {fits}: {found.arithmetic(m.stage)}")
-    if r.ours:
-        print(f"our choice, where the paper gives none: {', '.join(r.ours)}")
+    if r.assumed:
+        print(f"our choice, where the paper gives none: {', '.join(r.assumed)}")
 
 
 def _grow(argv: list[str]) -> None:
     p = argparse.ArgumentParser("phi-train grow", description="Begin a larger model with a smaller one's weights.")
-    p.add_argument("checkpoint", type=Path, metavar="CKPT", help="the smaller one's folder")
+    p.add_argument("checkpoint", metavar="CKPT", help="the smaller one: a folder or a name")
     p.add_argument("--into", required=True, metavar="RECIPE", help="whose model it is to become")
-    p.add_argument("--way", required=True, help="random, reuse, tile or preserve")
+    _method(p, "random, reuse, tile or preserve", None)
     p.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder to write; train with --set init_from=DIR"
     )
@@ -138,19 +152,19 @@ def _grow(argv: list[str]) -> None:
     from phi_train.checkpoints.grow import grow
     from phi_train.recipes.catalogue import get_recipe
 
-    model = get_recipe(args.into, args.settings).model
-    grow(args.checkpoint, model, args.way, args.out, args.noise, args.seed)
-    print(f"{args.out}: {num_parameters(model):,} parameters, begun by {args.way}")
+    model = get_recipe(args.into, _modern(args.settings)).model
+    grow(_local(args.checkpoint), model, args.method, args.out, args.noise, args.seed)
+    print(f"{args.out}: {num_parameters(model):,} parameters, begun by {args.method}")
 
 
 def _extend(argv: list[str]) -> None:
     p = argparse.ArgumentParser(
         "phi-train extend", description="Give a phi3 a longer context by LongRoPE; train it there afterwards."
     )
-    p.add_argument("checkpoint", type=Path, metavar="CKPT", help="the model's folder")
+    p.add_argument("checkpoint", metavar="CKPT", help="the model: a folder or a name")
     p.add_argument("--context", type=positive, required=True, metavar="N", help="positions it is to have")
     p.add_argument("--data", type=Path, required=True, metavar="SHARDS", help="texts that judge, of its tokenizer")
-    p.add_argument("--way", default="searched", help="searched, yarn, pi or none (default %(default)s)")
+    _method(p, "searched, yarn, pi or none (default %(default)s)", "searched")
     p.add_argument("--windows", type=positive, default=5, metavar="N", help="texts that judge (default %(default)s)")
     p.add_argument("--iterations", type=positive, default=40, metavar="N", help="of the search (default %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="seed of the search (default %(default)s)")
@@ -158,15 +172,16 @@ def _extend(argv: list[str]) -> None:
     args = p.parse_args(argv)
     from phi_train.checkpoints.extend import extend
 
+    checkpoint = _local(args.checkpoint)
     with _progress() as progress:
         yarn, found = extend(
-            args.checkpoint, args.context, args.data, args.out, args.way, args.windows, args.iterations, args.seed,
+            checkpoint, args.context, args.data, args.out, args.method, args.windows, args.iterations, args.seed,
             lambda n, of: progress("searching", n, of, {}),
         )  # fmt: skip
     print(f"{args.out}: {args.context:,} positions; loss {found:.3f} there, {yarn:.3f} by YaRN (nats per token)")
     print(
-        f"train it there: phi-train RECIPE --set model={args.out} --set init_from={args.out} "
-        f"--set tokenizer={args.out} --set data={args.data} --set sequence_length={args.context} --out …"
+        f"train it there: phi-train RECIPE --set model={args.out} --set init_from={args.out} --out … "
+        f"--set data.tokenizer={args.out} --set data.shards={args.data} --set data.sequence_length={args.context}"
     )
 
 
@@ -262,9 +277,9 @@ def _shards(argv: list[str]) -> None:
     print(f"{args.out}: {sum(len(s) for s in data.shards):,} tokens to train on, {len(data.heldout):,} held out")
 
 
-def _questions(argv: list[str]) -> None:
+def _make_sft_data(argv: list[str]) -> None:
     p = argparse.ArgumentParser(
-        "phi-train questions", description="Conversations about the functions of a corpus, to try fine-tuning with."
+        "phi-train make-sft-data", description="Conversations about the functions of a corpus, to try fine-tuning with."
     )
     _corpus_and_out(p)
     args = p.parse_args(argv)
@@ -273,22 +288,50 @@ def _questions(argv: list[str]) -> None:
     print(f"{args.out}: {write_questions(args.corpus, args.out):,} conversations")
 
 
-def _reject(argv: list[str]) -> None:
+def _make_preferences(argv: list[str]) -> None:
     p = argparse.ArgumentParser(
-        "phi-train reject", description="Preferences: each answer before what the model says instead, for DPO."
+        "phi-train make-preferences",
+        description="Preferences: each answer before what the model says instead, for DPO.",
     )
-    p.add_argument("checkpoint", type=Path, metavar="CKPT", help="the model's folder")
+    p.add_argument("checkpoint", metavar="CKPT", help="the model: a folder or a name")
     p.add_argument("--conversations", type=Path, required=True, metavar="FILE", help='JSON lines, {"messages": ...}')
     p.add_argument("--most", type=positive, default=2000, metavar="N", help="questions asked (default %(default)s)")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
     args = p.parse_args(argv)
     from phi_train.data.questions import write_rejected
 
+    checkpoint = _local(args.checkpoint)
     with _progress() as progress:
         kept, asked = write_rejected(
-            args.checkpoint, args.conversations, args.out, args.most, lambda n, of: progress("asking", n, of, {})
+            checkpoint, args.conversations, args.out, args.most, lambda n, of: progress("asking", n, of, {})
         )
     print(f"{args.out}: {kept:,} preferences; of {asked:,} questions the model answers {asked - kept:,} as they stand")
+
+
+def _modern(settings: list[str]) -> list[str]:
+    """Settings under their present names, with a note for each that has a name of version 0.1."""
+    from phi_train.recipes.config import RENAMED
+
+    found = []
+    for setting in settings:
+        old, equals, value = setting.partition("=")
+        new = RENAMED.get(old, old)
+        if new != old:
+            print(f"note: --set {old} is now --set {new}", file=sys.stderr)
+        found.append(f"{new}{equals}{value}")
+    return found
+
+
+def _local(checkpoint: str) -> Path:
+    """The folder of a checkpoint that may be a published model's name."""
+    from phi_runtime.package.hub import local_checkpoint
+
+    return local_checkpoint(checkpoint, lambda text: print(text, file=sys.stderr))
+
+
+def _method(p: argparse.ArgumentParser, said: str, default: str | None) -> None:
+    """`--method`, and `--way` as version 0.1 called it."""
+    p.add_argument("--method", "--way", default=default, required=default is None, metavar="METHOD", help=said)
 
 
 def _corpus_and_out(p: argparse.ArgumentParser) -> None:

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from phi_export.quantize.gptq import Factor, groups
+from phi_export.quantize.gptq import HessianFactor, groups
 from phi_runtime.errors import CheckpointError
 
 
-def save_factor(folder: Path, name: str, factor: Factor) -> None:
-    """Keep a factor as NAME-spread.npy, NAME-importance.npy and NAME-order.npy."""
-    n = len(factor.spread[0])
-    triangles = np.empty((len(factor.spread), n * (n + 1) // 2), np.float16)
-    for spread, triangle in zip(factor.spread, triangles, strict=True):
+def save_factor(folder: Path, name: str, factor: HessianFactor) -> None:
+    """Keep a factor as NAME-factor.npy, NAME-importance.npy and NAME-order.npy."""
+    n = len(factor.unit_upper[0])
+    triangles = np.empty((len(factor.unit_upper), n * (n + 1) // 2), np.float16)
+    for unit_upper, triangle in zip(factor.unit_upper, triangles, strict=True):
         for j, row in _rows(triangle, n):
-            row[:] = spread[j, j:]
-    save_array(folder / f"{name}-spread.npy", triangles)
+            row[:] = unit_upper[j, j:]
+    save_array(folder / f"{name}-factor.npy", triangles)
     save_array(folder / f"{name}-importance.npy", factor.importance)
     save_array(folder / f"{name}-order.npy", factor.order)
 
@@ -30,9 +30,9 @@ def _rows(triangle: np.ndarray, n: int) -> Iterator[tuple[int, np.ndarray]]:
 
 
 @lru_cache(maxsize=1)  # parts of a matrix share it, and two of the widest are much memory
-def load_factor(folder: Path, name: str) -> Factor:
+def load_factor(folder: Path, name: str) -> HessianFactor:
     """The factor kept by that name. Raises CheckpointError."""
-    order, triangles = load_array(folder / f"{name}-order.npy"), load_array(folder / f"{name}-spread.npy")
+    order, triangles = load_array(folder / f"{name}-order.npy"), load_array(folder / f"{name}-factor.npy")
     importance = load_array(folder / f"{name}-importance.npy")
     count = groups(len(order))
     n = len(order) // count
@@ -42,11 +42,11 @@ def load_factor(folder: Path, name: str) -> Factor:
     )
     if not dealt or not (importance > 0).all():
         raise CheckpointError(f"{folder}: {name} is damaged; delete the folder and calibrate again")
-    spreads = [np.zeros((n, n), np.float32) for _ in range(count)]
-    for spread, triangle in zip(spreads, triangles, strict=True):
+    unit_uppers = [np.zeros((n, n), np.float32) for _ in range(count)]
+    for unit_upper, triangle in zip(unit_uppers, triangles, strict=True):
         for j, row in _rows(triangle, n):
-            spread[j, j:] = row
-    return Factor(order, tuple(spreads), importance)
+            unit_upper[j, j:] = row
+    return HessianFactor(order, tuple(unit_uppers), importance)
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

@@ -1,8 +1,8 @@
 """What a model does on real text, gathered once for all formats and plans.
 
-Two passes, each a layer at a time. Forwards, the second moment of every matrix's inputs is gathered, and what error
-feedback needs of it is kept (`kept`); this goes on where it was interrupted. Backwards, what an error of each matrix
-costs at the end is found (`costs`) and written to `costs.json`, with which a calibration is complete.
+Two passes, each a layer at a time. The forward pass gathers the Hessian of every matrix's inputs and keeps its factor
+for GPTQ (`cache`); it resumes at the layer where it stopped. The backward pass finds the sensitivity of every matrix
+and writes `sensitivity.json`, with which a calibration is complete.
 """
 
 import hashlib
@@ -18,19 +18,19 @@ from phi_export.calibrate.cache import load_array, load_factor
 from phi_export.calibrate.equalise import Scales, equalised, input_scales, unpack
 from phi_export.calibrate.text import calibration_windows
 from phi_export.defaults import BUILT_IN, WINDOW, WINDOWS
-from phi_export.formats import Format, Options, TensorGroup, Type
-from phi_export.quantize.gptq import DAMPING, Factor
+from phi_export.formats import Format, TensorGroup, Type
+from phi_export.quantize.gptq import DAMPING, HessianFactor
 from phi_export.quantize.uniform import finite
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.architecture.config import read_json
 from phi_runtime.architecture.decoder import F32, Decoder, Linear
 from phi_runtime.errors import CheckpointError
 from phi_runtime.files import disk_full_named, locked, write_file
-from phi_runtime.package.manifest import CalibratedOn, Source
+from phi_runtime.package.manifest import CalibratedOn, ExportOptions, Source
 from phi_train.allocator import freed_memory_kept
 
 _VERSION = 7
-_COSTS = "costs.json"
+_SENSITIVITY = "sensitivity.json"
 
 Progress = Callable[[str], None]
 
@@ -48,29 +48,31 @@ class CalibrationText:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The outcome, on disk. `costs` are nats of KL divergence, per item, of an error of one (relative, squared) as
-    feedback leaves it behind; items are named as with `split_qkv`. Factors and costs are of the model under `scales`
+    """The outcome, on disk. `sensitivity`: nats of KL divergence, per item, of an error of one (relative, squared) as
+    GPTQ leaves it behind; items are named as with `split_qkv`. Factors and sensitivity are of the model under `scales`
     (`equalise.equalised`), one for each layer.
     """
 
     folder: Path
     decoder: Decoder
     on: CalibratedOn
-    costs: dict[str, float]
+    sensitivity: dict[str, float]
     scales: list[Scales] = field(compare=False)
     scaled: bool = True
 
     def unscaled(self) -> "Calibration":
-        """The same of the model as it is, for a format that does not equalise; costs are taken to be alike."""
+        """The same of the model as it is, for a format that does not equalise; its sensitivity is taken to be alike."""
         return replace(self, scaled=False)
 
-    def cost(self, item: TensorGroup) -> float:
+    def sensitivity_of(self, item: TensorGroup) -> float:
         """Of an item, or of its parts together."""
-        if item.name in self.costs:
-            return self.costs[item.name]
-        return sum(c for name, c in self.costs.items() if name.startswith(f"{item.name}:"))
+        if item.name in self.sensitivity:
+            return self.sensitivity[item.name]
+        return sum(c for name, c in self.sensitivity.items() if name.startswith(f"{item.name}:"))
 
-    def losses(self, module: Format, checkpoint: Checkpoint, options: Options) -> Callable[[TensorGroup, Type], float]:
+    def losses(
+        self, module: Format, checkpoint: Checkpoint, options: ExportOptions
+    ) -> Callable[[TensorGroup, Type], float]:
         """The KL divergence, nats per token, to expect of storing an item as a type: its cost, times the error of the
         type on some of its rows, times what feedback makes of that.
         """
@@ -79,7 +81,7 @@ class Calibration:
         def loss(item: TensorGroup, name: str, fed: float) -> float:
             rows = np.concatenate([finite(checkpoint.tensors[item.tensor], a, b) for a, b in _some_rows(item)])
             error = float(np.square(module.rounded(rows, name, options) - rows).sum())
-            return self.cost(item) * fed * error / max(float(np.square(rows).sum()), 1e-30)
+            return self.sensitivity_of(item) * fed * error / max(float(np.square(rows).sum()), 1e-30)
 
         def of(item: TensorGroup, kind: Type) -> float:
             alone = item.role == "embedding" and not self.decoder.tied
@@ -87,7 +89,7 @@ class Calibration:
 
         return of
 
-    def factor(self, tensor: str) -> Factor | None:
+    def factor(self, tensor: str) -> HessianFactor | None:
         """Of a matrix's inputs; None for the embedding, which has none."""
         for linear in linears(self.decoder):
             if tensor in linear.weight:
@@ -140,7 +142,7 @@ def calibrate(
     # PyTorch takes a second to import; what is refused before should not take that.
     from phi_export.calibrate.forward import product_type
     from phi_export.calibrate.hessian import gather
-    from phi_export.calibrate.sensitivity import measure_costs
+    from phi_export.calibrate.sensitivity import measure_sensitivity
 
     config = checkpoint.config
     length = min(WINDOW, config.max_position_embeddings)
@@ -157,20 +159,20 @@ def calibrate(
     with disk_full_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, lambda: progress("another run is calibrating this checkpoint; waiting for it")):
-            if not (folder / _COSTS).is_file():
+            if not (folder / _SENSITIVITY).is_file():
                 with freed_memory_kept():
                     gather(checkpoint, texts, folder, progress)
                     scaled = equalised(checkpoint, _scales(folder, config.decoder()))
-                    costs = measure_costs(scaled, texts, folder, progress)
-                write_file(folder / _COSTS, json.dumps(costs, indent=1) + "\n")
-                for state in (*folder.glob("after-*.npy"), *folder.glob("shown-*.npy")):
+                    sensitivity = measure_sensitivity(scaled, texts, folder, progress)
+                write_file(folder / _SENSITIVITY, json.dumps(sensitivity, indent=1) + "\n")
+                for state in (*folder.glob("after-*.npy"), *folder.glob("layer-input-*.npy")):
                     state.unlink()
-    costs = read_json(folder / _COSTS)
-    if not all(isinstance(v, float) for v in costs.values()):
+    sensitivity = read_json(folder / _SENSITIVITY)
+    if not all(isinstance(v, float) for v in sensitivity.values()):
         raise CheckpointError(f"{folder}: is damaged; delete it and calibrate again")
     name = wanted.text if wanted.text == BUILT_IN else Path(wanted.text).name
     scales = _scales(folder, config.decoder())
-    return Calibration(folder, config.decoder(), CalibratedOn(name, sum(map(len, texts)), digest), costs, scales)
+    return Calibration(folder, config.decoder(), CalibratedOn(name, sum(map(len, texts)), digest), sensitivity, scales)
 
 
 def _scales(folder: Path, decoder: Decoder) -> list[Scales]:

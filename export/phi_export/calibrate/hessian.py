@@ -1,7 +1,7 @@
-"""The forward pass of a calibration: what enters every matrix, a layer at a time.
+"""The forward pass of a calibration: the Hessian (X^T X) of every matrix's inputs, a layer at a time.
 
 Of each layer it keeps the scales that equalise it, under these the factors of its matrices' inputs, the largest
-magnitudes of its cache, and what enters it for the windows that costs are measured on.
+magnitudes of its cache, and its inputs for the windows that sensitivity is measured on.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,23 +14,21 @@ from torch import Tensor
 from phi_export.calibrate.cache import load_array, save_array, save_factor
 from phi_export.calibrate.equalise import choose_scales, input_scales
 from phi_export.calibrate.forward import TorchDecoder, product_type
-from phi_export.calibrate.sensitivity import shown, shown_path
+from phi_export.calibrate.sensitivity import layer_input_path, sensitivity_windows
 from phi_export.quantize.gptq import factorise, groups
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.architecture.decoder import F32, Decoder, Linear
 from phi_runtime.errors import CheckpointError
 
 BATCH = 4096  # tokens taken through a layer at a time; bounds the memory
-_STRIPES = 8  # of columns, whose moments are taken one after the other: the other triangle is not computed
-_ROUNDED = 1 + 2**-8  # of a moment's diagonal
+_STRIPES = 8  # of columns, whose products are taken one after the other: the other triangle is not computed
+_ROUNDED = 1 + 2**-8  # of a hessian's diagonal
 
 Progress = Callable[[str], None]
 
 
-class _Moments:
-    """Adds up the second moments of what enters each matrix, group by group (`feedback.groups`), of these the upper
-    triangles alone.
-    """
+class _Hessians:
+    """Adds up the Hessian of each matrix's inputs, group by group (`gptq.groups`), upper triangles alone."""
 
     def __init__(self) -> None:
         self._found: dict[str, Tensor] = {}
@@ -39,26 +37,26 @@ class _Moments:
         """Count activations that enter a matrix."""
         x = x_BTC.reshape(-1, x_BTC.shape[-1])
         count, width = groups(x.shape[1]), x.shape[1] // groups(x.shape[1])
-        moments = self._found.setdefault(linear.weight[0], torch.zeros(count, width, width))
-        for n, moment in enumerate(moments):
+        hessians = self._found.setdefault(linear.weight[0], torch.zeros(count, width, width))
+        for n, hessian in enumerate(hessians):
             own = x[:, n::count].contiguous()
             for start, stop in _stripes(width):
-                moment[start:stop, start:] += own[:, start:stop].T @ own[:, start:]
+                hessian[start:stop, start:] += own[:, start:stop].T @ own[:, start:]
 
     def squares(self, linear: Linear, count: int) -> F32:
         """The mean squares of what enters a matrix, [columns]."""
-        moments = self._found[linear.weight[0]]
-        return np.asarray((moments.diagonal(dim1=1, dim2=2).T.reshape(-1) / count).numpy())
+        hessians = self._found[linear.weight[0]]
+        return np.asarray((hessians.diagonal(dim1=1, dim2=2).T.reshape(-1) / count).numpy())
 
     def take(self, linear: Linear, count: int) -> list[F32]:
-        """The moments of what enters a matrix, per token, one for each group; forgets them."""
-        moments = self._found.pop(linear.weight[0])
-        for moment in moments:
-            for start, stop in _stripes(len(moment)):
-                moment[stop:, start:stop] = moment[start:stop, stop:].T
+        """The Hessians of a matrix's inputs, per token, one for each group; forgets them."""
+        hessians = self._found.pop(linear.weight[0])
+        for hessian in hessians:
+            for start, stop in _stripes(len(hessian)):
+                hessian[stop:, start:stop] = hessian[start:stop, stop:].T
             # Products of bfloat16 are rounded to it, which could leave a matrix that has no factor.
-            moment.diagonal().mul_(_ROUNDED)
-        return list(moments.div_(count).numpy())
+            hessian.diagonal().mul_(_ROUNDED)
+        return list(hessians.div_(count).numpy())
 
 
 def _stripes(width: int) -> Iterator[tuple[int, int]]:
@@ -99,49 +97,49 @@ class _Cache:
 @torch.no_grad()
 def gather(checkpoint: Checkpoint, texts: list[list[int]], folder: Path, progress: Progress) -> None:
     """Keep the scales of each layer, the factors of all matrices under them, what enters each layer for the windows
-    that costs are measured on, and what has become of all windows after the last layer done.
+    that sensitivity is measured on, and what has become of all windows after the last layer done.
     """
     d = checkpoint.config.decoder()
-    moments, cache = _Moments(), _Cache(d)
-    model = TorchDecoder(d, checkpoint.read, len(texts[0]), product_type(), moments.see, cache.see)
+    hessians, cache = _Hessians(), _Cache(d)
+    model = TorchDecoder(d, checkpoint.read, len(texts[0]), product_type(), hessians.see, cache.see)
     count = sum(map(len, texts))
     begun, state = _resume(folder, len(texts))
     x_BTE = model.embed(texts) if state is None else torch.from_numpy(state)
     at_a_time = max(1, BATCH // len(texts[0]))
 
     def keep(linear: Linear, scale: F32) -> None:
-        found = moments.take(linear, count)
-        for n, moment in enumerate(found):
-            if not np.isfinite(moment).all():
+        found = hessians.take(linear, count)
+        for n, hessian in enumerate(found):
+            if not np.isfinite(hessian).all():
                 raise CheckpointError(
                     f"{checkpoint.folder}: its activations grow beyond float32 on the calibration text"
                 )
             own = scale[n :: len(found)]
-            moment /= own[:, None]
-            moment /= own
+            hessian /= own[:, None]
+            hessian /= own
         save_factor(folder, linear.weight[0], factorise(*found))
 
     for n in range(begun, len(d.layers)):
         layer = d.layers[n]
         progress(f"layer {n + 1} of {len(d.layers)}: activations")
-        save_array(shown_path(folder, n), shown(x_BTE, checkpoint).numpy())
+        save_array(layer_input_path(folder, n), sensitivity_windows(x_BTE, checkpoint).numpy())
         weights = model.weights(*layer.linears())
         for batch in torch.split(x_BTE, at_a_time):  # in place: what a layer makes of windows stands where they stood
             batch.copy_(model.layer(n, batch, weights))
         del weights
         peaks, keys = cache.take(count)
-        scales = choose_scales(d, layer, {i: moments.squares(i, count) for i in layer.linears()}, keys)
+        scales = choose_scales(d, layer, {i: hessians.squares(i, count) for i in layer.linears()}, keys)
         save_array(folder / f"kv-{n + 1:04d}.npy", peaks)
         save_array(folder / f"scales-{n + 1:04d}.npy", np.concatenate(scales.parts()))
-        progress(f"layer {n + 1} of {len(d.layers)}: error feedback's factors")
+        progress(f"layer {n + 1} of {len(d.layers)}: factorising Hessians")
         for linear, scale in input_scales(d, layer, scales).items():
             keep(linear, scale)
         save_array(folder / f"after-{n + 1:04d}.npy", x_BTE.numpy())
         (folder / f"after-{n:04d}.npy").unlink(missing_ok=True)
     progress("the head: activations")
-    save_array(shown_path(folder, len(d.layers)), shown(x_BTE, checkpoint).numpy())
+    save_array(layer_input_path(folder, len(d.layers)), sensitivity_windows(x_BTE, checkpoint).numpy())
     for batch in torch.split(x_BTE, at_a_time):
-        moments.see(d.head, model.norm(batch, d.final_norm))
+        hessians.see(d.head, model.norm(batch, d.final_norm))
     keep(d.head, np.ones(d.hidden_size, np.float32))
 
 

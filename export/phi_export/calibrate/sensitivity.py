@@ -1,9 +1,9 @@
-"""What an error of each matrix costs at the end, in KL divergence: from one backward pass.
+"""The sensitivity of each matrix: the KL divergence that an error of it causes, from one backward pass.
 
 To second order, an error D of a matrix moves the predictions by a KL divergence of <D, G>^2 / 2 in the mean over
 random gradients G, if those at the logits have the Fisher information of the predicted distribution p as their
-covariance. Such are sqrt(p) s - p sum(sqrt(p) s) with random signs s, drawn anew for every position. Error feedback
-leaves errors D = N V behind (`feedback.Factor`), N independent noise as large in each row as rounding makes it, so the
+covariance. Such are sqrt(p) s - p sum(sqrt(p) s) with random signs s, drawn anew for every position. GPTQ leaves
+errors D = N V behind (`gptq.HessianFactor`), N independent noise as large in each row as rounding makes it, so the
 mean over N can be taken exactly: a row costs its mean square error times |V g|^2 / 2, g the row of G.
 """
 
@@ -17,28 +17,29 @@ from torch import Tensor
 from phi_export.calibrate.cache import load_array, load_factor
 from phi_export.calibrate.forward import TorchDecoder, product_type
 from phi_export.defaults import LARGE
-from phi_export.formats import Options, tensor_groups
-from phi_export.quantize.gptq import Factor
+from phi_export.formats import tensor_groups
+from phi_export.quantize.gptq import HessianFactor
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.architecture.config import num_parameters
+from phi_runtime.package.manifest import ExportOptions
 
-# Windows that costs are measured on; fewer of a large model, whose errors average over more weights.
-_SHOWN, _SHOWN_LARGE = 8, 4
+# Windows that sensitivity is measured on; fewer of a large model, whose errors average over more weights.
+_WINDOWS, _WINDOWS_LARGE = 8, 4
 _LOGITS = 1 << 25  # logits computed at a time; bounds the memory
 
 
-def shown(x_BTE: Tensor, checkpoint: Checkpoint) -> Tensor:
-    """Of the activations of all windows, those of the windows that costs are measured on."""
-    count = _SHOWN_LARGE if num_parameters(checkpoint.config) >= LARGE else _SHOWN
+def sensitivity_windows(x_BTE: Tensor, checkpoint: Checkpoint) -> Tensor:
+    """Of the activations of all windows, those of the windows that sensitivity is measured on."""
+    count = _WINDOWS_LARGE if num_parameters(checkpoint.config) >= LARGE else _WINDOWS
     return x_BTE[:: max(1, len(x_BTE) // count)][:count]
 
 
-def shown_path(folder: Path, layer: int) -> Path:
+def layer_input_path(folder: Path, layer: int) -> Path:
     """Where what enters a layer (the final norm, after the last) is kept for those windows."""
-    return folder / f"shown-{layer:04d}.npy"
+    return folder / f"layer-input-{layer:04d}.npy"
 
 
-def measure_costs(
+def measure_sensitivity(
     checkpoint: Checkpoint, texts: list[list[int]], folder: Path, progress: Callable[[str], None]
 ) -> dict[str, float]:
     """Of each item (as with `split_qkv`): nats of KL divergence per token and unit of relative squared error.
@@ -56,18 +57,18 @@ class _Backward:
     ) -> None:
         self.checkpoint, self.folder, self.progress = checkpoint, folder, progress
         self.model = TorchDecoder(checkpoint.config.decoder(), checkpoint.read, len(texts[0]), product_type())
-        self.items = [i for i in tensor_groups(checkpoint.config, Options(split_qkv=True)) if i.role != "vector"]
-        self.costs = {i.name: 0.0 for i in self.items}
-        which = shown(torch.arange(len(texts))[:, None, None], checkpoint).flatten().tolist()
+        self.items = [i for i in tensor_groups(checkpoint.config, ExportOptions(split_qkv=True)) if i.role != "vector"]
+        self.sensitivity = {i.name: 0.0 for i in self.items}
+        which = sensitivity_windows(torch.arange(len(texts))[:, None, None], checkpoint).flatten().tolist()
         self.tokens = np.asarray([texts[i] for i in which])
 
     def run(self) -> dict[str, float]:
-        """Costs by item."""
+        """Sensitivity by item."""
         layers = self.model.decoder.layers
-        self.progress("the head: what an error costs")
+        self.progress("the head: sensitivity")
         gradient = self._head()
         for n in reversed(range(len(layers))):
-            self.progress(f"layer {n + 1} of {len(layers)}: what an error costs")
+            self.progress(f"layer {n + 1} of {len(layers)}: sensitivity")
             weights = self.model.weights(*layers[n].linears())
             for w in weights.values():
                 w.requires_grad_()
@@ -82,10 +83,10 @@ class _Backward:
                     assert found is not None
                     self._add(name, 0, found, factor)
         self._lookup(gradient)
-        return self.costs
+        return self.sensitivity
 
     def _entering(self, n: int) -> Tensor:
-        return torch.from_numpy(load_array(shown_path(self.folder, n))).requires_grad_()
+        return torch.from_numpy(load_array(layer_input_path(self.folder, n))).requires_grad_()
 
     def _head(self) -> Tensor:
         """The gradient of what enters the final norm; in pieces of the vocabulary, so that logits stay small."""
@@ -131,27 +132,29 @@ class _Backward:
         rows *= d.embedding_scale
         if d.tied:
             factor = load_factor(self.folder, d.embedding)
-            rows = _left_behind(rows, factor)
+            rows = _propagated(rows, factor)
         stored = np.concatenate([self.checkpoint.read(d.embedding, int(t), int(t) + 1) for t in tokens])
         size = np.square(stored).mean(axis=1)
         found = float((torch.from_numpy(size) * rows.square().sum(dim=1)).sum())
-        self.costs[d.embedding] += found / 2 / self.tokens.size
+        self.sensitivity[d.embedding] += found / 2 / self.tokens.size
 
-    def _add(self, tensor: str, start: int, gradient_RC: Tensor, factor: Factor) -> None:
+    def _add(self, tensor: str, start: int, gradient_RC: Tensor, factor: HessianFactor) -> None:
         """Count the gradient of rows from `start` on of a tensor."""
         stop = start + len(gradient_RC)
-        spread_RC = _left_behind(gradient_RC, factor)
+        propagated_RC = _propagated(gradient_RC, factor)
         size_R = np.square(self.checkpoint.read(tensor, start, stop)).mean(axis=1)
-        found = (spread_RC.square().sum(dim=1) * torch.from_numpy(size_R)).numpy() / 2 / self.tokens.size
+        found = (propagated_RC.square().sum(dim=1) * torch.from_numpy(size_R)).numpy() / 2 / self.tokens.size
         for item in self.items:
             if item.tensor == tensor:
                 a, b = max(item.start, start), min(item.stop, stop)
                 if a < b:
-                    self.costs[item.name] += float(found[a - start : b - start].sum(dtype=np.float64))
+                    self.sensitivity[item.name] += float(found[a - start : b - start].sum(dtype=np.float64))
 
 
-def _left_behind(gradient_RC: Tensor, factor: Factor) -> Tensor:
+def _propagated(gradient_RC: Tensor, factor: HessianFactor) -> Tensor:
     """V g of each row g, with columns in the factor's order."""
     ordered = gradient_RC[:, factor.order.copy()]
-    parts = [ordered[:, place] @ torch.from_numpy(spread).to(ordered.dtype).T for place, spread in factor.places()]
+    parts = [
+        ordered[:, place] @ torch.from_numpy(unit_upper).to(ordered.dtype).T for place, unit_upper in factor.places()
+    ]
     return torch.cat(parts, dim=1).float()

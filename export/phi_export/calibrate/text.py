@@ -14,7 +14,7 @@ from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.errors import CheckpointError, UsageError
 from phi_runtime.text.chat_templates import ChatFormat, chat_name, get_format
 from phi_runtime.text.tokenizer import Tokenizer
-from phi_train.data.corpus import Document, document_paths, lot
+from phi_train.data.corpus import Document, document_paths, shuffle_hash
 
 _HELD_OUT = 12  # one of so many pieces of prose and manual is held out
 _PROSE = Path(__file__).with_name("prose.txt")  # in pieces, a form feed between them
@@ -80,20 +80,20 @@ def _read(path: Path) -> str:
 
 
 def _documents(corpus: str, size: int, held_out: bool) -> Iterator[str]:
-    for path, name in sorted(document_paths(corpus), key=lambda p: lot(p[1])):
+    for path, name in sorted(document_paths(corpus), key=lambda p: shuffle_hash(p[1])):
         try:
             content = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
         if len(content) >= size and Document(name, "").held_out is held_out:
-            start = lot(name) % (len(content) - size + 1)
+            start = shuffle_hash(name) % (len(content) - size + 1)
             yield content[start : start + size]
 
 
 def _prose(held_out: bool) -> Iterator[str]:
     pieces = _PROSE.read_text(encoding="utf-8").split("\f")
-    for number in sorted(range(len(pieces)), key=lambda n: lot(str(n))):
-        if (lot(str(number)) % _HELD_OUT == 0) is held_out:
+    for number in sorted(range(len(pieces)), key=lambda n: shuffle_hash(str(n))):
+        if (shuffle_hash(str(number)) % _HELD_OUT == 0) is held_out:
             paragraphs = pieces[number].strip().split("\n\n")
             yield "\n\n".join(" ".join(p.splitlines()) for p in paragraphs)
 
@@ -103,6 +103,6 @@ def _manual(size: int, held_out: bool) -> Iterator[str]:
 
     content = "\n".join(topics[name] for name in sorted(topics))
     starts = range(0, len(content) - size, size)
-    for start in sorted(starts, key=lambda s: lot(str(s))):
-        if (lot(str(start)) % _HELD_OUT == 0) is held_out:
+    for start in sorted(starts, key=lambda s: shuffle_hash(str(s))):
+        if (shuffle_hash(str(start)) % _HELD_OUT == 0) is held_out:
             yield content[start : start + size]

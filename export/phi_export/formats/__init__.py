@@ -6,15 +6,15 @@ from math import prod
 from pathlib import Path
 from typing import Protocol, cast
 
-from phi_export.formats.parallel_writer import PIECE, Stream
-from phi_export.quantize.gptq import Factor
+from phi_export.formats.parallel_writer import PIECE, ParallelWriter
+from phi_export.quantize.gptq import HessianFactor
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.architecture.config import Config
 from phi_runtime.architecture.decoder import F32, Decoder
 from phi_runtime.backends.reference import ReadTensor
 from phi_runtime.errors import UnsupportedError, UsageError, missing_extra
 from phi_runtime.package.formats import FORMATS
-from phi_runtime.package.manifest import Manifest, TensorQuant
+from phi_runtime.package.manifest import ExportOptions, Manifest, TensorQuant
 
 # What clients of every format find beside the artifact, as it is beside the checkpoint.
 SIDECAR_FILES = (
@@ -57,21 +57,6 @@ class Type(Protocol):
 
 
 @dataclass(frozen=True)
-class Options:
-    """How an artifact is to be laid out; each field is an option of `phi-export`.
-
-    profile: of the format's `PROFILES`, None for the first. context: tokens of a fixed-size cache
-    (Core ML). split_qkv: type queries, keys and values apart (GGUF). int8_kv: a second graph, whose cache is of 8 bits
-    (ONNX, calibrated).
-    """
-
-    profile: str | None = None
-    context: int | None = None
-    split_qkv: bool = False
-    int8_kv: bool = False
-
-
-@dataclass(frozen=True)
 class TensorGroup:
     """What a plan gives a type to: a tensor of the checkpoint, or some of its rows."""
 
@@ -96,7 +81,7 @@ class TensorGroup:
 
 
 # Each item by name, in the order of computation, and how it will be stored.
-Plan = dict[str, TensorQuant]
+Quantization = dict[str, TensorQuant]
 
 
 _FED_BACK = 1 << 22
@@ -105,7 +90,7 @@ _FED_BACK = 1 << 22
 class Calibrated(Protocol):
     """What a writer may know of the model on real text."""
 
-    def factor(self, tensor: str) -> Factor | None:
+    def factor(self, tensor: str) -> HessianFactor | None:
         """What error feedback needs of a tensor, by name; None to round each weight for itself."""
 
     def kv_peaks(self) -> list[F32]:
@@ -123,7 +108,7 @@ class Uncalibrated:
         return []
 
 
-def piece(factor: Factor | None) -> int:
+def piece(factor: HessianFactor | None) -> int:
     """Weights of a piece: more under error feedback, whose steps are as many for any number of rows."""
     return PIECE if factor is None else _FED_BACK
 
@@ -138,50 +123,52 @@ class Format(Protocol):
     ENGINE: str
     # Whether its bundles are of the equalised model (`equalise`).
     EQUALISED: bool
+    # Whether a calibrated bundle has a second graph, whose KV cache is of 8 bits.
+    HAS_INT8_KV: bool
     # Those of `SIDECAR_FILES` that it writes itself.
     OWN_FILES: tuple[str, ...]
 
     def rounding(self, x: F32) -> F32:
         """What the format's own runtime does to activations before it multiplies them."""
 
-    def check(self, config: Config, options: Options) -> None:
+    def check(self, config: Config, options: ExportOptions) -> None:
         """Raise UnsupportedError for an architecture that the format cannot carry, UsageError for its options."""
 
     def artifact(self, folder: Path) -> str:
         """Name of what a client opens, once it is written."""
 
-    def types(self, options: Options) -> dict[str, Type]:
+    def types(self, options: ExportOptions) -> dict[str, Type]:
         """The types that a matrix may have, by name."""
 
-    def yardstick(self, item: TensorGroup, layers: int, options: Options) -> str:
+    def yardstick(self, item: TensorGroup, layers: int, options: ExportOptions) -> str:
         """The type of an item, of a model of so many layers, in the mix that needs no calibration and that others of
         this format are held to: `balanced` plans are no slower.
         """
 
-    def vector_bytes(self, options: Options) -> int:
+    def vector_bytes(self, options: ExportOptions) -> int:
         """Bytes of a weight that stays in floating point."""
 
-    def kv_bytes(self, decoder: Decoder, options: Options) -> int:
+    def kv_bytes(self, decoder: Decoder, options: ExportOptions) -> int:
         """Bytes of the KV cache per token."""
 
-    def overhead(self, checkpoint: Checkpoint, options: Options) -> int:
+    def overhead(self, checkpoint: Checkpoint, options: ExportOptions) -> int:
         """Bytes of the artifact that are not weights, at most."""
 
-    def context(self, config: Config, options: Options) -> int:
+    def context(self, config: Config, options: ExportOptions) -> int:
         """Tokens that the artifact carries exactly."""
 
     def write(
         self,
         checkpoint: Checkpoint,
-        plan: Plan,
-        options: Options,
+        plan: Quantization,
+        options: ExportOptions,
         folder: Path,
-        stream: Stream,
+        stream: ParallelWriter,
         calibrated: Calibrated,
     ) -> None:
         """Write the artifact, a tensor at a time; what `stream` says is there already is not written again."""
 
-    def rounded(self, x: F32, kind: str, options: Options) -> F32:
+    def rounded(self, x: F32, kind: str, options: ExportOptions) -> F32:
         """What a runtime computes with after some rows were stored as a type, without feedback."""
 
     def validate(self, folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
@@ -206,7 +193,7 @@ def sidecar_files(module: Format) -> list[str]:
     return [name for name in SIDECAR_FILES if name not in module.OWN_FILES]
 
 
-def choose_profile(name: str, profiles: tuple[str, ...], options: Options) -> str:
+def choose_profile(name: str, profiles: tuple[str, ...], options: ExportOptions) -> str:
     """The profile asked for, by default the format's first. Raises UsageError."""
     if options.profile is None:
         return profiles[0]
@@ -215,7 +202,7 @@ def choose_profile(name: str, profiles: tuple[str, ...], options: Options) -> st
     return options.profile
 
 
-def tensor_groups(config: Config, options: Options) -> list[TensorGroup]:
+def tensor_groups(config: Config, options: ExportOptions) -> list[TensorGroup]:
     """All that a plan gives a type to, in the order of computation."""
     decoder = config.decoder()
     roles = {decoder.embedding: "embedding"}
@@ -249,7 +236,7 @@ def more_bits(item: TensorGroup, layers: int) -> bool:
     return item.role == "head" or (item.role == "embedding" and item.uses > 0) or (item.role == "down" and wide)
 
 
-def fitting(module: Format, item: TensorGroup, options: Options) -> dict[str, Type]:
+def fitting(module: Format, item: TensorGroup, options: ExportOptions) -> dict[str, Type]:
     """The format's types that the item's rows divide into. Raises UnsupportedError if there is none."""
     found = {n: t for n, t in module.types(options).items() if item.columns % t.multiple == 0}
     if not found:
@@ -260,7 +247,7 @@ def fitting(module: Format, item: TensorGroup, options: Options) -> dict[str, Ty
     return found
 
 
-def stored(module: Format, item: TensorGroup, kind: str, options: Options) -> TensorQuant:
+def stored(module: Format, item: TensorGroup, kind: str, options: ExportOptions) -> TensorQuant:
     """How an item is stored as a type of that name."""
     if item.role == "vector":
         width = module.vector_bytes(options)

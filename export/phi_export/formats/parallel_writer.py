@@ -16,7 +16,7 @@ import numpy as np
 PIECE = 1 << 20  # weights of a piece, about; bounds the memory of one thread
 
 
-class Stream:
+class ParallelWriter:
     """The pool, the journal and the progress of one artifact's writing."""
 
     def __init__(self, journal: Path, threads: int, progress: Callable[[str], None]) -> None:

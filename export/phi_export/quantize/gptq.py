@@ -36,54 +36,54 @@ def groups(columns: int) -> int:
 
 
 @dataclass(frozen=True)
-class Factor:
+class HessianFactor:
     """What feedback needs to know of a matrix's inputs: the order of its columns [C], group by group; V of each group
     in that order [C / G, C / G]; and what an error of each column costs that the later ones do not make up for, [C],
     as the matrix has its columns.
     """
 
     order: npt.NDArray[np.int64]
-    spread: tuple[F32, ...]
+    unit_upper: tuple[F32, ...]
     importance: F32
 
     def places(self) -> Iterator[tuple[slice, F32]]:
         """Where each group stands in the order, and its V."""
-        width = len(self.order) // len(self.spread)
-        for n, spread in enumerate(self.spread):
-            yield slice(n * width, (n + 1) * width), spread
+        width = len(self.order) // len(self.unit_upper)
+        for n, unit_upper in enumerate(self.unit_upper):
+            yield slice(n * width, (n + 1) * width), unit_upper
 
-    def unscaled(self, columns: F32) -> "Factor":
+    def unscaled(self, columns: F32) -> "HessianFactor":
         """Of the inputs as they are, where these are of inputs divided by `columns`; damped anew."""
         diagonal: F32 = (1 / np.sqrt(self.importance[self.order])).astype(np.float32)
-        count, moments = len(self.spread), []
-        for n, (place, spread) in enumerate(self.places()):
-            upper = _inverse_of_upper(spread * diagonal[place, None])
-            moment = np.empty_like(upper)
+        count, hessians = len(self.unit_upper), []
+        for n, (place, unit_upper) in enumerate(self.places()):
+            upper = _inverse_of_upper(unit_upper * diagonal[place, None])
+            hessian = np.empty_like(upper)
             own = self.order[place] // count
-            moment[np.ix_(own, own)] = upper @ upper.T
+            hessian[np.ix_(own, own)] = upper @ upper.T
             scale = columns[n::count]
-            moments.append(moment * scale[:, None] * scale)
-        return factorise(*moments)
+            hessians.append(hessian * scale[:, None] * scale)
+        return factorise(*hessians)
 
 
-def factorise(*moments: F32) -> Factor:
-    """The factor of a second moment [C, C], or of those of its groups."""
-    count = len(moments)
-    mean = np.mean([np.diag(m).mean(dtype=np.float64) for m in moments])
+def factorise(*hessians: F32) -> HessianFactor:
+    """The factor of a Hessian [C, C], or of those of its groups."""
+    count = len(hessians)
+    mean = np.mean([np.diag(m).mean(dtype=np.float64) for m in hessians])
     damping = np.float32(DAMPING * mean or 1.0)
-    orders, spreads = [], []
-    importance = np.empty(count * len(moments[0]), np.float32)
-    for n, moment in enumerate(moments):
-        order = np.argsort(-np.diag(moment), kind="stable")
+    orders, unit_uppers = [], []
+    importance = np.empty(count * len(hessians[0]), np.float32)
+    for n, hessian in enumerate(hessians):
+        order = np.argsort(-np.diag(hessian), kind="stable")
         backwards = order[::-1]  # the inverse's upper factor is the inverse of the factor from the far end
-        damped = moment[np.ix_(backwards, backwards)]
+        damped = hessian[np.ix_(backwards, backwards)]
         damped[np.diag_indices_from(damped)] += damping
         upper = _inverse_of_lower_factor(damped)[::-1, ::-1]
         diagonal = np.diag(upper)
         importance[order * count + n] = 1 / np.square(diagonal)
         orders.append(order * count + n)
-        spreads.append(np.ascontiguousarray(upper / diagonal[:, None]))
-    return Factor(np.concatenate(orders), tuple(spreads), importance)
+        unit_uppers.append(np.ascontiguousarray(upper / diagonal[:, None]))
+    return HessianFactor(np.concatenate(orders), tuple(unit_uppers), importance)
 
 
 def _inverse_of_lower_factor(a: F32) -> F32:
@@ -158,7 +158,7 @@ def palette(tables: F32, group: int) -> Level:
     return level
 
 
-def met(x: F32, factor: Factor, level: Level) -> F32:
+def values_at_rounding(x: F32, factor: HessianFactor, level: Level) -> F32:
     """What x [R, C] has become by the time that each column is rounded: the values that steps have to reach."""
     seen = np.empty_like(x)
 
@@ -170,7 +170,7 @@ def met(x: F32, factor: Factor, level: Level) -> F32:
     return seen
 
 
-def round_columns(x: F32, factor: Factor, level: Level) -> npt.NDArray[np.uint8]:
+def round_columns(x: F32, factor: HessianFactor, level: Level) -> npt.NDArray[np.uint8]:
     """Codes [R, C] of x [R, C]."""
     order = factor.order.tolist()
     w = np.ascontiguousarray(x.T[factor.order])  # a column's values lie together
@@ -181,7 +181,9 @@ def round_columns(x: F32, factor: Factor, level: Level) -> npt.NDArray[np.uint8]
         if stop - start > _LEAF:
             middle = start + max(1, (stop - start) // (2 * _LEAF)) * _LEAF
             run(start, middle)
-            w[first + middle : first + stop] -= spread[start:middle, middle:stop].T @ w[first + start : first + middle]
+            w[first + middle : first + stop] -= (
+                unit_upper[start:middle, middle:stop].T @ w[first + start : first + middle]
+            )
             run(middle, stop)
             return
         for j in range(start, stop):
@@ -189,9 +191,9 @@ def round_columns(x: F32, factor: Factor, level: Level) -> npt.NDArray[np.uint8]
             codes[column], value = level(column, w[first + j])
             w[first + j] -= value
             if j + 1 < stop:
-                w[first + j + 1 : first + stop] -= spread[j, j + 1 : stop, None] * w[first + j]
+                w[first + j + 1 : first + stop] -= unit_upper[j, j + 1 : stop, None] * w[first + j]
 
-    for place, spread in factor.places():
+    for place, unit_upper in factor.places():
         first = place.start
-        run(0, len(spread))
+        run(0, len(unit_upper))
     return np.ascontiguousarray(codes.T)

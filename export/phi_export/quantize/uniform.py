@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from phi_export.quantize.gptq import Factor, Level, met, palette, round_columns, uniform
+from phi_export.quantize.gptq import HessianFactor, Level, palette, round_columns, uniform, values_at_rounding
 from phi_runtime.architecture.checkpoint import Tensor
 from phi_runtime.architecture.decoder import F32
 from phi_runtime.errors import CheckpointError
@@ -51,7 +51,7 @@ def finite(tensor: Tensor, start: int = 0, stop: int | None = None) -> F32:
     return piece
 
 
-def round_rows(x: F32, bits: int, block: int, factor: Factor | None = None) -> tuple[I8, F16]:
+def round_rows(x: F32, bits: int, block: int, factor: HessianFactor | None = None) -> tuple[I8, F16]:
     """Codes [rows, columns] and scales [rows, columns / block] of finite rows, with error feedback given a factor."""
     importance = None if factor is None else factor.importance
     codes, scales = grid_rows(x, bits, block, importance)
@@ -63,7 +63,7 @@ def round_rows(x: F32, bits: int, block: int, factor: Factor | None = None) -> t
         return uniform(scales.astype(np.float32), block, bits, half)
 
     if bits == 2:  # so coarse a grid has to reach what errors have grown to; finer ones gain nothing by it
-        scales = grid_rows(met(x, factor, level(scales)), bits, block, importance)[1]
+        scales = grid_rows(values_at_rounding(x, factor, level(scales)), bits, block, importance)[1]
     fed_back = round_columns(x, factor, level(scales)).view(np.int8)
     return fed_back - np.int8(half - 256 if half == 128 else half), scales
 
@@ -141,7 +141,7 @@ def _to_grid(blocks: F32, scale: F32, low: F32, high: F32, out: F32) -> None:
     np.clip(out, low, high, out=out)
 
 
-def round_affine(x: F32, bits: int, block: int, factor: Factor | None = None) -> tuple[U8, F16, U8]:
+def round_affine(x: F32, bits: int, block: int, factor: HessianFactor | None = None) -> tuple[U8, F16, U8]:
     """Codes [rows, columns], scales and zero points [rows, columns / block] of finite rows, with error feedback given a
     factor.
     """
@@ -167,7 +167,7 @@ def dequantize_rows(codes: I8, scales: F16) -> F32:
     return blocks.reshape(rows, columns)
 
 
-def fit_palettes(x: F32, bits: int, group: int, factor: Factor | None = None) -> tuple[U8, F16]:
+def fit_palettes(x: F32, bits: int, group: int, factor: HessianFactor | None = None) -> tuple[U8, F16]:
     """Codes [rows, columns] and tables [rows / group, 2**bits], rising, each fitted to its group of rows; with error
     feedback given a factor.
 
@@ -178,7 +178,7 @@ def fit_palettes(x: F32, bits: int, group: int, factor: Factor | None = None) ->
     if factor is None:
         return codes, tables
     # The tables are fitted once more, to what errors have made of the weights by then.
-    reached = met(x, factor, palette(tables.astype(np.float32), group))
+    reached = values_at_rounding(x, factor, palette(tables.astype(np.float32), group))
     tables = _fit_palettes(reached, bits, group, importance)[1]
     return round_columns(x, factor, palette(tables.astype(np.float32), group)), tables
 

@@ -55,11 +55,11 @@ def compare_logits(
             ends.append(logits[-_WATCHED:].copy())
             rounded: list[F32] = []
 
-            def keep(n: int, lanes: list[BatchSequence], rounded: list[F32] = rounded) -> None:
-                rounded.append(lanes[0].x_TE[-_WATCHED:])
+            def keep(n: int, sequences: list[BatchSequence], rounded: list[F32] = rounded) -> None:
+                rounded.append(sequences[0].x_TE[-_WATCHED:])
 
-            def hold(n: int, lanes: list[BatchSequence], rounded: list[F32] = rounded) -> None:
-                exact = lanes[0].x_TE[-_WATCHED:]
+            def hold(n: int, sequences: list[BatchSequence], rounded: list[F32] = rounded) -> None:
+                exact = sequences[0].x_TE[-_WATCHED:]
                 layers[n] += np.square(rounded[n] - exact).sum(), np.square(exact).sum()
 
             progress(f"its weights in the reference, {where}")
@@ -69,7 +69,7 @@ def compare_logits(
             progress(f"the checkpoint, {where}")
             exact = Reference(decoder, checkpoint.read, 0, watch=hold).forward(piece, True)[0]
             quality.add(exact, logits, targets)
-    if manifest.options.get("int8_kv"):  # in a process of its own, after the other's memory is free
+    if manifest.options.int8_kv:  # in a process of its own, after the other's memory is free
         progress("the cache of 8 bits")
         with Artifact(bundle, "int8") as artifact:
             for piece, end in zip(windows(tokens, length), ends, strict=True):

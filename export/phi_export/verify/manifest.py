@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from phi_export.formats import Options, TensorGroup, get_format, sidecar_files, stored, tensor_groups
+from phi_export.formats import TensorGroup, get_format, sidecar_files, stored, tensor_groups
 from phi_runtime.architecture.checkpoint import Checkpoint, stop_tokens
 from phi_runtime.architecture.config import read_json
 from phi_runtime.errors import UnsupportedError, UsageError
@@ -17,7 +17,7 @@ def wrong_claim(bundle: Path, manifest: Manifest, checkpoint: Checkpoint, writte
     """What the bundle says of itself that does not follow from the checkpoint, if anything."""
     module = get_format(manifest.format)
     try:
-        options = Options(**manifest.options)
+        options = manifest.options
         context = module.context(checkpoint.config, options)
         plan = {
             i.name: stored(module, i, _said_type(manifest, i), options)

@@ -89,8 +89,8 @@ def _serve(bundle: Path, kv: str | None) -> None:
             if tokens:
                 backend.trim(0)
                 cut = len(tokens) - request["singly"]
-                rows = [backend.forward(tokens[:cut], every=True)]
-                rows += [backend.forward([token], every=True) for token in tokens[cut:]]
+                rows = [backend.forward(tokens[:cut], all_logits=True)]
+                rows += [backend.forward([token], all_logits=True) for token in tokens[cut:]]
                 answer = np.concatenate(rows).astype(np.float32)
             elif (own := own_tokenizer(package, backend)) is not None:
                 answer = np.array([[0, *own.encode(request["text"])]], np.float32)

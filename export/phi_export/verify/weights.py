@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from phi_export.formats import Options, TensorGroup, get_format, tensor_groups
+from phi_export.formats import TensorGroup, get_format, tensor_groups
 from phi_export.verify.check import Check, Progress
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.architecture.decoder import F32
@@ -34,7 +34,7 @@ def check_weights(read: ReadTensor, manifest: Manifest, checkpoint: Checkpoint, 
 
     Errors are in units of their limits, which depend on the type.
     """
-    options = Options(**manifest.options)
+    options = manifest.options
     kinds = get_format(manifest.format).types(options)
     worst = {"block": (0.0, ""), "tensor": (0.0, ""), "vector": (0.0, "")}
     with ThreadPoolExecutor(cores()) as pool:

@@ -7,12 +7,12 @@ import os
 from importlib import import_module
 from typing import cast
 
-from phi_runtime.backends.record import Record
+from phi_runtime.backends.record import EngineOptions, Record
 from phi_runtime.errors import ContextError, UsageError
 from phi_runtime.generation.engine import Backend
 from phi_runtime.package.formats import FORMATS
 from phi_runtime.package.open import Package
-from phi_runtime.text.tokenizer import Codec
+from phi_runtime.text.tokenizer import TokenizerLike
 
 _MAX_THREADS = 512  # engines die of absurd numbers
 # Tokens reserved where nobody said: the cache of a 128k model would take 48 GiB and more.
@@ -32,11 +32,28 @@ def choose_backend(package: Package, name: str | None) -> str:
     return name or next(iter(engines))
 
 
+def choose_device(package: Package, backend: str, wanted: str) -> str:
+    """`cpu` or `gpu`; for "auto" whichever the installed engine prefers here. Raises UsageError."""
+    devices = record(package.format).devices(backend)
+    if wanted not in ("auto", *devices):
+        raise UsageError(
+            f"device {wanted!r}: {backend}, as it is installed here, runs on {' and '.join(devices)} only; "
+            'leave the device out, or say "auto"'
+        )
+    return devices[0] if wanted == "auto" else wanted
+
+
 def open_backend(
-    package: Package, name: str | None, context: int | None, threads: int | None, kv: str | None = None
+    package: Package,
+    name: str | None,
+    context: int | None,
+    threads: int | None,
+    kv: str | None = None,
+    device: str = "cpu",
 ) -> Backend:
-    """Open a model's artifact. Raises UsageError for a backend that does not run its format or a cache of a type that
-    it does not have, ContextError for a context beyond the model's, BundleError for a damaged artifact.
+    """Open a model's artifact. Raises UsageError for a backend that does not run its format, a cache of a type that
+    it does not have or a device that it cannot use, ContextError for a context beyond the model's, BundleError for a
+    damaged artifact.
     """
     name = choose_backend(package, name)
     if context is not None and not 0 < context <= package.context:
@@ -47,10 +64,11 @@ def open_backend(
     module, function = record(package.format).engines[name].split(":")
     opener = getattr(import_module(f"phi_runtime.backends.{module}"), function)
     tokens = context or min(package.context, DEFAULT_CONTEXT)
-    return cast(Backend, opener(package, tokens, threads or cores(), kv or kinds[0]))
+    device = choose_device(package, name, device)
+    return cast(Backend, opener(package, EngineOptions(tokens, threads or cores(), kv or kinds[0], device)))
 
 
-def own_tokenizer(package: Package, backend: Backend) -> Codec | None:
+def own_tokenizer(package: Package, backend: Backend) -> TokenizerLike | None:
     """The tokenizer that the artifact holds, None for a format that holds none."""
     return record(package.format).tokenizer(backend)
 

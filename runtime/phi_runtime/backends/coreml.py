@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from phi_runtime.architecture.decoder import F32, CacheShape
-from phi_runtime.backends.record import Record, plain_memory
+from phi_runtime.backends.record import EngineOptions, Record, plain_memory
 from phi_runtime.errors import BundleError, MissingExtraError
 from phi_runtime.package.open import Package
 
@@ -77,7 +77,7 @@ class CoreMLBackend:
         """Tokens in the KV cache."""
         return len(self._tokens)
 
-    def forward(self, tokens: list[int], every: bool) -> F32:
+    def forward(self, tokens: list[int], all_logits: bool) -> F32:
         """Append tokens; logits [T, vocab_size], or [1, vocab_size] of the last."""
         held = len(self._tokens)
         self._tokens = [*self._tokens, *tokens]
@@ -95,7 +95,7 @@ class CoreMLBackend:
             out = self._run(PREFILL, start, PREFILL_TOKENS)[: stop - start]
             rows.append(out[max(0, held - start) :])
             start = stop
-        return np.concatenate(rows)[-len(tokens) :] if every else rows[-1][-1:]
+        return np.concatenate(rows)[-len(tokens) :] if all_logits else rows[-1][-1:]
 
     def trim(self, position: int) -> None:
         """Forget all tokens from `position` on."""
@@ -134,14 +134,17 @@ class CoreMLBackend:
         return np.asarray(values["logits"][0], np.float32)
 
 
-def coremltools_functions(path: Path) -> Functions:
-    """The package in the Core ML framework (macOS 15 or later)."""
+def coremltools_functions(path: Path, units: str = "ALL") -> Functions:
+    """The package in the Core ML framework (macOS 15 or later). units: one of coremltools' `ComputeUnit`."""
     try:
         import coremltools as ct
     except ImportError:
         raise MissingExtraError("coremltools", "coreml") from None
     try:
-        models = {name: ct.models.MLModel(str(path), function_name=name) for name in (PREFILL, DECODE)}
+        models = {
+            name: ct.models.MLModel(str(path), function_name=name, compute_units=ct.ComputeUnit[units])
+            for name in (PREFILL, DECODE)
+        }
         description = next(f for f in ct.utils.load_spec(str(path)).description.functions if f.name == DECODE)
     except Exception as e:  # the framework's errors share no base
         raise BundleError(f"{path}: Core ML cannot load it ({e}); it wants macOS 15 or later") from None
@@ -158,11 +161,11 @@ def coremltools_functions(path: Path) -> Functions:
     return Functions({name: function(name) for name in models}, models[DECODE].make_state, slots, long_rope)
 
 
-def open_package(package: Package, context: int, threads: int, kv: str) -> CoreMLBackend:
-    """In the Core ML framework, for `RECORD`."""
-    return CoreMLBackend(
-        "coreml", [coremltools_functions(p) for p in package_paths(package.path)], package.shape, context
-    )
+def open_package(package: Package, options: EngineOptions) -> CoreMLBackend:
+    """In the Core ML framework, for `RECORD`; beside the processor it takes the GPU and the Neural Engine."""
+    units = "CPU_ONLY" if options.device == "cpu" else "ALL"
+    functions = [coremltools_functions(p, units) for p in package_paths(package.path)]
+    return CoreMLBackend("coreml", functions, package.shape, options.context)
 
 
 # Preferred first; the Core ML framework itself is found on macOS alone.
@@ -174,5 +177,6 @@ RECORD = Record(
     process=100_000_000,
     kv_types=lambda package, engine: ("f16",),
     memory=plain_memory,
+    devices=lambda engine: ("gpu", "cpu") if engine == "coreml" else ("cpu",),
     native=False,  # elsewhere than on Apple's devices it is interpreted
 )

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from phi_runtime.backends.llama_cpp import LlamaCppBackend
+from phi_runtime.backends.record import EngineOptions
+from phi_runtime.backends.waiting import sleeping_threads
 from phi_runtime.errors import MissingExtraError, UsageError
 from phi_runtime.package.gguf_header import read_header
 from phi_runtime.package.open import Package
@@ -25,14 +27,14 @@ class IkLlamaCppBackend(LlamaCppBackend):
     # Its cache gives NaN where a row begins anew beside others (0.1.5), so texts are answered one after the other.
     batch = None  # type: ignore[assignment]
 
-    def __init__(self, path: Path, context: int, threads: int, kv: str, crossover: int | None) -> None:
-        assert kv == "f16", "others want its flash attention, which aborts the process on some texts"
+    def __init__(self, path: Path, options: EngineOptions, crossover: int | None) -> None:
+        assert options.kv == "f16", "others want its flash attention, which aborts the process on some texts"
         unsound = sorted({_UNSOUND[k] for k in read_header(path).types.values() if k in _UNSOUND})
         if unsound:
             raise UsageError(
                 f"{path}: ik_llama.cpp computes {', '.join(unsound)} otherwise than llama.cpp; leave the backend out"
             )
-        super().__init__(path, context, threads, kv, crossover)
+        super().__init__(path, options, crossover)
 
     def drop(self, ctx: Any, row: int, position: int) -> None:
         """Forget all of a row from a position on."""
@@ -40,7 +42,8 @@ class IkLlamaCppBackend(LlamaCppBackend):
 
     def _library(self) -> Any:
         try:
-            return _declared()
+            with sleeping_threads():
+                return _declared()
         except ImportError:
             raise MissingExtraError("ik_llama.cpp", "gguf-fast") from None
 
@@ -88,6 +91,6 @@ def _declared() -> Any:
     return library
 
 
-def open_package(package: Package, context: int, threads: int, kv: str) -> IkLlamaCppBackend:
+def open_package(package: Package, options: EngineOptions) -> IkLlamaCppBackend:
     """For llama.cpp's `RECORD`."""
-    return IkLlamaCppBackend(package.path, context, threads, kv, package.shape.crossover)
+    return IkLlamaCppBackend(package.path, options, package.shape.crossover)

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from phi_runtime.architecture.decoder import F32
-from phi_runtime.backends.record import Record, kv_numbers, logits_bytes
+from phi_runtime.backends.record import EngineOptions, Record, kv_numbers, logits_bytes
+from phi_runtime.backends.waiting import sleeping_threads
 from phi_runtime.errors import BundleError, ContextError, MissingExtraError, UsageError
 from phi_runtime.generation.engine import CHUNK
 from phi_runtime.package.open import Package
 from phi_runtime.text.tokenizer import check_tokens, check_unicode
 
+_ALL_LAYERS = 9999  # to offload
 PADDED = 256  # a context is a whole multiple of so many tokens
 # Types that the KV cache may have, the default first: ggml's number of each, and bits per number stored.
 KV_TYPES = {
@@ -30,14 +32,14 @@ KV_TYPES = {
 
 
 class LlamaCppBackend:
-    """A GGUF file on llama.cpp's CPU engine."""
+    """A GGUF file on llama.cpp."""
 
     name = "llama.cpp"
 
-    def __init__(self, path: Path, context: int, threads: int, kv: str, crossover: int | None) -> None:
+    def __init__(self, path: Path, options: EngineOptions, crossover: int | None) -> None:
         self.library = self._library()
-        self.context = context
-        self._path, self._threads, self._kv = path, threads, kv
+        self.context = context = options.context
+        self._path, self._threads, self._kv, self._device = path, options.threads, options.kv, options.device
         # llama.cpp chooses LongRoPE's factors by the context that is reserved, not by the text's length: a text that
         # crosses over is read again in a context of the other size.
         self._crossover = crossover if crossover is not None and crossover < context else None
@@ -48,7 +50,7 @@ class LlamaCppBackend:
         log.clear()
         self.library.llama_backend_init()
         params = self.library.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = _ALL_LAYERS if options.device == "gpu" else 0
         self._set_model(params)
         self.model = self.library.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
@@ -63,12 +65,12 @@ class LlamaCppBackend:
         """Tokens in the KV cache."""
         return len(self._tokens)
 
-    def forward(self, tokens: list[int], every: bool) -> F32:
+    def forward(self, tokens: list[int], all_logits: bool) -> F32:
         """Append tokens; logits [T, vocab_size], or [1, vocab_size] of the last."""
         text = [*self._tokens, *tokens]
         if self._needed(len(text)) != self._reserved:
             self._reserve(self._needed(len(text)))
-        wanted = len(text) - (len(tokens) if every else 1)  # the first whose logits are
+        wanted = len(text) - (len(tokens) if all_logits else 1)  # the first whose logits are
         rows = []
         for start in range(self._held, len(text), CHUNK):
             chunk = [(t, start + i, 0, start + i >= wanted) for i, t in enumerate(text[start : start + CHUNK])]
@@ -148,11 +150,7 @@ class LlamaCppBackend:
         self.library.llama_memory_seq_rm(self.library.llama_get_memory(ctx), row, position, -1)
 
     def _library(self) -> Any:
-        try:
-            import llama_cpp
-        except ImportError:
-            raise MissingExtraError("llama.cpp", "gguf") from None
-        return llama_cpp
+        return _imported()
 
     def _set_model(self, params: Any) -> None:
         # GCC before 13 drops stores that ggml's AMX kernels need, and such a build dies at the first
@@ -163,7 +161,7 @@ class LlamaCppBackend:
             _read_not_map(params)
 
     def _set_context(self, params: Any) -> None:
-        if self._kv == "f16":
+        if self._kv == "f16" and self._device == "cpu":
             # Its flash attention on processors takes 1.6 times as long per token behind a thousand tokens; only a
             # cache of few bits cannot do without.
             params.flash_attn_type = self.library.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -255,6 +253,15 @@ class LlamaCppTokenizer:
         check_tokens(tokens, self._backend.vocab_size)
 
 
+def _imported() -> Any:
+    try:
+        with sleeping_threads():
+            import llama_cpp
+    except ImportError:
+        raise MissingExtraError("llama.cpp", "gguf") from None
+    return llama_cpp
+
+
 def _read_not_map(params: Any) -> None:
     """llama.cpp repacks weights for the processor into a copy: mapping the file as well would hold the model twice."""
     fields = {name for name, *_ in params._fields_}
@@ -285,9 +292,16 @@ def _log_lines(library: Any) -> deque[str]:
 _CALLBACKS: list[Any] = []
 
 
-def open_package(package: Package, context: int, threads: int, kv: str) -> LlamaCppBackend:
+def open_package(package: Package, options: EngineOptions) -> LlamaCppBackend:
     """For `RECORD`."""
-    return LlamaCppBackend(package.path, context, threads, kv, package.shape.crossover)
+    return LlamaCppBackend(package.path, options, package.shape.crossover)
+
+
+def _devices(engine: str) -> tuple[str, ...]:
+    """A GPU first, where the installed llama.cpp was built for one; the fork is for processors."""
+    if engine != "llama.cpp":
+        return ("cpu",)
+    return ("gpu", "cpu") if _imported().llama_supports_gpu_offload() else ("cpu",)
 
 
 def _memory(package: Package, context: int, kv: str) -> tuple[int, int]:
@@ -301,6 +315,7 @@ def _memory(package: Package, context: int, kv: str) -> tuple[int, int]:
 RECORD = Record(
     engines={"llama.cpp": "llama_cpp:open_package", "ik_llama.cpp": "ik_llama_cpp:open_package"},
     on_request=("ik_llama.cpp",),
+    devices=_devices,
     module="llama_cpp",
     extra="gguf",
     process=61_000_000,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from phi_runtime.architecture.decoder import F32
-from phi_runtime.backends.record import Record, plain_memory
+from phi_runtime.backends.record import EngineOptions, Record, plain_memory
 from phi_runtime.errors import BundleError, MissingExtraError
 from phi_runtime.generation.engine import CHUNK
 from phi_runtime.package.open import Package
@@ -25,7 +25,7 @@ class MlxBackend:
 
     name = "mlx"
 
-    def __init__(self, folder: Path, vocab_size: int, context: int) -> None:
+    def __init__(self, folder: Path, vocab_size: int, context: int, device: str) -> None:
         try:
             import mlx.core
             from mlx_lm.models.cache import make_prompt_cache
@@ -38,7 +38,8 @@ class MlxBackend:
             self._model, _ = load_model(folder)  # runs no code from the folder
         except Exception as e:  # mlx's errors share no base
             raise BundleError(f"{folder}: mlx_lm cannot load it ({e}); export the bundle again") from None
-        if _ON_PROCESSOR:
+        if device == "cpu":
+            self._mx.set_default_device(self._mx.cpu)
             self._model.set_dtype(self._mx.float32)
         self._cache: Any = make_prompt_cache(self._model)
         self._position = 0
@@ -48,14 +49,14 @@ class MlxBackend:
         """Tokens in the KV cache."""
         return self._position
 
-    def forward(self, tokens: list[int], every: bool) -> F32:
+    def forward(self, tokens: list[int], all_logits: bool) -> F32:
         """Append tokens; logits [T, vocab_size], or [1, vocab_size] of the last."""
         rows = []
         for start in range(0, len(tokens), CHUNK):
             chunk = tokens[start : start + CHUNK]
             logits = self._model(self._mx.array([chunk]), cache=self._cache)[0]
-            if every or start + CHUNK >= len(tokens):
-                rows.append(np.array((logits if every else logits[-1:]).astype(self._mx.float32)))
+            if all_logits or start + CHUNK >= len(tokens):
+                rows.append(np.array((logits if all_logits else logits[-1:]).astype(self._mx.float32)))
             else:
                 self._mx.eval([layer.state for layer in self._cache])  # computed now, so that chunks do not pile up
         self._position += len(tokens)
@@ -72,9 +73,9 @@ class MlxBackend:
         self._model = self._cache = None
 
 
-def open_package(package: Package, context: int, threads: int, kv: str) -> MlxBackend:
+def open_package(package: Package, options: EngineOptions) -> MlxBackend:
     """For `RECORD`. MLX chooses its threads itself."""
-    return MlxBackend(package.path.parent, package.shape.vocab_size, context)
+    return MlxBackend(package.path.parent, package.shape.vocab_size, options.context, options.device)
 
 
 def _memory(package: Package, context: int, kv: str) -> tuple[int, int]:
@@ -92,5 +93,6 @@ RECORD = Record(
     process=282_000_000,
     kv_types=lambda package, engine: ("f32" if _ON_PROCESSOR else "f16",),
     memory=_memory,
+    devices=lambda _: ("cpu",) if _ON_PROCESSOR else ("gpu", "cpu"),
     native=not _ON_PROCESSOR,
 )

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from phi_runtime.architecture.decoder import F32, CacheShape
-from phi_runtime.backends.record import Record, plain_memory
+from phi_runtime.backends.record import EngineOptions, Record, plain_memory
 from phi_runtime.errors import BundleError, MissingExtraError
 from phi_runtime.generation.engine import CHUNK
+from phi_runtime.package.manifest import ExportOptions
 from phi_runtime.package.open import Package
 
 # Beside the graph: the same for a cache of the window's size, and for one of 8 bits.
@@ -18,6 +19,7 @@ WINDOWED, INT8_KV = "model.onnx.windowed", "model.onnx.int8-kv"
 
 _TYPES: dict[str, type] = {"tensor(float16)": np.float16, "tensor(int8)": np.int8}
 _PROVIDERS = ["CPUExecutionProvider"]
+ALLOW_SPINNING = False  # of threads that wait for others; see `backends.waiting`
 
 
 class OnnxRuntimeBackend:
@@ -41,6 +43,7 @@ class OnnxRuntimeBackend:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(ALLOW_SPINNING)))
         self._chunk, self._slots = CHUNK, context
         self._window = model.window
         if kv == "int8":
@@ -117,12 +120,12 @@ class OnnxRuntimeBackend:
         """Tokens in the KV cache."""
         return len(self._tokens)
 
-    def forward(self, tokens: list[int], every: bool) -> F32:
+    def forward(self, tokens: list[int], all_logits: bool) -> F32:
         """Append tokens; logits [T, vocab_size], or [1, vocab_size] of the last."""
         total = len(self._tokens) + len(tokens)
         if self._reread:  # the cache no longer holds what a rewind went back to
             kept, self._tokens, self._reread = self._tokens, [], False
-            self.forward(kept, every=False)
+            self.forward(kept, all_logits=False)
         if self._crossover is not None and len(self._tokens) <= self._crossover < total:
             again, self._tokens = self._tokens + tokens, []
             first = self._crossover + CHUNK  # the first run reaches beyond; the others follow in pieces
@@ -131,7 +134,7 @@ class OnnxRuntimeBackend:
             rows = [np.concatenate(rows)[-len(tokens) :]]
         else:
             rows = [self._run(tokens[i : i + self._chunk]) for i in range(0, len(tokens), self._chunk)]
-        return np.concatenate(rows) if every else rows[-1][-1:]
+        return np.concatenate(rows) if all_logits else rows[-1][-1:]
 
     def trim(self, position: int) -> None:
         """Forget all tokens from `position` on."""
@@ -212,15 +215,15 @@ def _first_line(e: Exception) -> str:
     return str(e).strip().splitlines()[0]
 
 
-def open_package(package: Package, context: int, threads: int, kv: str) -> OnnxRuntimeBackend:
-    """For `RECORD`."""
-    return OnnxRuntimeBackend(package.path, package.shape, context, threads, kv)
+def open_package(package: Package, options: EngineOptions) -> OnnxRuntimeBackend:
+    """For `RECORD`. The cache lies in the processor's memory and is written in place, so no other provider is used."""
+    return OnnxRuntimeBackend(package.path, package.shape, options.context, options.threads, options.kv)
 
 
 def _kv_types(package: Package, engine: str) -> tuple[str, ...]:
-    options = package.manifest.options if package.manifest is not None else {}
-    own = "f16" if options.get("profile") == "fp16" else "f32"
-    return (own, "int8") if options.get("int8_kv") else (own,)
+    options = package.manifest.options if package.manifest is not None else ExportOptions()
+    own = "f16" if options.profile == "fp16" else "f32"
+    return (own, "int8") if options.int8_kv else (own,)
 
 
 def _memory(package: Package, context: int, kv: str) -> tuple[int, int]:

@@ -5,7 +5,17 @@ from dataclasses import dataclass
 
 from phi_runtime.generation.engine import CHUNK, Backend
 from phi_runtime.package.open import Package
-from phi_runtime.text.tokenizer import Codec
+from phi_runtime.text.tokenizer import TokenizerLike
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a package is opened. context: tokens to reserve. kv: type of the cache. device: `cpu` or `gpu`."""
+
+    context: int
+    threads: int
+    kv: str
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -13,13 +23,13 @@ class Record:
     """What runs a format, and what that takes.
 
     engines: by name, preferred first, the function that opens a package, as `module:function` of
-    `phi_runtime.backends`; it takes the package, tokens to reserve, threads, and the type of the cache. on_request:
-    those of them that are never chosen by themselves. module, extra: what has to be importable, and the extra of
-    phi-edge that brings it. process: bytes of Python, NumPy, the tokenizer and the engine's own code before any model;
-    measured on Linux, x86-64. kv_types: types that the cache may have, the default first, by package and engine.
-    memory: bytes of the cache and of buffers, by package, context and type of the cache. native: whether the engine
-    runs here as on the devices that it is for; one that does not is slow, and its speed says nothing. tokenizer: what
-    an artifact brings of its own.
+    `phi_runtime.backends`; it takes the package and `EngineOptions`. on_request: those of them that are never chosen by
+    themselves. devices: what an engine, as it is installed, can run on here, preferred first. module, extra: what has
+    to be importable, and the extra of phi-edge that brings it. process: bytes of Python, NumPy, the tokenizer and the
+    engine's own code before any model; measured on Linux, x86-64. kv_types: types that the cache may have, the default
+    first, by package and engine. memory: bytes of the cache and of buffers, by package, context and type of the cache.
+    native: whether the engine runs here as on the devices that it is for; one that does not is slow, and its speed says
+    nothing. tokenizer: what an artifact brings of its own.
     """
 
     engines: dict[str, str]
@@ -29,8 +39,9 @@ class Record:
     kv_types: Callable[[Package, str], tuple[str, ...]]
     memory: Callable[[Package, int, str], tuple[int, int]]
     on_request: tuple[str, ...] = ()
+    devices: Callable[[str], tuple[str, ...]] = lambda _: ("cpu",)
     native: bool = True
-    tokenizer: Callable[[Backend], Codec | None] = lambda _: None
+    tokenizer: Callable[[Backend], TokenizerLike | None] = lambda _: None
 
 
 def kv_numbers(package: Package) -> int:

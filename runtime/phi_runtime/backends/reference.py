@@ -45,11 +45,11 @@ class BatchSequence:
 
 
 class Reference:
-    """Runs a decoder over whatever `read` gives, on several lanes at once.
+    """Runs a decoder over whatever `read` gives, on several sequences at once.
 
     `context` is what the caches hold; with 0 there are none, and `forward` is for one call, a whole text.
-    A lane's `rounding` imitates an engine's arithmetic, to learn how far that alone moves the logits.
-    `watch` is told each layer's number and the lanes after it.
+    A sequence's `rounding` imitates an engine's arithmetic, to learn how far that alone moves the logits.
+    `watch` is told each layer's number and the sequences after it.
     """
 
     def __init__(
@@ -64,25 +64,25 @@ class Reference:
         self.context = decoder.context if context is None else context
         self.position = 0
         self._read, self._watch = read, watch
-        self.lanes = [BatchSequence(decoder, self.context, r) for r in roundings]
+        self.sequences = [BatchSequence(decoder, self.context, r) for r in roundings]
 
-    def forward(self, tokens: list[int] | list[list[int]], every: bool) -> list[F32]:
-        """Append tokens; per lane the logits [T, vocab_size], or [1, vocab_size] of the last.
+    def forward(self, tokens: list[int] | list[list[int]], all_logits: bool) -> list[F32]:
+        """Append tokens; per sequence the logits [T, vocab_size], or [1, vocab_size] of the last.
 
-        `tokens` are one text for all lanes, or one for each, of equal length.
+        `tokens` are one text for all sequences, or one for each, of equal length.
         """
         self.embed(tokens)
         for n in range(len(self.decoder.layers)):
             self.layer(n)
-            self._watch(n, self.lanes)
-        self.position += len(self.lanes[0].x_TE)
-        return self.logits([lane.x_TE if every else lane.x_TE[-1:] for lane in self.lanes])
+            self._watch(n, self.sequences)
+        self.position += len(self.sequences[0].x_TE)
+        return self.logits([sequence.x_TE if all_logits else sequence.x_TE[-1:] for sequence in self.sequences])
 
     def embed(self, tokens: list[int] | list[list[int]]) -> None:
-        """Set each lane's activations to what enters the first layer."""
+        """Set each sequence's activations to what enters the first layer."""
         d = self.decoder
         found: dict[tuple[int, ...], F32] = {}
-        for n, lane in enumerate(self.lanes):
+        for n, sequence in enumerate(self.sequences):
             given: Any = tokens[n] if isinstance(tokens[n], list) else tokens
             text: tuple[int, ...] = tuple(given)
             if text not in found:
@@ -90,26 +90,26 @@ class Reference:
                 if d.positions is not None:
                     x_TE = x_TE + self._rows(d.positions, self.position + np.arange(len(text)))
                 found[text] = x_TE
-            lane.x_TE = found[text]
+            sequence.x_TE = found[text]
 
     def layer(self, n: int) -> None:
-        """Take every lane through one layer."""
-        lanes, layer = self.lanes, self.decoder.layers[n]
-        positions = np.arange(self.position, self.position + len(lanes[0].x_TE))
-        normed = self.norm([lane.x_TE for lane in lanes], layer.attention_norm)
+        """Take every sequence through one layer."""
+        sequences, layer = self.sequences, self.decoder.layers[n]
+        positions = np.arange(self.position, self.position + len(sequences[0].x_TE))
+        normed = self.norm([sequence.x_TE for sequence in sequences], layer.attention_norm)
         qkv = self.linear(normed, layer.qkv)
-        attended = [self._attend(n, layer, lane, x, positions) for lane, x in zip(lanes, qkv, strict=True)]
+        attended = [self._attend(n, layer, sequence, x, positions) for sequence, x in zip(sequences, qkv, strict=True)]
         added = self.linear(attended, layer.o)
         if layer.mlp_norm is not None:
-            _add(lanes, added)
-            normed = self.norm([lane.x_TE for lane in lanes], layer.mlp_norm)
+            _add(sequences, added)
+            normed = self.norm([sequence.x_TE for sequence in sequences], layer.mlp_norm)
             added = self._mlp(normed, layer)
         else:
             added = [a + m for a, m in zip(added, self._mlp(normed, layer), strict=True)]
-        _add(lanes, added)
+        _add(sequences, added)
 
     def logits(self, xs: list[F32]) -> list[F32]:
-        """What the head makes of each lane's activations after the last layer."""
+        """What the head makes of each sequence's activations after the last layer."""
         d = self.decoder
         return [y * np.float32(d.logit_scale) for y in self.linear(self.norm(xs, d.final_norm), d.head)]
 
@@ -119,14 +119,14 @@ class Reference:
 
     def close(self) -> None:
         """Drop the caches."""
-        self.lanes = []
+        self.sequences = []
 
     def _rows(self, name: str, rows: np.ndarray) -> F32:
         wanted, inverse = np.unique(rows, return_inverse=True)
         return np.concatenate([self._read(name, int(r), int(r) + 1) for r in wanted])[inverse]
 
     def norm(self, xs: list[F32], norm: Norm) -> list[F32]:
-        """Each lane's activations, normalised."""
+        """Each sequence's activations, normalised."""
         weight, eps = self._read(norm.weight), self.decoder.norm_eps
         if norm.bias is None:
             return [rms_norm(x, weight, eps) for x in xs]
@@ -134,8 +134,8 @@ class Reference:
         return [layer_norm(x, weight, bias, eps) for x in xs]
 
     def linear(self, xs: list[F32], linear: Linear) -> list[F32]:
-        """Each lane's activations times a matrix; to be extended by who wants to see what enters a matrix."""
-        rounded = np.concatenate([lane.round(x) for lane, x in zip(self.lanes, xs, strict=True)])
+        """Each sequence's activations times a matrix; to be extended by who wants to see what enters a matrix."""
+        rounded = np.concatenate([sequence.round(x) for sequence, x in zip(self.sequences, xs, strict=True)])
         parts: list[F32] = []
         for name in linear.weight:
             start, step = 0, max(1, _CHUNK // rounded.shape[-1])
@@ -158,13 +158,13 @@ class Reference:
             return self.linear([silu(gate) * up for gate, up in halves], layer.down)
         return self.linear([gelu_new(h) for h in hidden], layer.down)
 
-    def _attend(self, n: int, layer: Layer, lane: BatchSequence, qkv: F32, positions: np.ndarray) -> F32:
+    def _attend(self, n: int, layer: Layer, sequence: BatchSequence, qkv: F32, positions: np.ndarray) -> F32:
         d, start, stop = self.decoder, self.position, self.position + len(qkv)
         q_HTD, k_GTD, v_GTD = split_heads(d, qkv)
         if d.rope is not None:
             cos, sin = d.rope.tables(positions, stop)
             q_HTD, k_GTD = rotate(q_HTD, cos, sin), rotate(k_GTD, cos, sin)
-        k_GSD, v_GSD = lane.remember(n, start, k_GTD, v_GTD)
+        k_GSD, v_GSD = sequence.remember(n, start, k_GTD, v_GTD)
 
         out_HTD = np.empty_like(q_HTD)
         for head in range(d.heads):  # one at a time: the scores of all would be the largest thing in memory
@@ -193,9 +193,9 @@ class ReferenceBackend:
         """Tokens in the KV cache."""
         return self._reference.position
 
-    def forward(self, tokens: list[int], every: bool) -> F32:
+    def forward(self, tokens: list[int], all_logits: bool) -> F32:
         """Append tokens; logits [T, vocab_size], or [1, vocab_size] of the last."""
-        return self._reference.forward(tokens, every)[0]
+        return self._reference.forward(tokens, all_logits)[0]
 
     def trim(self, position: int) -> None:
         """Forget all tokens from `position` on."""
@@ -206,9 +206,9 @@ class ReferenceBackend:
         self._reference.close()
 
 
-def _add(lanes: list[BatchSequence], added: list[F32]) -> None:
-    for lane, a in zip(lanes, added, strict=True):
-        lane.x_TE = lane.x_TE + a
+def _add(sequences: list[BatchSequence], added: list[F32]) -> None:
+    for sequence, a in zip(sequences, added, strict=True):
+        sequence.x_TE = sequence.x_TE + a
 
 
 def rms_norm(x: F32, weight: F32, eps: float) -> F32:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from phi_runtime.architecture.decoder import F32
-from phi_runtime.generation.engine import Step, StopReason
+from phi_runtime.generation.engine import FinishReason, Step
 from phi_runtime.generation.sampler import Sampler, Sampling, log_probability, most_likely
 
 
-class Batch(Protocol):
+class BackendBatch(Protocol):
     """Texts side by side, each in a row with a cache of its own."""
 
     def read(self, row: int, tokens: list[int]) -> F32:
@@ -24,10 +24,10 @@ class Batch(Protocol):
 
 
 @runtime_checkable
-class Batches(Protocol):
+class SupportsBatches(Protocol):
     """A backend that has them."""
 
-    def batch(self, rows: int, slots: int) -> Batch:
+    def batch(self, rows: int, slots: int) -> BackendBatch:
         """Room for `rows` texts of `slots` tokens each, answers included."""
 
 
@@ -41,7 +41,7 @@ class _Row:
 
 
 def generate(
-    batch: Batch,
+    batch: BackendBatch,
     rows: int,
     prompts: list[list[int]],
     max_tokens: int,
@@ -65,7 +65,7 @@ def generate(
         for row, text in list(going.items()):
             token = text.sampler.draw(logits[row], text.seen)
             text.count += 1
-            stop: StopReason | None = "max_tokens" if text.count == max_tokens else None
+            stop: FinishReason | None = "max_tokens" if text.count == max_tokens else None
             stop = "stop_token" if token in stop_tokens else stop
             now = time.perf_counter()
             top = most_likely(logits[row], top_logprobs) if top_logprobs else ()

@@ -12,7 +12,7 @@ from phi_runtime.errors import ContextError, TokenError, UsageError
 from phi_runtime.generation.prompt_lookup import PromptLookup
 from phi_runtime.generation.sampler import Sampler, Sampling, log_probability, most_likely
 
-StopReason = Literal["stop_token", "stop_text", "max_tokens", "context"]
+FinishReason = Literal["stop_token", "stop_text", "max_tokens", "context"]
 Policy = Literal["reject", "truncate-left", "sliding-window"]
 CHUNK = 256  # tokens of a prompt that are read at a time; bounds what an engine reserves for them
 POLICIES: tuple[Policy, ...] = ("reject", "truncate-left", "sliding-window")
@@ -29,7 +29,7 @@ class Backend(Protocol):
     def position(self) -> int:
         """Tokens in the KV cache."""
 
-    def forward(self, tokens: list[int], every: bool) -> F32:
+    def forward(self, tokens: list[int], all_logits: bool) -> F32:
         """Append tokens to the cache; logits [len(tokens), vocab_size], or [1, …] of the last."""
 
     def trim(self, position: int) -> None:
@@ -61,7 +61,7 @@ class Step:
     token: int
     logprob: float
     seconds: float
-    stop: StopReason | None
+    finish_reason: FinishReason | None
     reused: int = 0
     dropped: int = 0
     top: tuple[tuple[int, float], ...] = ()
@@ -77,21 +77,21 @@ class Engine:
     def __init__(self, backend: Backend, stop_tokens: tuple[int, ...], crossover: int | None = None) -> None:
         self.backend = backend
         self.stop_tokens = frozenset(stop_tokens)
-        self.held: list[int] = []  # what the cache holds; nothing, where a call was broken off in the backend
+        self.cached_tokens: list[int] = []  # what the cache holds; nothing, where a call was broken off in the backend
         self.cancelled = False
         self.draft: Engine | None = None  # a quicker model of the same vocabulary, to guess with
         self._crossover = crossover
 
     def forget(self) -> None:
         """Empty the cache."""
-        self.held = []
+        self.cached_tokens = []
         self.backend.trim(0)
 
     def logits(self, tokens: list[int]) -> F32:
         """Logits [len(tokens), vocab_size] of every position, from an empty cache."""
         self.check(tokens)
         self.forget()
-        return self._forward(tokens, every=True)
+        return self._forward(tokens, all_logits=True)
 
     def stream(
         self,
@@ -125,13 +125,13 @@ class Engine:
             logits_V = rows[at] if constraint is None else constraint.mask(rows[at])
             token = sampler.draw(logits_V, seen)
             right = at < len(guess) and token == guess[at]
-            full = len(self.held) - (len(guess) - at) >= self.backend.context and policy != "sliding-window"
+            full = len(self.cached_tokens) - (len(guess) - at) >= self.backend.context and policy != "sliding-window"
             stop = self._why_stop(token, n, max_tokens, full)
             now = time.perf_counter()
             top = most_likely(rows[at], top_logprobs) if top_logprobs else ()
             step = Step(token, log_probability(rows[at], token), now - began, stop, reused, dropped, top)
             if stop or not right:
-                self._rewind(len(self.held) - (len(guess) - at))
+                self._rewind(len(self.cached_tokens) - (len(guess) - at))
             yield step
             if stop:
                 return
@@ -147,12 +147,12 @@ class Engine:
                 continue
             if guesses is not None and n > 1:
                 guesses.record(len(guess), at, passed)
-            if len(self.held) >= self.backend.context:
+            if len(self.cached_tokens) >= self.backend.context:
                 dropped = self._slide()
-            most = min(max_tokens - n, self.backend.context - len(self.held)) - 1
+            most = min(max_tokens - n, self.backend.context - len(self.cached_tokens)) - 1
             started = time.perf_counter()
             guess, at = guesses.guess(most) if guesses is not None else [], 0
-            rows = self._forward([token, *guess], every=True)
+            rows = self._forward([token, *guess], all_logits=True)
             passed = time.perf_counter() - started
 
     def _drafted(self, tokens: list[int], count: int) -> list[int]:
@@ -179,45 +179,47 @@ class Engine:
 
     def _slide(self) -> int:
         """Forget the older half and read the newer again, at the positions that it has then."""
-        kept = self.held[-max(1, self.backend.context // 2) :]
-        dropped = len(self.held) - len(kept)
+        kept = self.cached_tokens[-max(1, self.backend.context // 2) :]
+        dropped = len(self.cached_tokens) - len(kept)
         self.forget()
-        self._forward(kept, every=False)
+        self._forward(kept, all_logits=False)
         return dropped
 
     def _rewind_to_shared(self, tokens: list[int]) -> int:
         """Keep of the cache what these tokens begin with, but for the last of them; how many that are."""
-        if self.backend.position != len(self.held):  # a call was broken off, or went past us
+        if self.backend.position != len(self.cached_tokens):  # a call was broken off, or went past us
             self.forget()
-        most = min(len(self.held), len(tokens) - 1)
-        shared = next((i for i in range(most) if self.held[i] != tokens[i]), most)
+        most = min(len(self.cached_tokens), len(tokens) - 1)
+        shared = next((i for i in range(most) if self.cached_tokens[i] != tokens[i]), most)
         self._rewind(shared)
         return shared
 
     def _rewind(self, position: int) -> None:
-        if position != self.backend.position or position != len(self.held):
-            self.held = self.held[:position]
+        if position != self.backend.position or position != len(self.cached_tokens):
+            self.cached_tokens = self.cached_tokens[:position]
             self.backend.trim(position)
 
     def _read(self, tokens: list[int]) -> F32:
         """Append tokens a chunk at a time, until it is done or cancelled; the last one's logits [1, vocab_size]."""
         rows = np.empty((0, 0), np.float32)
-        crosses = self._crossover is not None and len(self.held) <= self._crossover < len(self.held) + len(tokens)
+        crosses = self._crossover is not None and len(self.cached_tokens) <= self._crossover < len(
+            self.cached_tokens
+        ) + len(tokens)
         step = len(tokens) if crosses else CHUNK
         for start in range(0, len(tokens), step):
-            rows = self._forward(tokens[start : start + step], every=False)
+            rows = self._forward(tokens[start : start + step], all_logits=False)
             if self.cancelled:
                 break
         return rows
 
-    def _forward(self, tokens: list[int], every: bool) -> F32:
-        held, self.held = self.held, []  # until it is done
-        rows = self.backend.forward(tokens, every)
+    def _forward(self, tokens: list[int], all_logits: bool) -> F32:
+        held, self.cached_tokens = self.cached_tokens, []  # until it is done
+        rows = self.backend.forward(tokens, all_logits)
         held += tokens
-        self.held = held
+        self.cached_tokens = held
         return rows
 
-    def _why_stop(self, token: int, n: int, max_tokens: int, full: bool) -> StopReason | None:
+    def _why_stop(self, token: int, n: int, max_tokens: int, full: bool) -> FinishReason | None:
         if token in self.stop_tokens:
             return "stop_token"
         if n == max_tokens:

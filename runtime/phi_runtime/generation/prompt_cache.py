@@ -14,7 +14,7 @@ _MOST_LINE = 1 << 24
 
 
 @runtime_checkable
-class Keeps(Protocol):
+class SupportsState(Protocol):
     """A backend whose cache can be taken out and put back."""
 
     def state(self) -> bytes:
@@ -26,12 +26,12 @@ class Keeps(Protocol):
 
 def save(path: Path, engine: Engine, digest: str) -> None:
     """Write the engine's cache, and the tokens it stands for."""
-    state = _keeper(engine).state() if engine.held else b""
+    state = _keeper(engine).state() if engine.cached_tokens else b""
     head = {
         "phi_session": VERSION,
         "model": digest,
         "backend": engine.backend.name,
-        "tokens": engine.held,
+        "tokens": engine.cached_tokens,
         "bytes": len(state),
         "sha256": hashlib.sha256(state).hexdigest(),
     }
@@ -55,13 +55,13 @@ def load(path: Path, engine: Engine, digest: str) -> int:
     if tokens:
         engine.check(tokens)
         keeper.restore(state, tokens)
-        engine.held = tokens
+        engine.cached_tokens = tokens
     return len(tokens)
 
 
-def _keeper(engine: Engine) -> Keeps:
+def _keeper(engine: Engine) -> SupportsState:
     # ik_llama.cpp (0.1.5) goes on otherwise from a state that it took up again: its fifth token was another one.
-    if not isinstance(engine.backend, Keeps) or engine.backend.name == "ik_llama.cpp":
+    if not isinstance(engine.backend, SupportsState) or engine.backend.name == "ik_llama.cpp":
         raise UsageError(f"sessions cannot be kept on the backend {engine.backend.name}; use llama.cpp or onnxruntime")
     return engine.backend
 

@@ -4,35 +4,34 @@ This module is the manifest's sole reader and writer. The artifact beside it is 
 of its own ecosystem and never needs the manifest.
 """
 
-import dataclasses
-import json
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from phi_runtime.architecture.config import Config, parse_config
+from phi_runtime.contract import Amount, Contract, Count, Size, StrictContract, encode, read_record
 from phi_runtime.errors import BundleError, NotFoundError
 from phi_runtime.files import sha256, write_file
 from phi_runtime.package.formats import FORMATS
 
 VERSION = 1
 MANIFEST = "phi-bundle.json"
+_REMEDY = "export the bundle again"
 
 
-_Items = TypeVar("_Items", list[Any], dict[str, Any])
-
-
-@dataclass(frozen=True)
-class BundleFile:
+class BundleFile(Contract, frozen=True):
     """One file of the bundle; `path` is relative to it, with forward slashes."""
 
     path: str
-    bytes: int
+    bytes: Size
     sha256: str
 
+    def __post_init__(self) -> None:
+        _check_inside(self.path)
 
-@dataclass(frozen=True)
-class Source:
+
+class Source(Contract, frozen=True):
     """The checkpoint a bundle was made from: its name and the digest of its weight files.
 
     random: its weights were drawn, not trained, so that its quality means nothing.
@@ -44,18 +43,30 @@ class Source:
     random: bool = False
 
 
-@dataclass(frozen=True)
-class TensorQuant:
+class TensorQuant(Contract, frozen=True):
     """How one tensor of the checkpoint is stored: type, elements per scale, weights and bytes."""
 
     type: str
-    block: int
-    weights: int
-    bytes: int
+    block: Count
+    weights: Count
+    bytes: Count
 
 
-@dataclass(frozen=True)
-class Parity:
+class ExportOptions(StrictContract, frozen=True):
+    """How an artifact is laid out; each field is an option of `phi-export`.
+
+    profile: of the format's `PROFILES`, None for the first. context: tokens of a fixed-size cache (Core ML).
+    split_qkv: type queries, keys and values apart (GGUF). int8_kv: a second graph, whose cache is of 8 bits (ONNX,
+    calibrated).
+    """
+
+    profile: str | None = None
+    context: int | None = None
+    split_qkv: bool = False
+    int8_kv: bool = False
+
+
+class Parity(Contract, frozen=True):
     """How the bundle's logits agreed with the checkpoint's when it was verified.
 
     KL(checkpoint || bundle) in nats, perplexities per token; `logit_error` is against the reference
@@ -63,38 +74,36 @@ class Parity:
     each layer, what rounding the weights changed in the activations, relative to them.
     """
 
-    tokens: int
-    logit_error: float
-    kld_mean: float
-    top1_agreement: float
-    perplexity: float
-    checkpoint_perplexity: float
-    layer_errors: tuple[float, ...] = ()
+    tokens: Count
+    logit_error: Amount
+    kld_mean: Amount
+    top1_agreement: Amount
+    perplexity: Amount
+    checkpoint_perplexity: Amount
+    layer_errors: tuple[Amount, ...] = ()
 
 
-@dataclass(frozen=True)
-class CalibratedOn:
-    """The text whose activations steered the rounding: what it was called, its tokens, and the digest of both it and
-    the checkpoint.
+class CalibratedOn(Contract, frozen=True):
+    """The text that the quantiser was calibrated on: its name, its tokens, and the digest of both it and the
+    checkpoint.
     """
 
     text: str
-    tokens: int
+    tokens: Count
     digest: str
 
 
-@dataclass(frozen=True)
-class HeldOut:
+class HeldOut(Contract, frozen=True):
     """What the bundle costs on text that calibration has not seen: KL(checkpoint || bundle) in nats per token, the
     share of positions with the same token most likely, and both perplexities. text: what it was called.
     """
 
     text: str
-    tokens: int
-    kld_mean: float
-    top1_agreement: float
-    perplexity: float
-    checkpoint_perplexity: float
+    tokens: Count
+    kld_mean: Amount
+    top1_agreement: Amount
+    perplexity: Amount
+    checkpoint_perplexity: Amount
 
     @property
     def rise(self) -> float:
@@ -102,28 +111,32 @@ class HeldOut:
         return self.perplexity / self.checkpoint_perplexity - 1
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(Contract, frozen=True):
     """Everything a client may want to know before it opens the artifact.
 
-    options: how the exporter was asked to lay it out (its profile and the like).
+    architecture: the checkpoint's `config.json`.
     """
 
-    format: str
+    format: Annotated[str, msgspec.Meta(extra_json_schema={"enum": list(FORMATS)})]
     artifact: str
     source: Source
     architecture: dict[str, Any]
-    context: int
-    window: int | None
-    stop_tokens: tuple[int, ...]
+    context: Count
+    window: Count | None
+    stop_tokens: tuple[Size, ...]
     chat: str | None
-    quantization: dict[str, TensorQuant]
-    files: tuple[BundleFile, ...]
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    quantization: Annotated[dict[str, TensorQuant], msgspec.Meta(min_length=1)]
+    files: Annotated[tuple[BundleFile, ...], msgspec.Meta(min_length=1)]
+    options: ExportOptions = ExportOptions()
     calibration: CalibratedOn | None = None
     parity: Parity | None = None
     quality: HeldOut | None = None
-    version: int = VERSION
+    version: Literal[1] = 1
+
+    def __post_init__(self) -> None:
+        _check_inside(self.artifact)
+        if self.format not in FORMATS:
+            raise ValueError(f"format {self.format!r} is none of {', '.join(FORMATS)}")
 
     def config(self) -> Config:
         """The architecture, checked."""
@@ -139,6 +152,12 @@ class Manifest:
         return 8 * stored / sum(q.weights for q in self.quantization.values())
 
 
+class _Version(Contract, frozen=True):
+    """The one field that every version has."""
+
+    version: Count
+
+
 def list_files(folder: Path) -> tuple[BundleFile, ...]:
     """Every file of a bundle folder but the manifest, with size and digest."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
@@ -147,7 +166,7 @@ def list_files(folder: Path) -> tuple[BundleFile, ...]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `phi-bundle.json` into the bundle's folder."""
-    write_file(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+    write_file(folder / MANIFEST, encode(manifest))
 
 
 def find_bundle(path: str | Path) -> Path:
@@ -167,39 +186,10 @@ def read_manifest(folder: Path) -> Manifest:
     Raises NotFoundError if there is none, BundleError if it is damaged or newer than we are.
     """
     path = find_bundle(folder) / MANIFEST
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise BundleError(f"{path}: is not valid JSON; export the bundle again") from None
-    version = raw.get("version") if isinstance(raw, dict) else None
-    if type(version) is not int or version < 1:
-        raise BundleError(f"{path}: has no manifest version; export the bundle again")
+    version = read_record(path, _Version, BundleError, _REMEDY).version
     if version > VERSION:
         raise BundleError(f"{path}: manifest version {version} is newer than ours ({VERSION}); upgrade phi-edge")
-    try:
-        parity = raw["parity"]
-        manifest = Manifest(
-            format=_one_of(raw["format"], tuple(FORMATS)),
-            artifact=_inside(raw["artifact"]),
-            source=_source(raw["source"]),
-            architecture=dict(raw["architecture"]),
-            context=_count(raw["context"]),
-            window=None if raw["window"] is None else _count(raw["window"]),
-            stop_tokens=tuple(_count(t, 0) for t in raw["stop_tokens"]),
-            chat=None if raw["chat"] is None else str(raw["chat"]),
-            quantization={str(k): _quant(v) for k, v in _some(dict(raw["quantization"])).items()},
-            files=tuple(
-                BundleFile(_inside(f["path"]), _count(f["bytes"], 0), str(f["sha256"]))
-                for f in _some(list(raw["files"]))
-            ),
-            options=_options(raw.get("options", {})),
-            calibration=_calibration(raw.get("calibration")),
-            parity=None if parity is None else _parity(parity),
-            quality=_quality(raw.get("quality")),
-            version=version,
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise BundleError(f"{path}: is malformed ({type(e).__name__}: {e}); export the bundle again") from None
+    manifest = read_record(path, Manifest, BundleError, _REMEDY)
     parse_config(manifest.architecture, path)
     return manifest
 
@@ -225,79 +215,9 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise BundleError(f"{path}: differs from the file that was verified (sha256); export it again")
 
 
-def _quant(raw: dict[str, Any]) -> TensorQuant:
-    return TensorQuant(str(raw["type"]), _count(raw["block"]), _count(raw["weights"]), _count(raw["bytes"]))
-
-
-def _source(raw: dict[str, Any]) -> Source:
-    source = Source(**raw)
-    texts = [source.name, *([] if source.revision is None else [source.revision])]
-    digests = [part for item in source.sha256.items() for part in item]
-    if not all(isinstance(t, str) for t in (*texts, *digests)) or not isinstance(source.random, bool):
-        raise ValueError("source has fields of other types")
-    return source
-
-
-def _options(raw: dict[str, Any]) -> dict[str, Any]:
-    known = {"profile": (str, type(None)), "context": (int, type(None)), "split_qkv": (bool,), "int8_kv": (bool,)}
-    for name, value in dict(raw).items():
-        if name not in known or type(value) not in known[name]:
-            raise ValueError(f"option {name} is {value!r}")
-    return dict(raw)
-
-
-def _calibration(raw: dict[str, Any] | None) -> CalibratedOn | None:
-    return None if raw is None else CalibratedOn(str(raw["text"]), _count(raw["tokens"]), str(raw["digest"]))
-
-
-def _parity(raw: dict[str, Any]) -> Parity:
-    errors = tuple(_real(e) for e in raw.get("layer_errors", ()))
-    figures = {name: _real(value) for name, value in raw.items() if name not in ("tokens", "layer_errors")}
-    return Parity(tokens=_count(raw["tokens"]), layer_errors=errors, **figures)
-
-
-def _quality(raw: dict[str, Any] | None) -> HeldOut | None:
-    if raw is None:
-        return None
-    figures = {name: _real(value) for name, value in raw.items() if name not in ("text", "tokens")}
-    return HeldOut(text=str(raw["text"]), tokens=_count(raw["tokens"]), **figures)
-
-
-def _real(value: Any) -> float:
-    if type(value) not in (int, float) or not value >= 0:
-        raise ValueError(f"{value!r} is not a number from 0 on")
-    return float(value)
-
-
-def _count(value: object, least: int = 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{value!r} is not a whole number from {least} on")
-    return value
-
-
-def _some(items: _Items) -> _Items:
-    if not items:
-        raise ValueError("a list that cannot be empty is")
-    return items
-
-
-def _one_of(value: object, known: tuple[str, ...]) -> str:
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{value!r} is none of {', '.join(known)}")
-    return value
-
-
-def _inside(value: object) -> str:
-    """A path that stays in the bundle, whatever wrote the manifest."""
-    path = PurePosixPath(str(value))
-    long = len(str(value)) > 1024 or any(len(part.encode()) > 255 for part in path.parts)  # than systems open
-    if (
-        not isinstance(value, str)
-        or path.is_absolute()
-        or ".." in path.parts
-        or "\\" in value
-        or not path.parts
-        or long
-    ):
+def _check_inside(value: str) -> None:
+    """Raise ValueError for a path that leaves the bundle, or that systems cannot open."""
+    path = PurePosixPath(value)
+    long = len(value) > 1024 or any(len(part.encode()) > 255 for part in path.parts)
+    if path.is_absolute() or ".." in path.parts or "\\" in value or not path.parts or long:
         raise ValueError(f"path {value!r} leaves the bundle")
-    return value

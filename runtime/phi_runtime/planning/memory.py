@@ -25,7 +25,7 @@ _CONTEXTS = (32768, 16384, 8192, 4096, 3072, 2048, 1024, 512)
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """Bytes of a model on one device: the peak is the sum of the parts. `limit` is what it may take.
 
     tokens_per_second: predicted of this machine, with all cores and little behind a token; None where
@@ -67,7 +67,7 @@ def plan(
     memory: int | str | None = None,
     kv: str | None = None,
     backend: str | None = None,
-) -> Plan:
+) -> MemoryPlan:
     """Predict what `load(path, …)` will take, on this machine or a named device (`DEVICES`).
 
     What is not given is chosen: the largest context that fits, in the most exact cache that allows 4,096 tokens.
@@ -83,7 +83,7 @@ def plan_package(
     memory: int | str | None = None,
     kv: str | None = None,
     backend: str | None = None,
-) -> Plan:
+) -> MemoryPlan:
     """As `plan`, of what was opened."""
     if device is not None and device not in DEVICES:
         raise UsageError(f"no device {device!r}; choose from {', '.join(DEVICES)}, or leave it out for this machine")
@@ -105,11 +105,11 @@ def plan_package(
     raise MemoryPlanError(f"{package.path}: does not fit: {best.arithmetic()}; export it smaller, or allow more")
 
 
-def predict(package: Package, device: str, context: int, kv: str, limit: int) -> Plan:
+def predict(package: Package, device: str, context: int, kv: str, limit: int) -> MemoryPlan:
     """The arithmetic for one context and type of cache."""
     known = record(package.format)
     cache, buffers = known.memory(package, context, kv)
-    return Plan(device, context, kv, package.weights, cache, buffers, known.process, limit)
+    return MemoryPlan(device, context, kv, package.weights, cache, buffers, known.process, limit)
 
 
 def _speed(package: Package, backend: str) -> float | None:

@@ -24,7 +24,7 @@ from phi_runtime.generation.sampler import log_probability, most_likely
 from phi_runtime.model import Chunk, Phi
 from phi_runtime.planning.memory import resident
 from phi_runtime.server.grammar import Grammars
-from phi_runtime.server.requests import CompletionRequest, parse, parse_messages, parse_prompts
+from phi_runtime.server.requests import ChatRequest, CompletionRequest, TextRequest, parse, resolve
 from phi_runtime.server.responses import Answered, Chat, Completion, Form, Score, usage
 from phi_runtime.version import __version__
 
@@ -53,16 +53,14 @@ class _Server:
         self.counts = {"requests": 0, "refused": 0, "cancelled": 0, "prompt_tokens": 0, "generated_tokens": 0}
 
     async def chat(self, request: Request) -> Response:
-        body = await self._body(request)
-        asked = parse(body)
-        if asked.echo:
-            raise UsageError("echo: belongs to /v1/completions; leave it out")
-        return await self._answer(request, asked, [self.phi.chat_prompt(parse_messages(body))], Chat(self.name, asked))
+        body = parse(await self._body(request), ChatRequest)
+        asked = resolve(body)
+        return await self._answer(request, asked, [self.phi.chat_prompt(body.conversation())], Chat(self.name, asked))
 
     async def complete(self, request: Request) -> Response:
-        body = await self._body(request)
-        asked = parse(body)
-        prompts = [self.phi.tokenize(p) if isinstance(p, str) else p for p in parse_prompts(body)]
+        body = parse(await self._body(request), TextRequest)
+        asked = resolve(body)
+        prompts = [self.phi.tokenize(p) if isinstance(p, str) else p for p in body.prompts()]
         return await self._answer(request, asked, prompts, Completion(self.name, asked))
 
     async def models(self, request: Request) -> Response:
@@ -96,7 +94,7 @@ class _Server:
         if not hmac.compare_digest(given.encode(), self.token.encode()):
             raise _RefusedError(401, "the API key is missing or wrong; send the server's --token as the key")
 
-    async def _body(self, request: Request) -> Any:
+    async def _body(self, request: Request) -> bytes:
         self._check(request)
         if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
             raise _RefusedError(415, "send the body as application/json")
@@ -105,10 +103,7 @@ class _Server:
             raw += part
             if len(raw) > _MOST_BODY:
                 raise _RefusedError(413, f"the body is larger than {_MOST_BODY} bytes")
-        try:
-            return json.loads(raw)
-        except (ValueError, RecursionError):
-            raise _RefusedError(400, "the body is not valid JSON") from None
+        return raw
 
     async def _answer(
         self, request: Request, asked: CompletionRequest, prompts: list[list[int]], form: Form
@@ -180,7 +175,7 @@ class _Server:
             async with asyncio.timeout(self.timeout), aclosing(self.phi.astream(tokens, **options)) as pieces:
                 async for piece in pieces:
                     self.counts["generated_tokens"] += 1
-                    ended = piece.step.stop is not None
+                    ended = piece.step.finish_reason is not None
                     yield piece
         except TimeoutError:
             raise _RefusedError(504, f"the answer took more than {self.timeout:g} s; ask for fewer tokens") from None

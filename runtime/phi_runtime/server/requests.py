@@ -1,37 +1,149 @@
-"""What clients may ask, checked: the fields of OpenAI's API that this server honours, and no silent rest."""
+"""The fields of OpenAI's API that this server honours, as typed records; anything else is refused by name."""
 
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
+import msgspec
+
+from phi_runtime.contract import Contract, StrictContract, decode
 from phi_runtime.errors import UsageError
 from phi_runtime.generation.config import GenerationConfig, Options
+from phi_runtime.generation.engine import Policy
 
-_MOST_CHOICES = 128  # prompts of a request, and answers to each
-# Fields that say nothing about the answer, and those whose only honoured value is their default.
-_HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-_DEFAULT_ONLY: dict[str, tuple[Any, ...]] = {
-    "best_of": (1, None),
-    "suffix": (None, ""),
-    "tools": ([], None),
-    "tool_choice": ("none", "auto", None),
-    "parallel_tool_calls": (True, False, None),
-    "modalities": (["text"], None),
-}
-_OURS = {
-    "model", "messages", "prompt", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature",
-    "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "seed", "n",
-    "echo", "stop", "logprobs", "top_logprobs", "response_format",
-    "context_policy",
-}  # fmt: skip
+MAX_CHOICES = 128  # prompts of a request, and answers to each
+_DEFAULT = GenerationConfig()
+_Text = Annotated[str, msgspec.Meta(min_length=1)]
+_Bias = Annotated[dict[int, float], msgspec.Meta(max_length=1024)]
+
+
+class StreamOptions(StrictContract, frozen=True):
+    """What a stream carries beside the answer."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class JsonSchema(Contract, frozen=True):
+    """A JSON Schema with its name."""
+
+    schema: dict[str, Any]
+
+
+class ResponseFormat(Contract, frozen=True):
+    """What an answer is held to."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def __post_init__(self) -> None:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("json_schema needs a schema")
+
+
+class GenerationRequest(StrictContract, frozen=True, kw_only=True):
+    """What both endpoints take. Null stands for the default. A temperature of 1 is OpenAI's default, not ours."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=-1)] | None = None
+    max_completion_tokens: Annotated[int, msgspec.Meta(ge=-1)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: _Bias | None = None
+    seed: int | None = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHOICES)] | None = None
+    stop: str | Annotated[list[str], msgspec.Meta(max_length=16)] | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    context_policy: Policy | None = None
+    # Fields that say nothing about the answer.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    # Fields whose only honoured value is their default.
+    tools: list[Any] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.tools:
+            raise ValueError("tools: this server does not support it; leave it out")
+
+
+class TextPart(Contract, frozen=True):
+    """A part of a message's content."""
+
+    type: str
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.type != "text":
+            raise ValueError(f"a part of type {self.type!r}; only text is supported")
+
+
+class Message(Contract, frozen=True):
+    """One turn. content: a text, or parts that are text; null where an assistant's turn had no text."""
+
+    role: str
+    content: str | list[TextPart] | None = None
+
+
+class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
+    """The body of /v1/chat/completions."""
+
+    messages: list[Message]
+    logprobs: bool | None = None
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """The turns as `Phi.chat_prompt` takes them."""
+        return [_turn(m) for m in self.messages]
+
+
+_Tokens = Annotated[list[int], msgspec.Meta(min_length=1)]
+
+
+class TextRequest(GenerationRequest, frozen=True, kw_only=True):
+    """The body of /v1/completions. prompt: a text, a list of tokens, or a list of either."""
+
+    prompt: str | Annotated[list[str | int | _Tokens], msgspec.Meta(min_length=1)]
+    logprobs: bool | Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt apart. Raises UsageError."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        kinds = {type(p) for p in self.prompt}
+        if kinds == {int}:
+            return [self.prompt]  # type: ignore[list-item]
+        if len(kinds) == 1 and len(self.prompt) <= MAX_CHOICES:
+            return self.prompt  # type: ignore[return-value]
+        raise UsageError(
+            f"prompt: is neither a text, a list of tokens, nor a list of up to {MAX_CHOICES} of one of these"
+        )
+
+
+R = TypeVar("R", bound=GenerationRequest)
 
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """One request. schema: of a JSON answer, None for any object; `constrained` says whether there is one at all.
-    choices: answers to each prompt. echo: the prompt stands before its answer. max_tokens: None for all that the
-    context holds, 0 for the echo alone.
+    """One request, its defaults filled in. schema: of a JSON answer, None for any object; `constrained` says whether
+    there is one at all. choices: answers to each prompt. echo: the prompt stands before its answer. max_tokens: None
+    for all that the context holds, 0 for the echo alone.
     """
 
     options: Options
@@ -45,144 +157,63 @@ class CompletionRequest:
     schema: dict[str, Any] | None
 
 
-def parse(body: Any) -> CompletionRequest:
-    """The common fields of both endpoints. Raises UsageError, naming the field."""
-    if not isinstance(body, dict):
-        raise UsageError("the body is not a JSON object")
-    for name, value in body.items():
-        if name in _DEFAULT_ONLY:
-            if value not in _DEFAULT_ONLY[name]:
-                raise UsageError(f"{name}: this server does not support it; leave it out")
-        elif name not in _OURS and name not in _HARMLESS:
-            raise UsageError(f"{name}: unknown field; leave it out")
-    d = GenerationConfig()
-    options = Options(
-        temperature=_field(body, "temperature", float, 1.0),  # as OpenAI's API has it; ours is 0
-        top_p=_field(body, "top_p", float, d.top_p),
-        top_k=_field(body, "top_k", int, d.top_k),
-        min_p=_field(body, "min_p", float, d.min_p),
-        repetition_penalty=_field(body, "repetition_penalty", float, d.repetition_penalty),
-        frequency_penalty=_field(body, "frequency_penalty", float, d.frequency_penalty),
-        presence_penalty=_field(body, "presence_penalty", float, d.presence_penalty),
-        logit_bias=_bias(body.get("logit_bias")),
-        seed=_seed(body),
-        stop=_stop(body.get("stop")),
-        policy=_field(body, "context_policy", str, d.policy),
-    )
-    echo = _field(body, "echo", bool, False)
-    most = _field(body, "max_completion_tokens", int, None)
-    most = _field(body, "max_tokens", int, d.max_tokens) if most is None else most
-    if most < -1 or (most == 0 and not echo):
-        raise UsageError("max_tokens: is less than 1; -1 stands for all that the context holds")
-    choices = _field(body, "n", int, 1)
-    if not 1 <= choices <= _MOST_CHOICES:
-        raise UsageError(f"n: is not between 1 and {_MOST_CHOICES}")
-    logprobs = body.get("logprobs")
-    wanted = _field(body, "top_logprobs", int, None)
-    if isinstance(logprobs, int) and not isinstance(logprobs, bool):  # the old endpoint's way to say it
-        logprobs, wanted = True, logprobs
-    if wanted is not None:
-        if not 0 <= wanted <= 20:
-            raise UsageError("top_logprobs: is not between 0 and 20")
-        options["top_logprobs"] = wanted
-    if logprobs not in (None, True, False):
-        raise UsageError("logprobs: is of another type")
-    constrained, schema = _response_format(body.get("response_format"))
-    stream_options = body.get("stream_options") or {}
-    if not isinstance(stream_options, dict):
-        raise UsageError("stream_options: is of another type")
-    usage = bool(stream_options.get("include_usage"))
-    stream = _field(body, "stream", bool, False)
-    if stream and echo:
-        raise UsageError("echo: does not go with stream; leave one out")
-    return CompletionRequest(
-        options, choices, echo, None if most == -1 else most, stream, usage, bool(logprobs), constrained, schema
-    )
-
-
-def parse_messages(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """The conversation; content may be a text or a list of parts that are text. Raises UsageError."""
-    messages = body.get("messages")
-    if not isinstance(messages, list):
-        raise UsageError("messages: is missing or no list")
-    out = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise UsageError(f"messages[{i}]: is no object")
-        content = message.get("content")
-        if isinstance(content, list):
-            if not all(
-                isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content
-            ):
-                raise UsageError(f"messages[{i}].content: has a part that is no text; only text is supported")
-            content = "".join(p["text"] for p in content)
-        if content is None and message.get("role") == "assistant":  # as clients send a turn that had no text
-            content = ""
-        role = message.get("role")
-        out.append({"role": "system" if role == "developer" else role, "content": content})
-    return out
-
-
-def parse_prompts(body: dict[str, Any]) -> list[str | list[int]]:
-    """The prompts: a text, a list of tokens, or a list of either. Raises UsageError."""
-    prompt = body.get("prompt")
-    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(type(t) is int for t in prompt)):
-        return [prompt]
-    if isinstance(prompt, list) and 0 < len(prompt) <= _MOST_CHOICES:
-        alike = all(isinstance(p, str) for p in prompt)
-        if alike or all(isinstance(p, list) and p and all(type(t) is int for t in p) for p in prompt):
-            return prompt
-    raise UsageError(
-        f"prompt: is neither a text, a list of tokens, nor a list of up to {_MOST_CHOICES} of one of these"
-    )
-
-
-def _seed(body: dict[str, Any]) -> int:
-    """The seed asked for; a new one for each request that names none, or -1."""
-    seed: int = _field(body, "seed", int, -1)
-    return secrets.randbits(62) if seed == -1 else seed
-
-
-def _bias(value: Any) -> tuple[tuple[int, float], ...]:
-    if value is None:
-        return ()
+def parse(body: bytes, kind: type[R]) -> R:
+    """The body of a request. Raises UsageError, naming the field."""
     try:
-        found = tuple((int(token), float(bias)) for token, bias in value.items())
-    except (AttributeError, TypeError, ValueError):
-        raise UsageError("logit_bias: is no object of tokens and numbers") from None
-    if len(found) > 1024:
-        raise UsageError("logit_bias: holds more than 1024 tokens")
-    return found
+        return decode(body, kind)
+    except ValueError as e:
+        raise UsageError(str(e)) from None
 
 
-def _field(body: dict[str, Any], name: str, kind: Callable[..., Any], default: Any) -> Any:
-    value = body.get(name)
-    if value is None:
-        return default
-    good = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)  # type: ignore[arg-type]
-    if not good or (isinstance(value, bool) and kind is not bool):
-        raise UsageError(f"{name}: is of another type")
-    return value
+def resolve(r: ChatRequest | TextRequest) -> CompletionRequest:
+    """A request with its defaults filled in. Raises UsageError."""
+    echo = isinstance(r, TextRequest) and bool(r.echo)
+    if r.stream and echo:
+        raise UsageError("echo: does not go with stream; leave one out")
+    most = _or(r.max_completion_tokens, _or(r.max_tokens, _DEFAULT.max_tokens))
+    if most == 0 and not echo:
+        raise UsageError("max_tokens: is less than 1; -1 stands for all that the context holds")
+    stops = [r.stop] if isinstance(r.stop, str) else r.stop or []
+    options = Options(
+        temperature=_or(r.temperature, 1.0),
+        top_p=_or(r.top_p, _DEFAULT.top_p),
+        top_k=_or(r.top_k, _DEFAULT.top_k),
+        min_p=_or(r.min_p, _DEFAULT.min_p),
+        repetition_penalty=_or(r.repetition_penalty, _DEFAULT.repetition_penalty),
+        frequency_penalty=_or(r.frequency_penalty, _DEFAULT.frequency_penalty),
+        presence_penalty=_or(r.presence_penalty, _DEFAULT.presence_penalty),
+        logit_bias=tuple((r.logit_bias or {}).items()),
+        seed=secrets.randbits(62) if r.seed in (None, -1) else r.seed,
+        stop=tuple(s for s in stops if s),  # some clients send "" for none
+        policy=_or(r.context_policy, _DEFAULT.policy),
+    )
+    # The old endpoint names how many of the likeliest tokens it wants; true and 1 are alike to Python, not to it.
+    counted = r.logprobs is not None and not isinstance(r.logprobs, bool)
+    if counted or r.top_logprobs is not None:
+        options["top_logprobs"] = int(r.logprobs or 0) if counted else _or(r.top_logprobs, 0)
+    held = r.response_format
+    return CompletionRequest(
+        options=options,
+        choices=_or(r.n, 1),
+        echo=echo,
+        max_tokens=None if most == -1 else most,
+        stream=bool(r.stream),
+        usage=r.stream_options is not None and r.stream_options.include_usage,
+        logprobs=counted or r.logprobs is True,
+        constrained=held is not None and held.type != "text",
+        schema=None if held is None or held.json_schema is None else held.json_schema.schema,
+    )
 
 
-def _stop(value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else value or []
-    if isinstance(stops, list):
-        stops = [s for s in stops if s != ""]  # which clients send for none
-    if not isinstance(stops, list) or len(stops) > 16 or not all(isinstance(s, str) and s for s in stops):
-        raise UsageError("stop: is neither a text nor a list of up to 16 texts")
-    return tuple(stops)
+def _turn(m: Message) -> dict[str, Any]:
+    content = "".join(p.text for p in m.content) if isinstance(m.content, list) else m.content
+    if content is None and m.role == "assistant":
+        content = ""
+    return {"role": "system" if m.role == "developer" else m.role, "content": content}
 
 
-def _response_format(value: Any) -> tuple[bool, dict[str, Any] | None]:
-    kind = value.get("type") if isinstance(value, dict) else None
-    if value is None or kind == "text":
-        return False, None
-    if kind == "json_object":
-        return True, None
-    if kind == "json_schema":
-        schema = value.get("json_schema")
-        schema = schema.get("schema") if isinstance(schema, dict) else None
-        if isinstance(schema, dict):
-            return True, schema
-    raise UsageError("response_format: is none of text, json_object, and json_schema with a schema")
+V = TypeVar("V")
+
+
+def _or(value: V | None, default: V) -> V:
+    return default if value is None else value

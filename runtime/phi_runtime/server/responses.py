@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phi_runtime.generation.engine import StopReason
+from phi_runtime.generation.engine import FinishReason
 from phi_runtime.model import Chunk, Phi
 from phi_runtime.server.requests import CompletionRequest
 
-_FINISH: dict[StopReason | None, str] = {
+_FINISH: dict[FinishReason | None, str] = {
     "stop_token": "stop",
     "stop_text": "stop",
     "max_tokens": "length",
@@ -53,7 +53,7 @@ class Form(ABC):
 
     def part(self, piece: Chunk, phi: Phi, index: int) -> dict[str, Any]:
         """One step of the stream of an answer."""
-        stop = piece.step.stop
+        stop = piece.step.finish_reason
         choice = self._choice(self.delta(piece.text), self._logprobs([piece], phi), _FINISH[stop] if stop else None)
         return self.head() | {"choices": [choice | {"index": index}]}
 
@@ -61,7 +61,7 @@ class Form(ABC):
         """All answers; usage counts each prompt once."""
         choices = []
         for index, a in enumerate(answers):
-            finish = _FINISH[a.pieces[-1].step.stop] if a.pieces else "length"
+            finish = _FINISH[a.pieces[-1].step.finish_reason] if a.pieces else "length"
             text = a.echoed + "".join(p.text for p in a.pieces)
             logprobs = self._logprobs(a.pieces, phi, a)
             choices.append(self._choice(self.content(text), logprobs, finish) | {"index": index})

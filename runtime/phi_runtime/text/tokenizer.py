@@ -19,7 +19,7 @@ _UNSEEN = [b for b in range(256) if b not in _SEEN]
 _BYTES = {chr(b): b for b in _SEEN} | {chr(0x100 + i): b for i, b in enumerate(_UNSEEN)}
 
 
-class Codec(Protocol):
+class TokenizerLike(Protocol):
     """Text to tokens and back."""
 
     def encode(self, text: str) -> list[int]:
@@ -151,28 +151,28 @@ class StreamDecoder:
     a role's, a text begins: it has the leading space taken off that the tokenizer puts before a text.
     """
 
-    def __init__(self, codec: Codec, prompt: list[int]) -> None:
-        self._codec = codec
+    def __init__(self, tokenizer: TokenizerLike, prompt: list[int]) -> None:
+        self._tokenizer = tokenizer
         # A few tokens of the prompt give the first pieces their context (a leading space, say).
         self._tokens = [] if prompt and self._special(prompt[-1]) else self._tail(prompt)
-        self._start = len(codec.decode(self._tokens))
+        self._start = len(tokenizer.decode(self._tokens))
 
     def push(self, token: int) -> str:
         """The text that became certain with this token, possibly empty."""
         self._tokens.append(token)
-        text = self._codec.decode(self._tokens)
+        text = self._tokenizer.decode(self._tokens)
         if text.endswith(_REPLACEMENT):
             return ""
         piece = text[self._start :]
         self._start = len(text)
         if len(self._tokens) > 64:
             self._tokens = self._tail(self._tokens)
-            self._start = len(self._codec.decode(self._tokens))
+            self._start = len(self._tokenizer.decode(self._tokens))
         return piece
 
     def flush(self) -> str:
         """What was still held back, at the end of the text."""
-        return self._codec.decode(self._tokens)[self._start :]
+        return self._tokenizer.decode(self._tokens)[self._start :]
 
     def _tail(self, tokens: list[int]) -> list[int]:
         """The last few tokens, from the beginning of a character on, and with something to see among them."""
@@ -180,7 +180,7 @@ class StreamDecoder:
         while (
             start > 0
             and (
-                b"\x80" <= self._codec.token_bytes(tokens[start])[:1] < b"\xc0"  # inside a character
+                b"\x80" <= self._tokenizer.token_bytes(tokens[start])[:1] < b"\xc0"  # inside a character
                 or all(map(self._special, tokens[start:]))
             )
         ):
@@ -189,7 +189,7 @@ class StreamDecoder:
 
     def _special(self, token: int) -> bool:
         """Whether it shows nothing; twice, because a space before a text shows nothing either."""
-        return self._codec.decode([token, token]) == ""
+        return self._tokenizer.decode([token, token]) == ""
 
 
 class TextStop:

@@ -24,7 +24,7 @@ from phi_train.models import build, load_weights
 from phi_train.models.phi3 import Phi3ForCausalLM
 
 Factors = npt.NDArray[np.float64]
-WAYS = ("searched", "yarn", "pi", "none")
+METHODS = ("searched", "yarn", "pi", "none")
 # The search's sizes: those of the published one (github.com/microsoft/LongRoPE).
 _POPULATION, _PARENTS, _MUTATIONS, _CROSSOVERS, _CHANGED = 64, 32, 16, 16, 0.3
 _GRID = 0.01
@@ -49,7 +49,7 @@ def extend(
     context: int,
     data: Path,
     out: Path,
-    way: str = "searched",
+    method: str = "searched",
     windows: int = 5,
     iterations: int = 40,
     seed: int = 0,
@@ -61,8 +61,8 @@ def extend(
     and a sliding window falls away. Returns the loss on those texts under YaRN and under the factors chosen, nats.
     Raises UsageError for what cannot be extended, OutputExistsError.
     """
-    if way not in WAYS:
-        raise UsageError(f"no way {way!r}; choose from {', '.join(WAYS)}")
+    if method not in METHODS:
+        raise UsageError(f"no method {method!r}; choose from {', '.join(METHODS)}")
     if out.exists():
         raise OutputExistsError(f"{out}: exists already; choose another --out")
     checkpoint = open_checkpoint(folder)
@@ -85,10 +85,10 @@ def extend(
     def judge(factors: Factors) -> float:
         return loss_under(model, config, context, factors, texts)
 
-    if way == "searched":
+    if method == "searched":
         found = search([start, rules["pi"]], stretch, judge, iterations, seed, progress)
     else:
-        found = rules[way]
+        found = rules[method]
     with staged_folder(out) as stage:
         weights = {name: torch.from_numpy(np.array(checkpoint.read(name))) for name in config.tensor_shapes()}
         write_checkpoint(stage, longer(config, context, found), weights, folder)

@@ -25,11 +25,11 @@ from phi_runtime.errors import OutputExistsError, UsageError
 from phi_train.checkpoints.write import write_checkpoint
 from phi_train.models.attention import INIT_STD
 
-WAYS = ("random", "reuse", "tile", "preserve")
+METHODS = ("random", "reuse", "tile", "preserve")
 
 
 @dataclass(frozen=True)
-class Part:
+class GrownPart:
     """One tensor: where it comes from, how its rows and columns are composed there and here, and whether it is one
     that a repeated layer adds by, or that rows are looked up in.
     """
@@ -43,14 +43,14 @@ class Part:
     looked_up: bool = False
 
 
-def grow(source: Path, config: AnyConfig, way: str, out: Path, noise: float = 0.0, seed: int = 0) -> None:
+def grow(source: Path, config: AnyConfig, method: str, out: Path, noise: float = 0.0, seed: int = 0) -> None:
     """Write a checkpoint of `config`, begun with the one in `source`; it takes over the tokenizer.
 
-    noise: standard deviation that "preserve" adds, relative to that of the matrix. Raises UsageError for an unknown way
-    or a model that cannot be grown into, OutputExistsError.
+    noise: standard deviation that "preserve" adds, relative to that of the matrix. Raises UsageError for an unknown
+    method or a model that cannot be grown into, OutputExistsError.
     """
-    if way not in WAYS:
-        raise UsageError(f"way {way!r} is none of {', '.join(WAYS)}")
+    if method not in METHODS:
+        raise UsageError(f"method {method!r} is none of {', '.join(METHODS)}")
     if out.exists():
         raise OutputExistsError(f"{out}: is there already; choose another --out")
     small = open_checkpoint(source)
@@ -58,13 +58,13 @@ def grow(source: Path, config: AnyConfig, way: str, out: Path, noise: float = 0.
         raise UsageError(f"{source}: is of model_type {small.config.model_type}, not {config.model_type}")
     if small.config.vocab_size != config.vocab_size:
         raise UsageError(f"{source}: has {small.config.vocab_size} tokens, not {config.vocab_size}")
-    if way == "preserve":
+    if method == "preserve":
         _check_preserved(small.config.decoder(), config.decoder())
     random = np.random.default_rng(seed)
     shapes = config.tensor_shapes()
     weights = {}
     for part in _parts(small, config):
-        grown = _grown(small.read(part.source), part, way, noise, random)
+        grown = _grown(small.read(part.source), part, method, noise, random)
         assert grown.shape == shapes[part.name], part
         weights[part.name] = torch.from_numpy(grown)
     write_checkpoint(out, config, weights, source)
@@ -88,25 +88,25 @@ def _check_preserved(old: Decoder, new: Decoder) -> None:
         raise UsageError("preserve: a head tied to the embedding, or queries grouped in rows, cannot be; take tile")
 
 
-def _parts(small: Checkpoint, config: AnyConfig) -> Iterator[Part]:
+def _parts(small: Checkpoint, config: AnyConfig) -> Iterator[GrownPart]:
     old, new = small.config.decoder(), config.decoder()
     hidden = (old.hidden_size, new.hidden_size)
     heads, kv = (old.q_size, new.q_size), (old.kv_size, new.kv_size)
     wide = (old.intermediate_size, new.intermediate_size)
     vocabulary = ((old.vocab_size, new.vocab_size),)
     qkv = (heads, kv, kv)
-    yield Part(new.embedding, old.embedding, vocabulary, hidden, False, False, True)
+    yield GrownPart(new.embedding, old.embedding, vocabulary, hidden, False, False, True)
     if new.positions is not None and old.positions is not None:
-        yield Part(new.positions, old.positions, ((old.context, new.context),), hidden, False, False, True)
+        yield GrownPart(new.positions, old.positions, ((old.context, new.context),), hidden, False, False, True)
     count, had = len(new.layers), len(old.layers)
     mapped = [min(had - 1, round(n / count * had)) for n in range(count)]
     for n, layer in enumerate(new.layers):
         was, again = old.layers[mapped[n]], n > 0 and mapped[n] == mapped[n - 1]
         for norm, before in ((layer.attention_norm, was.attention_norm), (layer.mlp_norm, was.mlp_norm)):
             if norm is not None and before is not None:
-                yield Part(norm.weight, before.weight, (hidden,), None, False, again)
+                yield GrownPart(norm.weight, before.weight, (hidden,), None, False, again)
                 if norm.bias is not None and before.bias is not None:
-                    yield Part(norm.bias, before.bias, (hidden,), None, False, again)
+                    yield GrownPart(norm.bias, before.bias, (hidden,), None, False, again)
         split = len(layer.qkv.weight) == 3
         up = (wide, wide) if new.gated else (wide,)
         for linear, before_, rows, columns, adds in (
@@ -117,32 +117,32 @@ def _parts(small: Checkpoint, config: AnyConfig) -> Iterator[Part]:
         ):
             apart = split and linear is layer.qkv
             for i, (name, origin) in enumerate(zip(linear.weight, before_.weight, strict=True)):
-                yield Part(name, origin, (rows[i],) if apart else rows, columns, adds, again)
+                yield GrownPart(name, origin, (rows[i],) if apart else rows, columns, adds, again)
             for i, (name, origin) in enumerate(zip(linear.bias, before_.bias, strict=True)):
-                yield Part(name, origin, (rows[i],) if apart else rows, None, adds, again)
-    yield Part(new.final_norm.weight, old.final_norm.weight, (hidden,), None, False, False)
+                yield GrownPart(name, origin, (rows[i],) if apart else rows, None, adds, again)
+    yield GrownPart(new.final_norm.weight, old.final_norm.weight, (hidden,), None, False, False)
     if new.final_norm.bias is not None and old.final_norm.bias is not None:
-        yield Part(new.final_norm.bias, old.final_norm.bias, (hidden,), None, False, False)
+        yield GrownPart(new.final_norm.bias, old.final_norm.bias, (hidden,), None, False, False)
     if not new.tied:
-        yield Part(new.head.weight[0], old.head.weight[0], vocabulary, hidden, False, False)
+        yield GrownPart(new.head.weight[0], old.head.weight[0], vocabulary, hidden, False, False)
         for name, origin in zip(new.head.bias, old.head.bias, strict=True):
-            yield Part(name, origin, vocabulary, None, False, False)
+            yield GrownPart(name, origin, vocabulary, None, False, False)
 
 
-def _grown(w: F32, part: Part, way: str, noise: float, random: np.random.Generator) -> F32:
+def _grown(w: F32, part: GrownPart, method: str, noise: float, random: np.random.Generator) -> F32:
     """A tensor of the new size."""
     columns = part.columns[1] if part.columns is not None else 1
     drawn = random.standard_normal((sum(new for _, new in part.rows), columns), dtype=np.float32) * np.float32(INIT_STD)
     if part.columns is None:  # norms and biases: copies, and for what is drawn anew ones and zeros
         drawn = np.full_like(drawn, 0.0 if part.name.endswith(".bias") else 1.0)
-    if way == "random":
+    if method == "random":
         return drawn.reshape(-1) if part.columns is None else drawn
     cuts = np.cumsum([0, *(old for old, _ in part.rows)])
     blocks, at = [], 0
     matrix = w.reshape(len(w), -1)
     for (a, b), (_, rows) in zip(pairwise(cuts), part.rows, strict=True):
         block = drawn[at : at + rows].copy()
-        if way == "reuse":
+        if method == "reuse":
             kept = min(rows, b - a), min(columns, matrix.shape[1])
             block[: kept[0], : kept[1]] = matrix[a:b][: kept[0], : kept[1]]
         else:
@@ -151,12 +151,12 @@ def _grown(w: F32, part: Part, way: str, noise: float, random: np.random.Generat
         blocks.append(block)
         at += rows
     grown: F32 = np.concatenate(blocks)
-    if way == "preserve":
+    if method == "preserve":
         grown = _preserved(grown, matrix, part, noise, random)
     return grown.reshape(-1) if part.columns is None else grown
 
 
-def _preserved(grown: F32, matrix: F32, part: Part, noise: float, random: np.random.Generator) -> F32:
+def _preserved(grown: F32, matrix: F32, part: GrownPart, noise: float, random: np.random.Generator) -> F32:
     if part.repeated and part.adds:
         return np.zeros_like(grown)
     if part.columns is None or part.looked_up:

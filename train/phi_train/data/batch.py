@@ -14,12 +14,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens [N, R, T]: ids. learned [N, R, T]: the tokens that are to be predicted, None for all but the first.
-    documents [N, R, T]: of which document each token is, None where all see what stands before them.
+    """tokens [N, R, T]: ids. loss_mask [N, R, T]: the tokens whose prediction counts, None for all but the first.
+    documents [N, R, T]: number of the document of each token, None where documents are not kept apart.
     """
 
     tokens: Tensor
-    learned: Tensor | None = None
+    loss_mask: Tensor | None = None
     documents: Tensor | None = None
 
     def __len__(self) -> int:
@@ -39,16 +39,16 @@ class Batch:
 
     @property
     def count(self) -> int:
-        """How many tokens are to be predicted."""
-        if self.learned is None:
+        """Tokens in the loss."""
+        if self.loss_mask is None:
             return len(self) * self.tokens.shape[1] * (self.tokens.shape[2] - 1)
-        return int(self.learned[..., 1:].sum())
+        return int(self.loss_mask[..., 1:].sum())
 
     def _fields(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return self.tokens, self.learned, self.documents
+        return self.tokens, self.loss_mask, self.documents
 
 
-class Stream(Protocol):
+class BatchStream(Protocol):
     """Where batches come from; each a function of its number alone, so that a continued run sees what an unbroken
     one would.
     """

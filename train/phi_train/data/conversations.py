@@ -43,7 +43,7 @@ def write_examples(lines: Path, tokenizer_folder: Path, out: Path) -> None:
     if out.exists():
         raise OutputExistsError(f"{out}: exists already; choose another --out")
     reader = Reader(tokenizer_folder)
-    parts = {split: _Part() for split in _SPLITS}
+    parts = {split: _Split() for split in _SPLITS}
     kinds = set()
     for number, line in numbered_lines(lines):
         with named(lines, number):
@@ -57,7 +57,7 @@ def write_examples(lines: Path, tokenizer_folder: Path, out: Path) -> None:
         raise UsageError(f"{lines}: too few lines to learn from some and hold others out")
     with staged_folder(out) as stage:
         for split, part in parts.items():
-            for suffix, values in (("", part.tokens), (".learned", part.learned), (".ends", part.ends)):
+            for suffix, values in (("", part.tokens), (".learned", part.loss_mask), (".ends", part.ends)):
                 (stage / f"{split}{suffix}.bin").write_bytes(np.array(values, _FILES[suffix]).tobytes())
         index = {
             "kind": kinds.pop(),
@@ -67,16 +67,16 @@ def write_examples(lines: Path, tokenizer_folder: Path, out: Path) -> None:
         (stage / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
-class _Part:
+class _Split:
     """One split while it is read, five bytes a token."""
 
     def __init__(self) -> None:
-        self.tokens, self.learned, self.ends = array("I"), array("B"), array("Q")
+        self.tokens, self.loss_mask, self.ends = array("I"), array("B"), array("Q")
 
     def add(self, tokens: list[int], learned: list[bool]) -> None:
         """One text."""
         self.tokens.extend(tokens)
-        self.learned.extend(learned)
+        self.loss_mask.extend(learned)
         self.ends.append(len(self.tokens))
 
 
@@ -232,7 +232,7 @@ class Texts:
     """One split, mapped."""
 
     tokens: np.memmap
-    learned: np.memmap
+    loss_mask: np.memmap
     ends: np.memmap
 
     def __len__(self) -> int:
@@ -240,7 +240,7 @@ class Texts:
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         start, end = int(self.ends[i - 1]) if i else 0, int(self.ends[i])
-        return np.asarray(self.tokens[start:end], np.int64), np.asarray(self.learned[start:end], bool)
+        return np.asarray(self.tokens[start:end], np.int64), np.asarray(self.loss_mask[start:end], bool)
 
     @property
     def lengths(self) -> np.ndarray:

@@ -31,10 +31,10 @@ class Document:
 
 def held_out(name: str) -> bool:
     """Whether what goes by a name is kept from training."""
-    return lot(name) % 100 < _HELD_OUT_OF_100
+    return shuffle_hash(name) % 100 < _HELD_OUT_OF_100
 
 
-def lot(name: str) -> int:
+def shuffle_hash(name: str) -> int:
     """A number drawn for a name, always the same."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16)
 

@@ -13,7 +13,7 @@ from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.errors import OutputExistsError, UsageError
 from phi_runtime.files import write_file
 from phi_train.data.conversations import Reader, named, numbered_lines
-from phi_train.data.corpus import documents, lot
+from phi_train.data.corpus import documents, shuffle_hash
 from phi_train.data.tokenizer import STOPS
 from phi_train.models import load_model
 from phi_train.models.greedy import continuations
@@ -50,7 +50,7 @@ def _questions(source: str) -> Iterator[tuple[str, str]]:
         signature = f"def {node.name}({ast.unparse(node.args)}):"
         names = [a.arg for a in node.args.args]
         answers = (f"It is called {node.name}.", f"It takes {', '.join(names)}.", f"It takes {len(names)} of them.")
-        kind = lot(signature) % len(answers)
+        kind = shuffle_hash(signature) % len(answers)
         if len(signature) < 120:
             yield f"{signature}\n{_NAMES[kind]}", answers[kind]
 

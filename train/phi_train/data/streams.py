@@ -8,7 +8,7 @@ import torch
 
 from phi_runtime.errors import UsageError
 from phi_runtime.text.tokenizer import Tokenizer
-from phi_train.data.batch import Batch, Order, Stream
+from phi_train.data.batch import Batch, BatchStream, Order
 from phi_train.data.conversations import INDEX, Conversations, Preferences, open_examples
 from phi_train.data.shards import Data, check_tokenizer, open_data, write_shards
 from phi_train.data.tokenizer import END_OF_TEXT, train_tokenizer
@@ -22,19 +22,24 @@ class Packed:
     """Windows of a corpus, documents one after the other."""
 
     def __init__(self, data: Data, r: Recipe, end: int | None) -> None:
-        self._data, self._size, self._length, self._most = data, r.batch_size, r.sequence_length, r.eval_windows
-        self._end = end if r.documents_apart else None
-        self._short_every = r.short_every
-        self._short = getattr(r.model, "original_max_position_embeddings", None) or r.sequence_length
-        available = data.windows(r.sequence_length)
-        if len(data.heldout) < r.sequence_length:
+        self._data, self._size, self._length, self._most = (
+            data,
+            r.data.batch_size,
+            r.data.sequence_length,
+            r.data.eval_windows,
+        )
+        self._end = end if r.data.separate_documents else None
+        self._short_interval = r.data.short_context_interval
+        self._short = getattr(r.model, "original_max_position_embeddings", None) or r.data.sequence_length
+        available = data.windows(r.data.sequence_length)
+        if len(data.heldout) < r.data.sequence_length:
             raise UsageError(
                 f"{data.folder}: holds out {len(data.heldout)} tokens, fewer than one sequence; give more data"
             )
-        if available < r.batch_size:
+        if available < r.data.batch_size:
             raise UsageError(
-                f"{data.folder}: holds {available} windows of {r.sequence_length} tokens, "
-                f"a batch takes {r.batch_size}; give more data or a smaller batch"
+                f"{data.folder}: holds {available} windows of {r.data.sequence_length} tokens, "
+                f"a batch takes {r.data.batch_size}; give more data or a smaller batch"
             )
         self._order = Order(available, r.seed)
 
@@ -42,7 +47,7 @@ class Packed:
         """Batch number `number`."""
         chosen = self._order.take(number, self._size)
         rows = np.stack([self._data.window(i, self._length) for i in chosen])
-        short = self._short_every and number % self._short_every == 0
+        short = self._short_interval and number % self._short_interval == 0
         return self._batch(rows.reshape(self._size, -1, self._short if short else self._length))
 
     def heldout(self) -> Batch:
@@ -64,7 +69,7 @@ class Packed:
 class Phases:
     """One stream for the first steps, another for the rest: a curriculum of two phases, as phi-3's."""
 
-    def __init__(self, first: Stream, then: Stream, begins: int) -> None:
+    def __init__(self, first: BatchStream, then: BatchStream, begins: int) -> None:
         self._first, self._then, self._begins = first, then, begins
 
     def batch(self, number: int) -> Batch:
@@ -83,45 +88,45 @@ class Phases:
 def make_data(recipe: Recipe, training: Path, say: Say) -> None:
     """Make the tokenizer and shards that a recipe does not name. Raises UsageError where it needs examples instead."""
     tokenizer, folder = _folders(recipe, training)
-    if not recipe.tokenizer and not tokenizer.exists():
+    if not recipe.data.tokenizer and not tokenizer.exists():
         say("training the tokenizer")
-        train_tokenizer(recipe.corpus, recipe.model.vocab_size, tokenizer)
-    if not recipe.data and not folder.exists():
-        if recipe.objective != "pretrain":
+        train_tokenizer(recipe.data.corpus, recipe.model.vocab_size, tokenizer)
+    if not recipe.data.shards and not folder.exists():
+        if recipe.objective.type != "pretrain":
             raise UsageError(f"{recipe.name}: learns from examples; make them with phi-train shards --conversations")
         say("tokenising the corpus")
-        write_shards(recipe.corpus, tokenizer, folder)
+        write_shards(recipe.data.corpus, tokenizer, folder)
 
 
-def open_stream(recipe: Recipe, training: Path, say: Say) -> tuple[Path, Stream]:
+def open_stream(recipe: Recipe, training: Path, say: Say) -> tuple[Path, BatchStream]:
     """The tokenizer's folder and the stream of a recipe. Raises UsageError for data that do not fit it."""
     tokenizer, folder = _folders(recipe, training)
     stream = _open(folder, tokenizer, recipe, say)
-    if recipe.then_data is not None:
-        stream = Phases(stream, _open(Path(recipe.then_data), tokenizer, recipe, say), recipe.then_from)
+    if recipe.data.phase2_shards is not None:
+        stream = Phases(stream, _open(Path(recipe.data.phase2_shards), tokenizer, recipe, say), recipe.data.phase2_step)
     return tokenizer, stream
 
 
 def _folders(recipe: Recipe, training: Path) -> tuple[Path, Path]:
-    tokenizer = Path(recipe.tokenizer) if recipe.tokenizer else training / "tokenizer"
-    return tokenizer, Path(recipe.data) if recipe.data else training / "shards"
+    tokenizer = Path(recipe.data.tokenizer) if recipe.data.tokenizer else training / "tokenizer"
+    return tokenizer, Path(recipe.data.shards) if recipe.data.shards else training / "shards"
 
 
-def _open(folder: Path, tokenizer: Path, r: Recipe, say: Say) -> Stream:
+def _open(folder: Path, tokenizer: Path, r: Recipe, say: Say) -> BatchStream:
     examples = open_examples(folder) if (folder / INDEX).is_file() else None
     data = examples or open_data(folder)
     check_tokenizer(folder, data.tokenizer_sha256, tokenizer)
     if data.vocab_size > r.model.vocab_size:
         raise UsageError(f"{folder}: has {data.vocab_size} token ids, the model {r.model.vocab_size}")
     end = Tokenizer(tokenizer).id(END_OF_TEXT)
-    wanted = {"pretrain": "a corpus", "sft": "conversations", "dpo": "preferences"}[r.objective]
+    wanted = {"pretrain": "a corpus", "sft": "conversations", "dpo": "preferences"}[r.objective.type]
     found = "a corpus" if examples is None else examples.kind
     if found != wanted:
         raise UsageError(f"{folder}: holds {found}, {r.name} learns from {wanted}; choose another")
     if isinstance(data, Data):
         return Packed(data, r, end)
     kind = Conversations if found == "conversations" else Preferences
-    stream = kind(data, r.batch_size, r.sequence_length, r.seed, r.eval_windows, end or 0)
+    stream = kind(data, r.data.batch_size, r.data.sequence_length, r.seed, r.data.eval_windows, end or 0)
     if stream.left_out:
-        say(f"{stream.left_out} examples are longer than {r.sequence_length} tokens and are left out")
+        say(f"{stream.left_out} examples are longer than {r.data.sequence_length} tokens and are left out")
     return stream

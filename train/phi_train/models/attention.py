@@ -21,15 +21,15 @@ except ImportError:
     flash_attn_func = None
 
 
-Rounding = Callable[[Tensor], Tensor]
+FakeQuant = Callable[[Tensor], Tensor]
 
 
-def unrounded(weight: Tensor) -> Tensor:
-    """The weight as it is; `rounding.train_on_grid` puts another in its place."""
+def no_fake_quant(weight: Tensor) -> Tensor:
+    """The weight as it is; `qat.enable_qat` puts another in its place."""
     return weight
 
 
-class Sight:
+class AttentionContext:
     """What holds for a whole pass: rotations of the positions, and which keys the queries of each layer see.
 
     documents [B, T]: of which document each token is, where a text is to see no other; None where packed texts see
@@ -87,25 +87,25 @@ def _tables(decoder: Decoder, length: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(cos), torch.from_numpy(sin)
 
 
-def rotate(x_BHTD: Tensor, sight: Sight) -> Tensor:
+def rotate(x_BHTD: Tensor, context: AttentionContext) -> Tensor:
     """Rotate each head's first values by their positions; the rest stays."""
-    return rotate_pairs(x_BHTD, sight.cos_TD, sight.sin_TD)
+    return rotate_pairs(x_BHTD, context.cos_TD, context.sin_TD)
 
 
-def attend(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, layer: Layer, sight: Sight) -> Tensor:
+def attend(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
     """Attention, [B, T, H * D]. float16 overflows in phi-2's scores, so that is computed in float32 here."""
-    scale, dtype = sight.decoder.attention_scale, v_BGTD.dtype
-    if dtype == torch.float16 and not _flash(q_BHTD, layer, sight):
+    scale, dtype = context.decoder.attention_scale, v_BGTD.dtype
+    if dtype == torch.float16 and not _flash(q_BHTD, layer, context):
         q_BHTD, k_BGTD, v_BGTD = q_BHTD.float(), k_BGTD.float(), v_BGTD.float()
     else:
         q_BHTD, k_BGTD = q_BHTD.to(dtype), k_BGTD.to(dtype)
-    if _flash(q_BHTD, layer, sight):
-        window = (layer.window - 1, 0) if layer.window is not None and sight.cuts(layer) else (-1, -1)
+    if _flash(q_BHTD, layer, context):
+        window = (layer.window - 1, 0) if layer.window is not None and context.cuts(layer) else (-1, -1)
         heads = (x.transpose(1, 2) for x in (q_BHTD, k_BGTD, v_BGTD))
-        out: Tensor = flash_attn_func(*heads, sight.dropout, softmax_scale=scale, causal=True, window_size=window)
+        out: Tensor = flash_attn_func(*heads, context.dropout, softmax_scale=scale, causal=True, window_size=window)
         return out.flatten(2)
-    mask = sight.mask(layer)
-    if mask is None and _short(q_BHTD, sight):
+    mask = context.mask(layer)
+    if mask is None and _short(q_BHTD, context):
         G = q_BHTD.shape[1] // k_BGTD.shape[1]
         each = causal_attention(q_BHTD, k_BGTD.repeat_interleave(G, 1), v_BGTD.repeat_interleave(G, 1), scale)
         return each.transpose(1, 2).flatten(2)
@@ -114,7 +114,7 @@ def attend(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, layer: Layer, sight: 
         k_BGTD,
         v_BGTD,
         attn_mask=mask,
-        dropout_p=sight.dropout,
+        dropout_p=context.dropout,
         is_causal=mask is None,
         scale=scale,
         enable_gqa=k_BGTD.shape[1] < q_BHTD.shape[1],
@@ -122,26 +122,26 @@ def attend(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, layer: Layer, sight: 
     return out.to(dtype).transpose(1, 2).flatten(2)
 
 
-def _short(x_BHTD: Tensor, sight: Sight) -> bool:
+def _short(x_BHTD: Tensor, context: AttentionContext) -> bool:
     """Whether weights of attention are few enough to be kept, on a processor, where that is twice as fast."""
     few = x_BHTD.numel() // x_BHTD.shape[-1] * x_BHTD.shape[2] * x_BHTD.element_size() <= _KEPT
-    return few and x_BHTD.device.type == "cpu" and x_BHTD.dtype == torch.bfloat16 and not sight.dropout
+    return few and x_BHTD.device.type == "cpu" and x_BHTD.dtype == torch.bfloat16 and not context.dropout
 
 
 _KEPT = 1 << 26  # bytes
 
 
-def _flash(x: Tensor, layer: Layer, sight: Sight) -> bool:
+def _flash(x: Tensor, layer: Layer, context: AttentionContext) -> bool:
     half = x.dtype in (torch.bfloat16, torch.float16)
-    return flash_attn_func is not None and x.is_cuda and half and layer.sparse is None and not sight.documents_apart
+    return flash_attn_func is not None and x.is_cuda and half and layer.sparse is None and not context.documents_apart
 
 
-def through(module: nn.Module, x_BTE: Tensor, layer: Layer, sight: Sight, again: bool) -> Tensor:
+def run_layer(module: nn.Module, x_BTE: Tensor, layer: Layer, context: AttentionContext, again: bool) -> Tensor:
     """Take activations through a layer; `again`: keep nothing of its inside for the backward pass."""
     if again and torch.is_grad_enabled():
-        out: Tensor = checkpoint(module, x_BTE, layer, sight, use_reentrant=False)
+        out: Tensor = checkpoint(module, x_BTE, layer, context, use_reentrant=False)
     else:
-        out = module(x_BTE, layer, sight)
+        out = module(x_BTE, layer, context)
     return out
 
 

@@ -170,6 +170,6 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def token_losses(logits_NV: Tensor, wanted_N: Tensor) -> Tensor:
-    """Negative log-likelihoods [N], nats, in float32; logits are never held in float32 as a whole."""
+    """Negative log-log_likelihoods [N], nats, in float32; logits are never held in float32 as a whole."""
     out: Tensor = _TokenLosses.apply(logits_NV, wanted_N)  # type: ignore[no-untyped-call]
     return out

@@ -10,7 +10,16 @@ from torch.nn import functional
 
 from phi_runtime.architecture.config import GptNeoConfig
 from phi_runtime.architecture.decoder import Layer
-from phi_train.models.attention import Rounding, Sight, attend, check_length, gelu_new, split_heads, through, unrounded
+from phi_train.models.attention import (
+    AttentionContext,
+    FakeQuant,
+    attend,
+    check_length,
+    gelu_new,
+    no_fake_quant,
+    run_layer,
+    split_heads,
+)
 
 
 class GPTNeoSelfAttention(nn.Module):
@@ -24,10 +33,10 @@ class GPTNeoSelfAttention(nn.Module):
         self.q_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
         self.out_proj = nn.Linear(c.hidden_size, c.hidden_size)
 
-    def forward(self, x_BTE: Tensor, layer: Layer, sight: Sight) -> Tensor:
+    def forward(self, x_BTE: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
         """Attend."""
         q, k, v = (split_heads(p(x_BTE), self._heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        out: Tensor = self.out_proj(attend(q, k, v, layer, sight))
+        out: Tensor = self.out_proj(attend(q, k, v, layer, context))
         return out
 
 
@@ -63,10 +72,10 @@ class GPTNeoBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(c.hidden_size, c.layer_norm_epsilon)
         self.mlp = GPTNeoMLP(c)
 
-    def forward(self, x_BTE: Tensor, layer: Layer, sight: Sight) -> Tensor:
+    def forward(self, x_BTE: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
         """One layer."""
-        x_BTE = x_BTE + sight.drop(self.attn.attention(self.ln_1(x_BTE), layer, sight))
-        out: Tensor = x_BTE + sight.drop(self.mlp(self.ln_2(x_BTE)))
+        x_BTE = x_BTE + context.drop(self.attn.attention(self.ln_1(x_BTE), layer, context))
+        out: Tensor = x_BTE + context.drop(self.mlp(self.ln_2(x_BTE)))
         return out
 
 
@@ -86,7 +95,7 @@ class GPTNeoForCausalLM(nn.Module):
 
     dropout = 0.0  # of attention's weights and of what is added to the residual stream, while training
     checkpoint_activations = False  # compute what is inside a layer again for the backward pass
-    rounding: Rounding = staticmethod(unrounded)  # of the head's weight
+    fake_quant: FakeQuant = staticmethod(no_fake_quant)  # of the head's weight
 
     def __init__(self, config: GptNeoConfig) -> None:
         super().__init__()
@@ -97,14 +106,16 @@ class GPTNeoForCausalLM(nn.Module):
     def hidden(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """What the head reads, [B, T, E]."""
         length = check_length(tokens_BT, self.decoder.context)
-        sight = Sight(self.decoder, length, tokens_BT.device, documents_BT, self.dropout if self.training else 0.0)
+        context = AttentionContext(
+            self.decoder, length, tokens_BT.device, documents_BT, self.dropout if self.training else 0.0
+        )
         positions = torch.arange(length, device=tokens_BT.device)
         x_BTE = self.transformer.wte(tokens_BT) + self.transformer.wpe(positions)
         for module, layer in zip(self.transformer.h, self.decoder.layers, strict=True):
-            x_BTE = through(module, x_BTE, layer, sight, self.checkpoint_activations)
+            x_BTE = run_layer(module, x_BTE, layer, context, self.checkpoint_activations)
         out: Tensor = self.transformer.ln_f(x_BTE)
         return out
 
     def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """Logits of every position."""
-        return functional.linear(self.hidden(tokens_BT, documents_BT), self.rounding(self.transformer.wte.weight))
+        return functional.linear(self.hidden(tokens_BT, documents_BT), self.fake_quant(self.transformer.wte.weight))

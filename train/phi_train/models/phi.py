@@ -10,15 +10,15 @@ from torch.nn import functional
 from phi_runtime.architecture.config import PhiConfig
 from phi_runtime.architecture.decoder import Layer
 from phi_train.models.attention import (
-    Rounding,
-    Sight,
+    AttentionContext,
+    FakeQuant,
     attend,
     check_length,
     gelu_new,
+    no_fake_quant,
     rotate,
+    run_layer,
     split_heads,
-    through,
-    unrounded,
 )
 
 
@@ -34,11 +34,11 @@ class PhiAttention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, kv_size)
         self.dense = nn.Linear(c.hidden_size, c.hidden_size)
 
-    def forward(self, x_BTE: Tensor, layer: Layer, sight: Sight) -> Tensor:
+    def forward(self, x_BTE: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
         """Attend."""
         q = split_heads(self.q_proj(x_BTE), self._heads)
         k, v = (split_heads(p(x_BTE), self._kv_heads) for p in (self.k_proj, self.v_proj))
-        out: Tensor = self.dense(attend(rotate(q, sight), rotate(k, sight), v, layer, sight))
+        out: Tensor = self.dense(attend(rotate(q, context), rotate(k, context), v, layer, context))
         return out
 
 
@@ -65,10 +65,10 @@ class PhiDecoderLayer(nn.Module):
         self.self_attn = PhiAttention(c)
         self.mlp = PhiMLP(c)
 
-    def forward(self, x_BTE: Tensor, layer: Layer, sight: Sight) -> Tensor:
+    def forward(self, x_BTE: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
         """One layer."""
         normed = self.input_layernorm(x_BTE)
-        out: Tensor = x_BTE + sight.drop(self.self_attn(normed, layer, sight)) + sight.drop(self.mlp(normed))
+        out: Tensor = x_BTE + context.drop(self.self_attn(normed, layer, context)) + context.drop(self.mlp(normed))
         return out
 
 
@@ -87,7 +87,7 @@ class PhiForCausalLM(nn.Module):
 
     dropout = 0.0  # of attention's weights and of what is added to the residual stream, while training
     checkpoint_activations = False  # compute what is inside a layer again for the backward pass
-    rounding: Rounding = staticmethod(unrounded)  # of the head's weight
+    fake_quant: FakeQuant = staticmethod(no_fake_quant)  # of the head's weight
 
     def __init__(self, config: PhiConfig) -> None:
         super().__init__()
@@ -99,15 +99,17 @@ class PhiForCausalLM(nn.Module):
     def hidden(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """What the head reads, [B, T, E]."""
         length = check_length(tokens_BT, self.decoder.context)
-        sight = Sight(self.decoder, length, tokens_BT.device, documents_BT, self.dropout if self.training else 0.0)
+        context = AttentionContext(
+            self.decoder, length, tokens_BT.device, documents_BT, self.dropout if self.training else 0.0
+        )
         x_BTE = self.model.embed_tokens(tokens_BT)
         for module, layer in zip(self.model.layers, self.decoder.layers, strict=True):
-            x_BTE = through(module, x_BTE, layer, sight, self.checkpoint_activations)
+            x_BTE = run_layer(module, x_BTE, layer, context, self.checkpoint_activations)
         out: Tensor = self.model.final_layernorm(x_BTE)
         return out
 
     def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """Logits of every position."""
         hidden = self.hidden(tokens_BT, documents_BT)
-        logits: Tensor = functional.linear(hidden, self.rounding(self.lm_head.weight), self.lm_head.bias)
+        logits: Tensor = functional.linear(hidden, self.fake_quant(self.lm_head.weight), self.lm_head.bias)
         return logits

@@ -10,7 +10,16 @@ from torch.nn import functional
 
 from phi_runtime.architecture.config import Phi3Config
 from phi_runtime.architecture.decoder import Layer
-from phi_train.models.attention import Rounding, Sight, attend, check_length, rotate, split_heads, through, unrounded
+from phi_train.models.attention import (
+    AttentionContext,
+    FakeQuant,
+    attend,
+    check_length,
+    no_fake_quant,
+    rotate,
+    run_layer,
+    split_heads,
+)
 from phi_train.models.fused import rms_norm, swiglu
 
 
@@ -36,10 +45,10 @@ class Phi3Attention(nn.Module):
         self.qkv_proj = nn.Linear(c.hidden_size, c.qkv_size, bias=False)
         self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
 
-    def forward(self, x_BTE: Tensor, layer: Layer, sight: Sight) -> Tensor:
+    def forward(self, x_BTE: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
         """Attend."""
         q, k, v = torch.split(split_heads(self.qkv_proj(x_BTE), sum(self._parts)), self._parts, dim=1)
-        out: Tensor = self.o_proj(attend(rotate(q, sight), rotate(k, sight), v, layer, sight))
+        out: Tensor = self.o_proj(attend(rotate(q, context), rotate(k, context), v, layer, context))
         return out
 
 
@@ -67,10 +76,10 @@ class Phi3DecoderLayer(nn.Module):
         self.post_attention_layernorm = Phi3RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = Phi3MLP(c)
 
-    def forward(self, x_BTE: Tensor, layer: Layer, sight: Sight) -> Tensor:
+    def forward(self, x_BTE: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
         """One layer."""
-        x_BTE = x_BTE + sight.drop(self.self_attn(self.input_layernorm(x_BTE), layer, sight))
-        out: Tensor = x_BTE + sight.drop(self.mlp(self.post_attention_layernorm(x_BTE)))
+        x_BTE = x_BTE + context.drop(self.self_attn(self.input_layernorm(x_BTE), layer, context))
+        out: Tensor = x_BTE + context.drop(self.mlp(self.post_attention_layernorm(x_BTE)))
         return out
 
 
@@ -89,7 +98,7 @@ class Phi3ForCausalLM(nn.Module):
 
     dropout = 0.0  # of attention's weights and of what is added to the residual stream, while training
     checkpoint_activations = False  # compute what is inside a layer again for the backward pass
-    rounding: Rounding = staticmethod(unrounded)  # of the head's weight
+    fake_quant: FakeQuant = staticmethod(no_fake_quant)  # of the head's weight
 
     def __init__(self, config: Phi3Config) -> None:
         super().__init__()
@@ -102,14 +111,16 @@ class Phi3ForCausalLM(nn.Module):
     def hidden(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """What the head reads, [B, T, E]."""
         length = check_length(tokens_BT, self.decoder.context)
-        sight = Sight(self.decoder, length, tokens_BT.device, documents_BT, self.dropout if self.training else 0.0)
+        context = AttentionContext(
+            self.decoder, length, tokens_BT.device, documents_BT, self.dropout if self.training else 0.0
+        )
         x_BTE = self.model.embed_tokens(tokens_BT)
         for module, layer in zip(self.model.layers, self.decoder.layers, strict=True):
-            x_BTE = through(module, x_BTE, layer, sight, self.checkpoint_activations)
+            x_BTE = run_layer(module, x_BTE, layer, context, self.checkpoint_activations)
         out: Tensor = self.model.norm(x_BTE)
         return out
 
     def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """Logits of every position."""
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return functional.linear(self.hidden(tokens_BT, documents_BT), self.rounding(head.weight))
+        return functional.linear(self.hidden(tokens_BT, documents_BT), self.fake_quant(head.weight))

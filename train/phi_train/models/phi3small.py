@@ -9,7 +9,15 @@ from torch.nn import functional
 
 from phi_runtime.architecture.config import Phi3SmallConfig
 from phi_runtime.architecture.decoder import Layer
-from phi_train.models.attention import Rounding, Sight, attend, check_length, rotate, through, unrounded
+from phi_train.models.attention import (
+    AttentionContext,
+    FakeQuant,
+    attend,
+    check_length,
+    no_fake_quant,
+    rotate,
+    run_layer,
+)
 
 
 class Phi3SmallSelfAttention(nn.Module):
@@ -21,12 +29,12 @@ class Phi3SmallSelfAttention(nn.Module):
         self.query_key_value = nn.Linear(c.hidden_size, c.hidden_size + 2 * self._kv_heads * self._head_dim)
         self.dense = nn.Linear(c.hidden_size, c.hidden_size)
 
-    def forward(self, x_BTE: Tensor, layer: Layer, sight: Sight) -> Tensor:
+    def forward(self, x_BTE: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
         """Attend."""
         groups = self.query_key_value(x_BTE).unflatten(-1, (self._kv_heads, -1, self._head_dim))
         q = groups[..., :-2, :].flatten(2, 3).transpose(1, 2)
         k, v = groups[..., -2, :].transpose(1, 2), groups[..., -1, :].transpose(1, 2)
-        out: Tensor = self.dense(attend(rotate(q, sight), rotate(k, sight), v, layer, sight))
+        out: Tensor = self.dense(attend(rotate(q, context), rotate(k, context), v, layer, context))
         return out
 
 
@@ -57,10 +65,10 @@ class Phi3SmallDecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_epsilon)
         self.mlp = Phi3SmallMLP(c)
 
-    def forward(self, x_BTE: Tensor, layer: Layer, sight: Sight) -> Tensor:
+    def forward(self, x_BTE: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
         """One layer."""
-        x_BTE = x_BTE + sight.drop(self.self_attn(self.input_layernorm(x_BTE), layer, sight))
-        out: Tensor = x_BTE + sight.drop(self.mlp(self.post_attention_layernorm(x_BTE)))
+        x_BTE = x_BTE + context.drop(self.self_attn(self.input_layernorm(x_BTE), layer, context))
+        out: Tensor = x_BTE + context.drop(self.mlp(self.post_attention_layernorm(x_BTE)))
         return out
 
 
@@ -79,7 +87,7 @@ class Phi3SmallForCausalLM(nn.Module):
 
     dropout = 0.0  # of attention's weights and of what is added to the residual stream, while training
     checkpoint_activations = False  # compute what is inside a layer again for the backward pass
-    rounding: Rounding = staticmethod(unrounded)  # of the head's weight
+    fake_quant: FakeQuant = staticmethod(no_fake_quant)  # of the head's weight
 
     def __init__(self, config: Phi3SmallConfig) -> None:
         super().__init__()
@@ -90,13 +98,15 @@ class Phi3SmallForCausalLM(nn.Module):
     def hidden(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """What the head reads, muP's scale included, [B, T, E]."""
         length = check_length(tokens_BT, self.decoder.context)
-        sight = Sight(self.decoder, length, tokens_BT.device, documents_BT, self.dropout if self.training else 0.0)
+        context = AttentionContext(
+            self.decoder, length, tokens_BT.device, documents_BT, self.dropout if self.training else 0.0
+        )
         x_BTE = self.model.embed_tokens(tokens_BT) * self.decoder.embedding_scale
         for module, layer in zip(self.model.layers, self.decoder.layers, strict=True):
-            x_BTE = through(module, x_BTE, layer, sight, self.checkpoint_activations)
+            x_BTE = run_layer(module, x_BTE, layer, context, self.checkpoint_activations)
         out: Tensor = self.model.final_layernorm(x_BTE) * self.decoder.logit_scale
         return out
 
     def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """Logits of every position."""
-        return functional.linear(self.hidden(tokens_BT, documents_BT), self.rounding(self.model.embed_tokens.weight))
+        return functional.linear(self.hidden(tokens_BT, documents_BT), self.fake_quant(self.model.embed_tokens.weight))

@@ -1,6 +1,6 @@
 """Recipes: each a function that gives the configuration of one system of the family.
 
-Numbers are the papers' own where they give them; the fields of `ours` are our choice, because they are not public.
+Numbers are the papers' own where they give them; the fields of `assumed` are our choice, because they are not public.
 Each system has a `-demo` beside it: the same architecture and schedule, small enough for minutes on a laptop.
 
 Papers: TinyStories arXiv:2305.07759, phi-1 arXiv:2306.11644, phi-1.5 arXiv:2309.05463, phi-2 (Microsoft Research's
@@ -10,11 +10,26 @@ blog, December 2023), phi-3 arXiv:2404.14219.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from phi_runtime.architecture.config import AnyConfig, GptNeoConfig, LongRope, Phi3Config, Phi3SmallConfig, PhiConfig
+from phi_runtime.contract import nearest
 from phi_runtime.errors import UsageError
-from phi_train.recipes.config import Recipe, apply_settings, nearest
+from phi_train.recipes.config import (
+    SETTINGS,
+    Data,
+    Objective,
+    Optimizer,
+    Parallelism,
+    Recipe,
+    Schedule,
+    apply_settings,
+    from_dict,
+    merge,
+    read_recipe_file,
+    vary,
+)
 from phi_train.recipes.published import (
     phi1_small_config,
     phi3_medium_4k,
@@ -26,7 +41,15 @@ from phi_train.recipes.published import (
     tinystories,
 )
 
-_CORPUS = ("corpus", "tokenizer", "data", "seed", "save_every", "eval_windows", "gradient_clipping")
+_CORPUS = (
+    "data.corpus",
+    "data.tokenizer",
+    "data.shards",
+    "seed",
+    "save_every",
+    "data.eval_windows",
+    "optimizer.max_grad_norm",
+)
 
 
 def _demo_model() -> Phi3Config:
@@ -55,13 +78,9 @@ def phi3_demo() -> Recipe:
     return Recipe(
         name="phi3-demo",
         model=_demo_model(),
-        steps=700,
-        batch_size=4,
-        sequence_length=512,
-        learning_rate=2e-3,
-        final_learning_rate=1e-4,
-        warmup_steps=40,
-        weight_decay=0.1,
+        data=Data(batch_size=4, sequence_length=512),
+        optimizer=Optimizer(lr=2e-3, weight_decay=0.1),
+        schedule=Schedule(steps=700, final_lr=1e-4, warmup_steps=40),
     )
 
 
@@ -79,13 +98,19 @@ def phi3_proxy_small() -> Recipe:
         max_position_embeddings=1024,
         sliding_window=512,
     )
-    return dataclasses.replace(phi3_demo(), name="phi3-proxy-small", model=model, steps=1000, learning_rate=1e-3)
+    return vary(
+        phi3_demo(),
+        name="phi3-proxy-small",
+        model=model,
+        optimizer={"lr": 1e-3},
+        schedule={"steps": 1000},
+    )
 
 
 def phi3_proxy() -> Recipe:
     """`phi3_proxy_small`, twice as deep."""
     small = apply_settings(phi3_proxy_small(), ["model.num_hidden_layers=6"])
-    return dataclasses.replace(small, name="phi3-proxy")
+    return vary(small, name="phi3-proxy")
 
 
 def tinystories_recipe(hidden_size: int, layers: int, name: str) -> Recipe:
@@ -93,16 +118,16 @@ def tinystories_recipe(hidden_size: int, layers: int, name: str) -> Recipe:
     return Recipe(
         name=name,
         model=tinystories(hidden_size, layers),
-        steps=2300,  # three epochs of half a billion tokens
-        batch_size=1280,
-        sequence_length=512,
-        learning_rate=5e-4,
-        final_learning_rate=5e-4,
-        warmup_steps=0,
-        weight_decay=0.1,
-        schedule="constant",
-        micro_batch_size=80,
-        ours=("steps", "warmup_steps", "epsilon", "precision", *_CORPUS),
+        data=Data(batch_size=1280, sequence_length=512),
+        optimizer=Optimizer(lr=5e-4, weight_decay=0.1),
+        schedule=Schedule(
+            steps=2300,  # three epochs of half a billion tokens
+            final_lr=5e-4,
+            warmup_steps=0,
+            type="constant",
+        ),
+        parallelism=Parallelism(micro_batch_size=80),
+        assumed=("schedule.steps", "schedule.warmup_steps", "optimizer.eps", "parallelism.precision", *_CORPUS),
     )
 
 
@@ -111,32 +136,37 @@ def phi1_base() -> Recipe:
     return Recipe(
         name="phi1-base",
         model=phi_1_5(),
-        steps=36_000,
-        batch_size=1024,
-        sequence_length=2048,
-        learning_rate=1e-3,
-        final_learning_rate=0.0,
-        warmup_steps=750,
-        weight_decay=0.1,
-        schedule="linear",
-        dropout=0.1,
-        precision="fp16",
-        micro_batch_size=8,
-        zero_stage=2,
         save_every=1000,
-        ours=("beta1", "beta2", "epsilon", "final_learning_rate", "micro_batch_size", "zero_stage", *_CORPUS),
+        data=Data(batch_size=1024, sequence_length=2048),
+        optimizer=Optimizer(lr=1e-3, weight_decay=0.1),
+        schedule=Schedule(steps=36_000, final_lr=0.0, warmup_steps=750, type="linear"),
+        parallelism=Parallelism(precision="fp16", micro_batch_size=8, zero_stage=2),
+        objective=Objective(dropout=0.1),
+        assumed=(
+            "optimizer.beta1",
+            "optimizer.beta2",
+            "optimizer.eps",
+            "schedule.final_lr",
+            "parallelism.micro_batch_size",
+            "parallelism.zero_stage",
+            *_CORPUS,
+        ),
     )
 
 
 def phi1_small() -> Recipe:
     """phi-1-small: 350 M, trained as phi-1-base."""
-    return dataclasses.replace(phi1_base(), name="phi1-small", model=phi1_small_config())
+    return vary(phi1_base(), name="phi1-small", model=phi1_small_config())
 
 
 def phi1() -> Recipe:
     """phi-1: phi-1-base fine-tuned on CodeExercises; best of every thousandth step. Give the base as `init_from`."""
-    return dataclasses.replace(
-        phi1_base(), name="phi1", steps=6000, batch_size=256, learning_rate=1e-4, warmup_steps=50, weight_decay=0.01
+    return vary(
+        phi1_base(),
+        name="phi1",
+        data={"batch_size": 256},
+        optimizer={"lr": 1e-4, "weight_decay": 0.01},
+        schedule={"steps": 6000, "warmup_steps": 50},
     )
 
 
@@ -145,40 +175,60 @@ def phi15() -> Recipe:
     return Recipe(
         name="phi15",
         model=phi_1_5(),
-        steps=35_763,
-        batch_size=2048,  # its unit is not stated; in sequences the steps come to 150 B tokens
-        sequence_length=2048,
-        learning_rate=2e-4,
-        final_learning_rate=2e-4,
-        warmup_steps=0,
-        weight_decay=0.1,
-        schedule="constant",
-        beta2=0.98,
-        epsilon=1e-7,
-        precision="fp16",
-        micro_batch_size=8,
-        zero_stage=2,
         save_every=1000,
-        ours=("steps", "dropout", "micro_batch_size", *_CORPUS),
+        data=Data(
+            batch_size=2048,  # its unit is not stated; in sequences the steps come to 150 B tokens
+            sequence_length=2048,
+        ),
+        optimizer=Optimizer(lr=2e-4, weight_decay=0.1, beta2=0.98, eps=1e-7),
+        schedule=Schedule(steps=35_763, final_lr=2e-4, warmup_steps=0, type="constant"),
+        parallelism=Parallelism(precision="fp16", micro_batch_size=8, zero_stage=2),
+        assumed=("schedule.steps", "objective.dropout", "parallelism.micro_batch_size", *_CORPUS),
     )
 
 
 def phi15_web() -> Recipe:
     """phi-1.5-web: 300 B tokens of filtered web, code and synthetic text, otherwise as phi-1.5."""
     web = phi15()
-    unsaid = ("learning_rate", "weight_decay", "schedule", "beta1", "beta2", "epsilon", "batch_size", "warmup_steps")
-    return dataclasses.replace(web, name="phi15-web", steps=71_526, ours=(*web.ours, *unsaid))
+    unsaid = (
+        "optimizer.lr",
+        "optimizer.weight_decay",
+        "schedule.type",
+        "optimizer.beta1",
+        "optimizer.beta2",
+        "optimizer.eps",
+        "data.batch_size",
+        "schedule.warmup_steps",
+    )
+    return vary(
+        web,
+        name="phi15-web",
+        schedule={"steps": 71_526},
+        assumed=(*web.assumed, *unsaid),
+    )
 
 
 def phi15_web_only() -> Recipe:
     """phi-1.5-web-only: filtered web alone, otherwise as phi-1.5-web."""
-    return dataclasses.replace(phi15_web(), name="phi15-web-only")
+    return vary(phi15_web(), name="phi15-web-only")
 
 
 _UNSAID = (
-    "steps", "batch_size", "learning_rate", "final_learning_rate", "warmup_steps", "weight_decay", "schedule", "beta1",
-    "beta2", "epsilon", "micro_batch_size", "zero_stage", "checkpoint_activations", *_CORPUS,
-)  # fmt: skip
+    "schedule.steps",
+    "data.batch_size",
+    "optimizer.lr",
+    "schedule.final_lr",
+    "schedule.warmup_steps",
+    "optimizer.weight_decay",
+    "schedule.type",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.eps",
+    "parallelism.micro_batch_size",
+    "parallelism.zero_stage",
+    "parallelism.gradient_checkpointing",
+    *_CORPUS,
+)
 
 
 def phi2() -> Recipe:
@@ -186,19 +236,16 @@ def phi2() -> Recipe:
     return Recipe(
         name="phi2",
         model=phi_2(),
-        steps=296_699,
-        batch_size=2304,  # divides among the 96 GPUs that it was trained on
-        sequence_length=2048,
-        learning_rate=2e-4,
-        final_learning_rate=2e-5,
-        warmup_steps=1000,
-        weight_decay=0.1,
-        dropout=0.1,
-        precision="bf16",
-        micro_batch_size=8,
-        zero_stage=1,
         save_every=1000,
-        ours=(*_UNSAID, "precision"),
+        data=Data(
+            batch_size=2304,  # divides among the 96 GPUs that it was trained on
+            sequence_length=2048,
+        ),
+        optimizer=Optimizer(lr=2e-4, weight_decay=0.1),
+        schedule=Schedule(steps=296_699, final_lr=2e-5, warmup_steps=1000),
+        parallelism=Parallelism(precision="bf16", micro_batch_size=8, zero_stage=1),
+        objective=Objective(dropout=0.1),
+        assumed=(*_UNSAID, "parallelism.precision"),
     )
 
 
@@ -207,59 +254,55 @@ def phi3_mini() -> Recipe:
     return Recipe(
         name="phi3-mini-4k",
         model=phi3_mini_4k(),
-        steps=393_391,
-        batch_size=2048,
-        sequence_length=4096,
-        learning_rate=3e-4,
-        final_learning_rate=3e-5,
-        warmup_steps=2000,
-        weight_decay=0.1,
-        micro_batch_size=2,
-        zero_stage=1,
         save_every=1000,
-        ours=_UNSAID,
+        data=Data(batch_size=2048, sequence_length=4096),
+        optimizer=Optimizer(lr=3e-4, weight_decay=0.1),
+        schedule=Schedule(steps=393_391, final_lr=3e-5, warmup_steps=2000),
+        parallelism=Parallelism(micro_batch_size=2, zero_stage=1),
+        assumed=_UNSAID,
     )
 
 
 def phi3_mini_long() -> Recipe:
     """phi-3-mini-128k: phi-3-mini stretched by LongRoPE and trained on at full length; give it as `init_from`."""
-    return dataclasses.replace(
+    return vary(
         phi3_mini(),
         name="phi3-mini-128k",
         model=phi3_mini_128k(),
-        steps=1192,  # 10 B tokens, as LongRoPE2 took for this model (arXiv:2502.20082)
-        batch_size=64,
-        sequence_length=131_072,
-        learning_rate=2e-5,
-        final_learning_rate=0.0,
-        warmup_steps=100,
-        micro_batch_size=1,
-        zero_stage=3,
-        checkpoint_activations=True,
-        short_every=10,
-        ours=(*_UNSAID, "sequence_length", "short_every"),
+        data={"batch_size": 64, "sequence_length": 131_072, "short_context_interval": 10},
+        optimizer={"lr": 2e-5},
+        schedule={
+            "steps": 1192,  # 10 B tokens, as LongRoPE2 took for this model (arXiv:2502.20082)
+            "final_lr": 0.0,
+            "warmup_steps": 100,
+        },
+        parallelism={"micro_batch_size": 1, "zero_stage": 3, "gradient_checkpointing": True},
+        assumed=(*_UNSAID, "data.sequence_length", "data.short_context_interval"),
     )
 
 
 def phi3_small() -> Recipe:
     """phi-3-small-8k: 4.8 T tokens, a tenth of them multilingual, tuned on a smaller model by muP."""
-    return dataclasses.replace(
+    return vary(
         phi3_mini(),
         name="phi3-small-8k",
         model=phi3_small_8k(),
-        steps=572_205,
-        batch_size=1024,
-        sequence_length=8192,
-        dropout=0.1,
-        zero_stage=2,
-        ours=(*_UNSAID,),
+        data={"batch_size": 1024, "sequence_length": 8192},
+        schedule={"steps": 572_205},
+        parallelism={"zero_stage": 2},
+        objective={"dropout": 0.1},
+        assumed=(*_UNSAID,),
     )
 
 
 def phi3_medium() -> Recipe:
     """phi-3-medium-4k: 4.8 T tokens."""
-    return dataclasses.replace(
-        phi3_mini(), name="phi3-medium-4k", model=phi3_medium_4k(), steps=572_205, zero_stage=2, micro_batch_size=1
+    return vary(
+        phi3_mini(),
+        name="phi3-medium-4k",
+        model=phi3_medium_4k(),
+        schedule={"steps": 572_205},
+        parallelism={"zero_stage": 2, "micro_batch_size": 1},
     )
 
 
@@ -268,34 +311,30 @@ def phi3_sft() -> Recipe:
 
     Rate, schedule and warm-up of a fifth are that example's (sample_finetune.py); phi-3's own are not public.
     """
-    return dataclasses.replace(
+    return vary(
         phi3_mini(),
         name="phi3-mini-4k-sft",
-        objective="sft",
-        steps=1000,
-        batch_size=64,
-        sequence_length=2048,
-        learning_rate=5e-6,
-        final_learning_rate=0.0,
-        warmup_steps=200,
-        checkpoint_activations=True,
         save_every=200,
-        ours=tuple(n for n in _UNSAID if n not in ("learning_rate", "final_learning_rate", "warmup_steps")),
+        data={"batch_size": 64, "sequence_length": 2048},
+        optimizer={"lr": 5e-6},
+        schedule={"steps": 1000, "final_lr": 0.0, "warmup_steps": 200},
+        parallelism={"gradient_checkpointing": True},
+        objective={"type": "sft"},
+        assumed=tuple(n for n in _UNSAID if n not in ("optimizer.lr", "schedule.final_lr", "schedule.warmup_steps")),
     )
 
 
 def phi3_dpo() -> Recipe:
     """phi-3-mini after its preferences, its own bad answers rejected; give init_from and data. Numbers are ours."""
-    return dataclasses.replace(
+    return vary(
         phi3_sft(),
         name="phi3-mini-4k-dpo",
-        objective="dpo",
-        steps=500,
-        batch_size=32,
-        learning_rate=5e-7,
-        warmup_steps=50,
-        micro_batch_size=1,
-        ours=(*_UNSAID, "beta", "sequence_length"),
+        data={"batch_size": 32},
+        optimizer={"lr": 5e-7},
+        schedule={"steps": 500, "warmup_steps": 50},
+        parallelism={"micro_batch_size": 1},
+        objective={"type": "dpo"},
+        assumed=(*_UNSAID, "objective.dpo_beta", "data.sequence_length"),
     )
 
 
@@ -327,29 +366,30 @@ def _demo(whole: Callable[[], Recipe]) -> Recipe:
     """A system at a laptop's size: its architecture, schedule and optimizer, narrow, shallow and short."""
     r = whole()
     model = dataclasses.replace(_small(r.model), bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    return dataclasses.replace(
+    return vary(
         r,
         name=f"{r.name}-demo",
         model=model,
-        steps=300,
-        batch_size=16,
-        sequence_length=model.max_position_embeddings,
-        learning_rate=2e-3,
-        final_learning_rate=2e-3 if r.schedule == "constant" else 0.0,
-        warmup_steps=min(r.warmup_steps, 30),
-        precision="bf16",
-        micro_batch_size=None,
-        zero_stage=0,
-        checkpoint_activations=False,
         save_every=100,
-        ours=tuple(sorted({f.name for f in dataclasses.fields(Recipe)} - {"name", "ours", "schedule", "weight_decay"})),
+        data={"batch_size": 16, "sequence_length": model.max_position_embeddings},
+        optimizer={"lr": 2e-3},
+        schedule={
+            "steps": 300,
+            "final_lr": 2e-3 if r.schedule.type == "constant" else 0.0,
+            "warmup_steps": min(r.schedule.warmup_steps, 30),
+        },
+        parallelism={"precision": "bf16", "micro_batch_size": None, "zero_stage": 0, "gradient_checkpointing": False},
+        assumed=tuple(sorted({*SETTINGS, "model"} - {"schedule.type", "optimizer.weight_decay"})),
     )
 
 
 def _tuning_demo(whole: Callable[[], Recipe], steps: int, learning_rate: float) -> Recipe:
     """What follows pre-training, on the demo of phi-3-mini: rates that move so small a model."""
-    return dataclasses.replace(
-        _demo(whole), steps=steps, learning_rate=learning_rate, objective=whole().objective, warmup_steps=10
+    return vary(
+        _demo(whole),
+        optimizer={"lr": learning_rate},
+        schedule={"steps": steps, "warmup_steps": 10},
+        objective={"type": whole().objective.type},
     )
 
 
@@ -398,7 +438,19 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 
 
 def get_recipe(name: str, settings: list[str]) -> Recipe:
-    """A recipe by name with `key=value` settings applied. Raises UsageError, with the nearest name."""
+    """A recipe by name, or from a file (`.toml`, `.json`), with `key=value` settings applied.
+
+    Raises UsageError, with the nearest name.
+    """
+    if name.endswith((".toml", ".json")):
+        base, changes = read_recipe_file(Path(name))
+        recipe = from_dict(changes if base is None else merge(_named(base), changes), name)
+    else:
+        recipe = _named(name)
+    return apply_settings(recipe, settings)
+
+
+def _named(name: str) -> Recipe:
     if name not in RECIPES:
         raise UsageError(f"no recipe {name!r}{nearest(name, RECIPES)}; `phi-train list` names them all")
-    return apply_settings(RECIPES[name](), settings)
+    return RECIPES[name]()

@@ -1,207 +1,311 @@
-"""A recipe: one complete, frozen configuration of a training run, and how the command line changes it.
+"""A recipe: one complete, frozen configuration of a training run, by component.
 
-`phi-train RECIPE --set name=value` changes fields; `model.name` changes the architecture's, `model=CKPT` takes that of
-a checkpoint.
+`phi-train RECIPE --set optimizer.lr=1e-3` changes a field; `model.name` changes one of the architecture's, `model=CKPT`
+takes that of a checkpoint. A recipe file (`.toml` or `.json`) names the recipe it begins with and what it changes.
 """
 
 import dataclasses
-import difflib
-import math
-import types
-from collections.abc import Collection
-from dataclasses import dataclass
+import tomllib
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
+
+import msgspec
+from msgspec.structs import replace
 
 from phi_runtime.architecture.config import AnyConfig, parse_config, read_config
+from phi_runtime.contract import Count, Size, StrictContract, convert, nearest
 from phi_runtime.errors import PhiError, UsageError
+from phi_runtime.package.hub import local_checkpoint
 from phi_train.grid import parse_grid
 
-SCHEDULES = ("cosine", "linear", "constant")
-PRECISIONS = ("bf16", "fp16", "fp32")
-OBJECTIVES = ("pretrain", "sft", "dpo")  # the next token, the assistant's words, the preferred answer
+_Positive = Annotated[float, msgspec.Meta(gt=0)]
+_BelowOne = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+_Weight = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides a training run. Counts are in sequences and optimizer steps.
+class Data(StrictContract, frozen=True, kw_only=True):
+    """What it learns from.
 
-    schedule: how the learning rate falls to `final_learning_rate` after a linear warm-up. dropout: of attention's
-    weights and of what is added to the residual stream. micro_batch_size: sequences that a process takes at a time,
-    None for all of its share. documents_apart: packed documents do not see each other. init_from: the checkpoint to
-    begin with. objective: what a step makes small. teacher: a checkpoint whose distributions are learnt, by the share
-    `distillation` of the loss. beta: of DPO. imitation: weight of the preferred answer's own loss beside DPO's.
-    rounding: the grid that weights are rounded to whenever the model computes (`int4-g128`), as the exporter will.
-    then_data: what is learnt from step `then_from` on. short_every: every such step cuts its windows to the context
-    before LongRoPE, so that it is not forgotten; 0 for none. offload: the optimizer lives in the processor's memory.
-    samples: texts that each saved state goes on with, to be read. spike: nats above the mean of the last losses at
-    which a batch is left out. ours: the fields that the system's paper does not give,
-    so that we chose them.
+    batch_size: sequences of an optimizer step, over all processes. sequence_length: tokens. corpus: `stdlib` or a
+    folder of texts; read only where `tokenizer` or `shards` names no folder. separate_documents: packed documents do
+    not attend to each other. phase2_shards: the data from step `phase2_step` on. short_context_interval: every such
+    step cuts its windows to the context before LongRoPE, 0 for none. eval_windows: held-out sequences of an evaluation.
     """
 
-    name: str
-    model: AnyConfig
-    steps: int
-    batch_size: int
-    sequence_length: int
-    learning_rate: float
-    final_learning_rate: float
-    warmup_steps: int
-    weight_decay: float
-    schedule: str = "cosine"
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    gradient_clipping: float = 1.0
-    dropout: float = 0.0
-    precision: str = "bf16"  # matrix products; weights and optimizer stay in float32
-    micro_batch_size: int | None = None
-    zero_stage: int = 0
-    checkpoint_activations: bool = False
-    documents_apart: bool = False
-    init_from: str | None = None
-    objective: str = "pretrain"
-    teacher: str | None = None
-    distillation: float = 1.0
-    beta: float = 0.1
-    imitation: float = 0.0
-    rounding: str | None = None
-    then_data: str | None = None
-    then_from: int = 0
-    short_every: int = 0
-    offload: bool = False
-    samples: int = 2
-    spike: float = 2.0
-    seed: int = 0
-    save_every: int = 100
-    eval_windows: int = 32
+    batch_size: Count
+    sequence_length: Annotated[int, msgspec.Meta(ge=2)]
     corpus: str = "stdlib"
-    tokenizer: str | None = None  # folder; None trains one on the corpus
-    data: str | None = None  # folder of shards; None tokenises the corpus
-    ours: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    shards: str | None = None
+    separate_documents: bool = False
+    phase2_shards: str | None = None
+    phase2_step: Size = 0
+    short_context_interval: Size = 0
+    eval_windows: Count = 32
+
+
+class Optimizer(StrictContract, frozen=True, kw_only=True):
+    """AdamW. max_grad_norm: gradients are clipped to it, 0 for never."""
+
+    lr: _Positive
+    weight_decay: Annotated[float, msgspec.Meta(ge=0, lt=100)]
+    beta1: _BelowOne = 0.9
+    beta2: _BelowOne = 0.95
+    eps: _Positive = 1e-8
+    max_grad_norm: _Weight = 1.0
+
+
+class Schedule(StrictContract, frozen=True, kw_only=True):
+    """The learning rate: a linear warm-up, then down to `final_lr` by `type`. steps: of the optimizer, in all."""
+
+    steps: Count
+    warmup_steps: Size
+    final_lr: Annotated[float, msgspec.Meta(ge=0, lt=100)]
+    type: Literal["cosine", "linear", "constant"] = "cosine"
+
+
+class Parallelism(StrictContract, frozen=True, kw_only=True):
+    """How a step is computed; nothing here changes what is learned, but for rounding.
+
+    precision: of matrix products; weights and optimizer stay in float32. micro_batch_size: sequences that a process
+    takes at a time, None for all of its share. zero_stage: of DeepSpeed's ZeRO. gradient_checkpointing: activations are
+    computed again in the backward pass. offload_optimizer: its state lies in the processor's memory.
+    """
+
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    micro_batch_size: Count | None = None
+    zero_stage: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
+    gradient_checkpointing: bool = False
+    offload_optimizer: bool = False
+
+
+class Objective(StrictContract, frozen=True, kw_only=True):
+    """What a step minimises.
+
+    type: the loss of the next token (pretrain), of the assistant's tokens (sft), or of preferences (dpo). dropout: of
+    attention's weights and of what is added to the residual stream. teacher: a checkpoint whose distributions are
+    learned, with the share `distillation` of the loss. dpo_beta: DPO's beta. nll_weight: of the preferred answer's own
+    loss beside DPO's. qat: the grid of quantisation-aware training (`int4-g128`); the forward pass sees weights rounded
+    to it.
+    """
+
+    type: Literal["pretrain", "sft", "dpo"] = "pretrain"
+    dropout: _BelowOne = 0.0
+    teacher: str | None = None
+    distillation: _Share = 1.0
+    dpo_beta: _Positive = 0.1
+    nll_weight: _Weight = 0.0
+    qat: str | None = None
+
+
+class _Settings(StrictContract, frozen=True, kw_only=True):
+    """All of a recipe but the architecture."""
+
+    name: str
+    data: Data
+    optimizer: Optimizer
+    schedule: Schedule
+    parallelism: Parallelism = Parallelism()
+    objective: Objective = Objective()
+    init_from: str | None = None
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
+    save_every: Count = 100
+    samples: Annotated[int, msgspec.Meta(ge=0, lt=1000)] = 2
+    loss_spike_threshold: _Positive = 2.0
+    assumed: tuple[str, ...] = ()
+
+
+class RecipeFile(_Settings, frozen=True, kw_only=True):
+    """A whole recipe as a file holds it. model: the content of a `config.json`."""
+
+    model: dict[str, Any]
+
+
+class Recipe(_Settings, frozen=True, kw_only=True):
+    """Everything that decides a training run.
+
+    init_from: the checkpoint to begin with. save_every: steps between saved states. samples: texts that each saved
+    state continues, to be read. loss_spike_threshold: a batch whose loss is that many nats above the mean of the last
+    ones is left out. assumed: the fields that the system's paper does not give, so that we chose them.
+    """
+
+    model: AnyConfig
 
     @property
     def tokens(self) -> int:
         """Tokens that it trains on, at most: examples may fill less. Of DPO's pairs, both texts."""
-        return self.steps * self.batch_size * self.sequence_length * self.texts
+        return self.schedule.steps * self.data.batch_size * self.data.sequence_length * self.texts
 
     @property
     def frozen(self) -> str | None:
-        """Where the model lies that is learnt from, or that DPO compares with."""
-        return self.init_from if self.objective == "dpo" else self.teacher
+        """Where the frozen model lies: the teacher, or DPO's reference."""
+        return self.init_from if self.objective.type == "dpo" else self.objective.teacher
 
     @property
     def texts(self) -> int:
         """Of a unit of the batch: one, or a preferred and a rejected one."""
-        return 2 if self.objective == "dpo" else 1
+        return 2 if self.objective.type == "dpo" else 1
 
 
-def apply_settings(recipe: Recipe, settings: list[str]) -> Recipe:
-    """A recipe with `key=value` settings applied, checked. Raises UsageError, with the nearest name."""
-    for setting in settings:
-        key, separator, value = setting.partition("=")
-        if not separator:
-            raise UsageError(f"--set {setting!r} should be key=value")
-        if key == "model":
-            recipe = dataclasses.replace(recipe, model=read_config(Path(value)))  # type: ignore[arg-type]
-        elif key.startswith("model."):
-            recipe = dataclasses.replace(recipe, model=_replace(recipe.model, key.removeprefix("model."), value))
-        else:
-            recipe = _replace(recipe, key, value)
+# Names of version 0.1, which had no components.
+RENAMED = {
+    "steps": "schedule.steps", "warmup_steps": "schedule.warmup_steps", "schedule": "schedule.type",
+    "final_learning_rate": "schedule.final_lr", "batch_size": "data.batch_size",
+    "sequence_length": "data.sequence_length", "corpus": "data.corpus", "tokenizer": "data.tokenizer",
+    "data": "data.shards", "documents_apart": "data.separate_documents", "then_data": "data.phase2_shards",
+    "then_from": "data.phase2_step", "short_every": "data.short_context_interval", "eval_windows": "data.eval_windows",
+    "learning_rate": "optimizer.lr", "weight_decay": "optimizer.weight_decay", "beta1": "optimizer.beta1",
+    "beta2": "optimizer.beta2", "epsilon": "optimizer.eps", "gradient_clipping": "optimizer.max_grad_norm",
+    "precision": "parallelism.precision", "micro_batch_size": "parallelism.micro_batch_size",
+    "zero_stage": "parallelism.zero_stage", "checkpoint_activations": "parallelism.gradient_checkpointing",
+    "offload": "parallelism.offload_optimizer", "objective": "objective.type", "dropout": "objective.dropout",
+    "teacher": "objective.teacher", "distillation": "objective.distillation", "beta": "objective.dpo_beta",
+    "imitation": "objective.nll_weight", "rounding": "objective.qat", "spike": "loss_spike_threshold",
+}  # fmt: skip
+
+
+def vary(recipe: Recipe, **changes: Any) -> Recipe:
+    """A recipe with other values; a dictionary changes fields of a component: `vary(r, optimizer={"lr": 1e-3})`."""
+    whole = {k: replace(getattr(recipe, k), **v) if isinstance(v, dict) else v for k, v in changes.items()}
+    return replace(recipe, **whole)
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as a file holds it."""
+    settings = {name: getattr(recipe, name) for name in recipe.__struct_fields__ if name != "model"}
+    values: dict[str, Any] = msgspec.to_builtins(settings)
+    return values | {"model": recipe.model.to_json()}
+
+
+def from_dict(values: dict[str, Any], where: str = "recipe", strict: bool = True) -> Recipe:
+    """A recipe from what a file holds, checked. strict: whether text does not stand for numbers.
+
+    Raises UsageError that names the field.
+    """
+    try:
+        f = convert(values, RecipeFile, strict)
+        model = parse_config(f.model, Path(where))
+    except ValueError as e:
+        raise UsageError(f"{where}: {e}") from None
+    except PhiError as e:
+        raise UsageError(str(e)) from None
+    settings = {name: getattr(f, name) for name in f.__struct_fields__ if name != "model"}
+    recipe = Recipe(**settings, model=model)  # type: ignore[arg-type]
     check(recipe)
     return recipe
 
 
-def _replace(target: Any, key: str, text: str) -> Any:
-    fields = {f.name for f in dataclasses.fields(target)} - {"name", "model", "ours"}
-    if key not in fields:
-        raise UsageError(f"no setting {key!r}{nearest(key, fields)}")
-    hint = get_type_hints(type(target))[key]
-    optional = get_origin(hint) in (Union, types.UnionType)
-    if bool in (hint, *get_args(hint)):
-        if text.lower() not in ("true", "false"):
-            raise UsageError(f"--set {key}={text}: should be true or false")
-        return dataclasses.replace(target, **{key: text.lower() == "true"})
-    if optional and text.lower() == "none":
-        return dataclasses.replace(target, **{key: None})
-    kind = next(t for t in get_args(hint) if t is not type(None)) if optional else hint
+def read_recipe_file(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """The recipe that a file begins with, if it names one, and what it changes. Raises UsageError."""
     try:
-        value = kind(text)
-    except (TypeError, ValueError):
-        raise UsageError(f"--set {key}={text}: should be a {kind.__name__}") from None
-    return dataclasses.replace(target, **{key: value})
+        if path.suffix == ".toml":
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        else:
+            values = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; name a recipe, or a .toml or .json file") from None
+    except (ValueError, msgspec.DecodeError, RecursionError) as e:
+        raise UsageError(f"{path}: is not valid {path.suffix[1:].upper()} ({e})") from None
+    base = values.pop("recipe", None)
+    if base is not None and not isinstance(base, str):
+        raise UsageError(f"{path}: recipe: should be the name of a recipe")
+    return base, values
 
 
-def nearest(name: str, known: Collection[str]) -> str:
-    """A hint at the closest of some names, nothing where none is close."""
-    close = difflib.get_close_matches(name, list(known), 1, 0.4)
-    return f" (did you mean {close[0]}?)" if close else ""
+def merge(recipe: Recipe, changes: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values with those of a file over them, component by component."""
+    values = to_dict(recipe)
+    for key, value in changes.items():
+        both = isinstance(values.get(key), dict) and isinstance(value, dict)
+        values[key] = values[key] | value if both else value
+    return values
+
+
+def apply_settings(recipe: Recipe, settings: list[str]) -> Recipe:
+    """A recipe with `key=value` settings applied, checked. Raises UsageError, with the nearest name."""
+    values = to_dict(recipe)
+    model = recipe.model
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator:
+            raise UsageError(f"--set {setting!r} should be key=value")
+        if key == "model":
+            model = read_config(local_checkpoint(text, config_only=True))  # type: ignore[assignment]
+        elif key.startswith("model."):
+            model = _change_model(model, key, text)
+        else:
+            *room, name = key.split(".")
+            place = values
+            if key not in SETTINGS:
+                raise UsageError(f"no setting {key!r}{_nearest_setting(key)}")
+            for part in room:
+                place = place[part]
+            place[name] = None if text.lower() == "none" else text
+    values["model"] = model.to_json()
+    return from_dict(values, "--set", strict=False)
+
+
+def _change_model(model: AnyConfig, key: str, text: str) -> AnyConfig:
+    name, hints = key.removeprefix("model."), get_type_hints(type(model))
+    if name not in hints:
+        raise UsageError(f"no setting {key!r}{nearest(name, hints)}")
+    try:
+        value = convert(None if text.lower() == "none" else text, hints[name], strict=False)
+    except ValueError as e:
+        raise UsageError(f"--set {key}={text}: {e}") from None
+    return dataclasses.replace(model, **{name: value})
+
+
+def _settings(kind: type[msgspec.Struct], room: str = "") -> list[str]:
+    found = []
+    for field in msgspec.structs.fields(kind):
+        inner = isinstance(field.type, type) and issubclass(field.type, msgspec.Struct)
+        found += _settings(field.type, f"{field.name}.") if inner else [room + field.name]
+    return found
+
+
+SETTINGS = [n for n in _settings(_Settings) if n not in ("name", "assumed")]
+
+
+def _nearest_setting(key: str) -> str:
+    """A hint: an old name's new one, a bare name's full one, or the closest."""
+    same = [n for n in SETTINGS if n.rpartition(".")[2] == key]
+    found = RENAMED.get(key) or (same[0] if same else None)
+    return f" (did you mean {found}?)" if found else nearest(key, SETTINGS)
 
 
 def check(r: Recipe) -> None:
-    """Raise UsageError for what no run can do."""
-    try:
-        parse_config(r.model.to_json(), Path("--set model"))
-    except PhiError as e:
-        raise UsageError(str(e)) from None
-    bounds: dict[str, float] = {
-        "beta1": 1,
-        "beta2": 1,
-        "weight_decay": 100,
-        "final_learning_rate": 100,
-        "warmup_steps": 2**31,
-    }
-    bounds |= {
-        "distillation": 1 + 1e-9,
-        "imitation": 1e6,
-        "then_from": max(1, r.steps),
-        "short_every": 1e9,
-        "samples": 1000,
-    }
-    for name, most in (bounds | {"seed": 2**63, "gradient_clipping": 1e9, "dropout": 1, "zero_stage": 4}).items():
-        if not 0 <= getattr(r, name) < most:
-            raise UsageError(f"--set {name}={getattr(r, name)}: should be from 0 to below {most:g}")
-    if not 0 <= r.distillation <= 1:
-        raise UsageError(f"--set distillation={r.distillation}: should be from 0 to 1")
-    positive = (
-        "steps",
-        "batch_size",
-        "sequence_length",
-        "learning_rate",
-        "epsilon",
-        "spike",
-        "beta",
-        "save_every",
-        "eval_windows",
-    )
-    for name in positive:
-        if not 0 < getattr(r, name) < math.inf:
-            raise UsageError(f"--set {name}={getattr(r, name)}: should be above 0, and a number")
-    if r.sequence_length < 2 or r.sequence_length > r.model.max_position_embeddings:
+    """Raise UsageError for components that do not go together."""
+    d, o, p = r.data, r.objective, r.parallelism
+    context = r.model.max_position_embeddings
+    if d.sequence_length > context:
+        raise UsageError(f"data.sequence_length {d.sequence_length} is not between 2 and the context of {context}")
+    if p.micro_batch_size is not None and d.batch_size % p.micro_batch_size:
         raise UsageError(
-            f"sequence_length {r.sequence_length} is not between 2 and the context of {r.model.max_position_embeddings}"
+            f"parallelism.micro_batch_size {p.micro_batch_size} does not divide data.batch_size {d.batch_size}"
         )
-    if r.micro_batch_size is not None and (r.micro_batch_size < 1 or r.batch_size % r.micro_batch_size):
-        raise UsageError(f"micro_batch_size {r.micro_batch_size} does not divide batch_size {r.batch_size}")
-    for name, known in (("precision", PRECISIONS), ("schedule", SCHEDULES), ("objective", OBJECTIVES)):
-        if getattr(r, name) not in known:
-            raise UsageError(f"{name} {getattr(r, name)!r} is none of {', '.join(known)}")
-    if r.rounding is not None:
-        parse_grid(r.rounding)
+    if o.qat is not None:
+        parse_grid(o.qat)
     original = getattr(r.model, "original_max_position_embeddings", None)
-    if r.short_every and (original is None or r.sequence_length % original):
+    if d.short_context_interval and (original is None or d.sequence_length % original):
         raise UsageError(
-            f"short_every cuts {r.sequence_length} tokens to a context before LongRoPE, which is {original}"
+            f"data.short_context_interval cuts {d.sequence_length} tokens to a context before LongRoPE, "
+            f"which is {original}"
         )
-    if r.offload and r.zero_stage == 0:
-        raise UsageError("offload moves what ZeRO divides; set zero_stage to 1, 2 or 3 too")
-    if r.short_every and r.objective != "pretrain":
-        raise UsageError("short_every cuts a corpus's windows; examples keep their own lengths")
-    if r.distillation != 1 and r.teacher is None:
-        raise UsageError("distillation is a teacher's share of the loss; give teacher too")
-    if r.imitation and r.objective != "dpo":
-        raise UsageError("imitation stands beside dpo's loss; set objective=dpo too")
-    if r.objective == "dpo" and r.teacher is not None:
-        raise UsageError("dpo compares with the model it begins with: give no teacher")
-    if (r.then_data is None) != (r.then_from == 0):
-        raise UsageError("a second phase has both then_data and then_from")
+    if p.offload_optimizer and p.zero_stage == 0:
+        raise UsageError(
+            "parallelism.offload_optimizer moves what ZeRO divides; set parallelism.zero_stage to 1, 2 or 3"
+        )
+    if d.short_context_interval and o.type != "pretrain":
+        raise UsageError("data.short_context_interval cuts a corpus's windows; examples keep their own lengths")
+    if o.distillation != 1 and o.teacher is None:
+        raise UsageError("objective.distillation is a teacher's share of the loss; give objective.teacher too")
+    if o.nll_weight and o.type != "dpo":
+        raise UsageError("objective.nll_weight stands beside dpo's loss; set objective.type=dpo too")
+    if o.type == "dpo" and o.teacher is not None:
+        raise UsageError("dpo compares with the model it begins with: give no objective.teacher")
+    if (d.phase2_shards is None) != (d.phase2_step == 0):
+        raise UsageError("a second phase has both data.phase2_shards and data.phase2_step")
+    if d.phase2_step >= max(1, r.schedule.steps):
+        raise UsageError(f"data.phase2_step {d.phase2_step} is not below schedule.steps {r.schedule.steps}")

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phi_runtime.architecture.config import num_parameters, read_config
+from phi_runtime.contract import nearest
 from phi_runtime.errors import UsageError
-from phi_train.recipes.config import Recipe, nearest
+from phi_train.recipes.config import Recipe
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,15 @@ def plan(recipe: Recipe, gpus: int, gpu: str, zero_stage: int | None = None, uti
         raise UsageError(f"--gpus {gpus}: should be above 0")
     if not 0 < utilisation <= 1:
         raise UsageError(f"--utilisation {utilisation}: should be above 0 and at most 1")
-    if recipe.batch_size % gpus:
-        lower = max(d for d in range(1, gpus) if recipe.batch_size % d == 0)
+    if recipe.data.batch_size % gpus:
+        lower = max(d for d in range(1, gpus) if recipe.data.batch_size % d == 0)
         raise UsageError(
-            f"batch_size {recipe.batch_size} does not divide among {gpus} GPUs; take {lower}, or change it by --set"
+            f"data.batch_size {recipe.data.batch_size} does not divide among {gpus} GPUs; take {lower}, "
+            "or change it by --set"
         )
     d = recipe.model.decoder()
     parameters = num_parameters(recipe.model)
-    micro = min(recipe.micro_batch_size or recipe.batch_size, recipe.batch_size // gpus)
+    micro = min(recipe.parallelism.micro_batch_size or recipe.data.batch_size, recipe.data.batch_size // gpus)
     found = TrainingPlan(
         recipe=recipe,
         gpus=gpus,
@@ -138,7 +140,11 @@ def plan(recipe: Recipe, gpus: int, gpu: str, zero_stage: int | None = None, uti
     )
     if zero_stage is not None and found.memory[zero_stage].total > GPUS[gpu].memory:
         fits = [s for s in STAGES if found.memory[s].total <= GPUS[gpu].memory]
-        way = f"--zero {fits[0]}" if fits else "a smaller micro_batch_size, checkpoint_activations=true or more GPUs"
+        way = (
+            f"--zero {fits[0]}"
+            if fits
+            else "a smaller parallelism.micro_batch_size, parallelism.gradient_checkpointing=true or more GPUs"
+        )
         raise UsageError(f"ZeRO {zero_stage} does not fit: {found.arithmetic(zero_stage)}; take {way}")
     return found
 
@@ -148,14 +154,14 @@ def flops_per_token(r: Recipe) -> float:
     d = r.model.decoder()
     # An embedding that is looked up takes no operations; one that is the head too does.
     used = num_parameters(r.model) - (0 if d.tied else d.vocab_size * d.hidden_size)
-    seen = min(r.sequence_length, d.window() or r.sequence_length)
-    keys = seen * (1 - seen / (2 * r.sequence_length))  # that a query sees on average
+    seen = min(r.data.sequence_length, d.window() or r.data.sequence_length)
+    keys = seen * (1 - seen / (2 * r.data.sequence_length))  # that a query sees on average
     return 6 * used + 12 * len(d.layers) * d.q_size * keys
 
 
 def check_memory(recipe: Recipe, micro: int, world: int, local: int, available: int) -> None:
     """Raise UsageError, with the arithmetic, where `local` of `world` processes need more bytes than there are."""
-    m = _memory(recipe, num_parameters(recipe.model), micro, world, recipe.zero_stage)
+    m = _memory(recipe, num_parameters(recipe.model), micro, world, recipe.parallelism.zero_stage)
     parts = {"weights": m.weights, "gradients": m.gradients, "optimizer": m.optimizer}
     parts |= {"activations": m.activations, "logits": m.logits}
     if m.teacher:
@@ -165,23 +171,24 @@ def check_memory(recipe: Recipe, micro: int, world: int, local: int, available: 
         said = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in parts.items())
         raise UsageError(
             f"{recipe.name} needs {needed / 1e9:.1f} GB here ({local} x: {said}), {available / 1e9:.1f} GB are free; "
-            "take a -demo, a smaller micro_batch_size, checkpoint_activations=true, or GPUs (see phi-train plan)"
+            "take a -demo, a smaller parallelism.micro_batch_size, parallelism.gradient_checkpointing=true, or GPUs "
+            "(see phi-train plan)"
         )
 
 
 def _memory(r: Recipe, parameters: int, micro: int, gpus: int, stage: int) -> Memory:
     """Weights, gradients and two moments in 32 bits, as the engine holds them; activations in 16."""
     d = r.model.decoder()
-    tokens = micro * r.sequence_length * r.texts
-    frozen = parameters if r.objective == "dpo" else 0  # what it begins with
-    if r.teacher is not None:
-        frozen = num_parameters(read_config(Path(r.teacher)))
+    tokens = micro * r.data.sequence_length * r.texts
+    frozen = parameters if r.objective.type == "dpo" else 0  # what it begins with
+    if r.objective.teacher is not None:
+        frozen = num_parameters(read_config(Path(r.objective.teacher)))
     # Per token and layer, in 16 bits: what backward needs of norms, projections, attention but its scores, and MLP.
     wide = d.intermediate_size * (3 if d.gated else 2)
     kept = 2 * (4 * d.hidden_size + 2 * d.q_size + 2 * d.kv_size + wide)
     layers = len(d.layers)
     # Checkpointed: the inputs of all layers, the rest of one at a time.
-    activations = 2 * layers * d.hidden_size + kept if r.checkpoint_activations else layers * kept
+    activations = 2 * layers * d.hidden_size + kept if r.parallelism.gradient_checkpointing else layers * kept
     return Memory(
         stage=stage,
         weights=4 * parameters // (gpus if stage >= 3 else 1),

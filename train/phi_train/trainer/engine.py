@@ -90,12 +90,13 @@ def leave() -> None:
 
 def share(recipe: Recipe, ranks: Ranks) -> tuple[int, int]:
     """Sequences that a process takes at a time, and how many times a step. Raises UsageError."""
-    if recipe.batch_size % ranks.world:
+    if recipe.data.batch_size % ranks.world:
         raise UsageError(
-            f"batch_size {recipe.batch_size} does not divide among {ranks.world} processes; change one of them"
+            f"data.batch_size {recipe.data.batch_size} does not divide among {ranks.world} processes; "
+            "change one of them"
         )
-    each = recipe.batch_size // ranks.world
-    micro = recipe.micro_batch_size or each
+    each = recipe.data.batch_size // ranks.world
+    micro = recipe.parallelism.micro_batch_size or each
     if each % micro:
         raise UsageError(f"micro_batch_size {micro} does not divide the {each} sequences of a process; change it")
     return micro, each // micro
@@ -106,19 +107,21 @@ def make_engine(model: nn.Module, r: Recipe, ranks: Ranks) -> Any:
     # Decay pulls matrices towards zero, norms it would pull off their scale.
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": matrices, "weight_decay": r.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=r.learning_rate, betas=(r.beta1, r.beta2), eps=r.epsilon, fused=True)
+    groups = [{"params": matrices, "weight_decay": r.optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(
+        groups, lr=r.optimizer.lr, betas=(r.optimizer.beta1, r.optimizer.beta2), eps=r.optimizer.eps, fused=True
+    )
     micro, times = share(r, ranks)
     config: dict[str, Any] = {
-        "train_batch_size": r.batch_size,
+        "train_batch_size": r.data.batch_size,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": times,
-        "gradient_clipping": r.gradient_clipping,
-        "zero_optimization": {"stage": r.zero_stage},
+        "gradient_clipping": r.optimizer.max_grad_norm,
+        "zero_optimization": {"stage": r.parallelism.zero_stage},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
-    if r.offload:
+    if r.parallelism.offload_optimizer:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         config["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own wants a compiler; torch's is fused too
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)

@@ -6,14 +6,12 @@ where the recipe makes its own.
 """
 
 import dataclasses
-import json
 import math
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phi_runtime.architecture.config import AnyConfig, read_json
-from phi_runtime.errors import PhiError, UsageError
+from phi_runtime.architecture.config import AnyConfig
+from phi_runtime.contract import encode, read_record
+from phi_runtime.errors import CheckpointError, PhiError, UsageError
 from phi_runtime.files import write_file
 from phi_runtime.planning.memory import available
 from phi_runtime.text.tokenizer import Tokenizer
 from phi_train.checkpoints.write import write_checkpoint
-from phi_train.data.batch import Batch, Stream
+from phi_train.data.batch import Batch, BatchStream
 from phi_train.data.streams import make_data, open_stream
 from phi_train.data.tokenizer import END_OF_TEXT
 from phi_train.models import CausalLM
@@ -41,24 +40,10 @@ from phi_train.trainer.objectives import next_token, preference
 from phi_train.trainer.rate import peak
 from phi_train.trainer.setup import claim, first_alone, make_model, make_teacher, unclaim
 from phi_train.trainer.state import Counters, full_weights, load_state, save_state
+from phi_train.trainer.summary import Summary
 
 # Told what happens: (what, steps done, steps in all, figures).
 Progress = Callable[[str, int, int, dict[str, float]], None]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a finished run learned. Losses are nats per held-out token that is learnt; of DPO its own, per pair."""
-
-    parameters: int
-    steps: int
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    initial_loss: float
-    final_loss: float
-    unigram_loss: float | None
-    heldout_tokens: int
 
 
 def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Summary:
@@ -69,7 +54,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
     Raises UsageError for a recipe or data that do not fit, and for a run that goes wrong again and again;
     OutputExistsError for a foreign folder; Stopped after SIGTERM, the state saved.
     """
-    if recipe.objective == "dpo" and recipe.init_from is None:
+    if recipe.objective.type == "dpo" and recipe.init_from is None:
         raise UsageError(f"{recipe.name} compares with the model it begins with: give init_from")
     ranks = join()
     micro, _ = share(recipe, ranks)
@@ -82,11 +67,11 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
         new = claim(recipe, out)
 
     def say(what: str) -> None:
-        progress(what, 0, recipe.steps, {})
+        progress(what, 0, recipe.schedule.steps, {})
 
     first_alone(ranks, begin)
     if (training / "summary.json").is_file() and (out / "config.json").is_file():
-        return Summary(**read_json(training / "summary.json"))
+        return read_record(training / "summary.json", Summary, CheckpointError, "train into another --out")
     try:
         first_alone(ranks, lambda: make_data(recipe, training, say))
         folder, stream = open_stream(recipe, training, say if ranks.first else lambda what: None)
@@ -105,7 +90,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
     seconds = run.steps(tokenizer, heldout)
     summary = Summary(
         parameters=sum(math.prod(shape) for shape in config.tensor_shapes().values()),
-        steps=recipe.steps,
+        steps=recipe.schedule.steps,
         tokens=recipe.tokens,
         seconds=seconds,
         tokens_per_second=recipe.tokens / seconds,
@@ -116,7 +101,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
     )
     weights = full_weights(engine)
     if ranks.first:
-        write_file(training / "summary.json", json.dumps(dataclasses.asdict(summary), indent=1) + "\n")
+        write_file(training / "summary.json", encode(summary))
         plot_losses(training, (summary.initial_loss, summary.final_loss))
         write_checkpoint(out, config, weights, folder)
         shutil.rmtree(training / "state")  # the run is over: nothing will be continued
@@ -135,7 +120,7 @@ class _Run:
         self,
         recipe: Recipe,
         out: Path,
-        stream: Stream,
+        stream: BatchStream,
         engine: Any,
         teacher: CausalLM | None,
         ranks: Ranks,
@@ -146,10 +131,10 @@ class _Run:
         self._states = out / "training" / "state"
         self._counters, self._progress = Counters(), progress
         self._cut = 0  # parts of batches left out in this process's time
-        self._scale = LossScale(engine.module, ranks.device) if recipe.precision == "fp16" else None
+        self._scale = LossScale(engine.module, ranks.device) if recipe.parallelism.precision == "fp16" else None
         self._log: Log | None = None  # of the first process
         # Utilisation is that share of all processes' peak which one token a second takes.
-        self._share = flops_per_token(recipe) / (peak(ranks.device, recipe.precision) * ranks.world)
+        self._share = flops_per_token(recipe) / (peak(ranks.device, recipe.parallelism.precision) * ranks.world)
 
     def steps(self, tokenizer: Tokenizer, heldout: Batch) -> float:
         """Take all that are left; the seconds of all."""
@@ -159,7 +144,7 @@ class _Run:
             save_state(self._states, self._counters, self.engine, self.ranks)  # to go back to
         self._open_log()
         with _sigterm() as told:
-            while self._counters.step < r.steps:
+            while self._counters.step < r.schedule.steps:
                 began = time.perf_counter()
                 step = self._counters.step
                 loss = self._step(step)
@@ -168,7 +153,7 @@ class _Run:
                 took = time.perf_counter() - began
                 spent = self._counters.seconds + took
                 self._counters = dataclasses.replace(self._counters, step=step + 1, seconds=spent)
-                each = r.tokens // r.steps
+                each = r.tokens // r.schedule.steps
                 figures = {
                     "loss": loss,
                     "learning_rate": learning_rate(r, step),
@@ -179,9 +164,9 @@ class _Run:
                 }
                 if self._log is not None:
                     self._log.add(step + 1, figures)
-                    self._progress("training", step + 1, r.steps, figures)
+                    self._progress("training", step + 1, r.schedule.steps, figures)
                 stop = any_of(told(), self.ranks.device)
-                if stop or (step + 1) % r.save_every == 0 or step + 1 == r.steps:
+                if stop or (step + 1) % r.save_every == 0 or step + 1 == r.schedule.steps:
                     save_state(self._states, self._counters, self.engine, self.ranks)
                     self._sample(step + 1, tokenizer, heldout)
                 if stop:
@@ -198,7 +183,7 @@ class _Run:
         r = self.recipe
         if not r.samples:
             return
-        prompts = heldout.tokens[: r.samples, 0, : min(_PROMPT, r.sequence_length // 2)].tolist()
+        prompts = heldout.tokens[: r.samples, 0, : min(_PROMPT, r.data.sequence_length // 2)].tolist()
         self.engine.eval()
         said = continuations(self.engine, prompts, _NEW, r.model.max_position_embeddings, device=self.ranks.device)
         self.engine.train()
@@ -266,7 +251,7 @@ class _Run:
         if not math.isfinite(loss):
             return False
         recent = self._counters.recent
-        return len(recent) < _RECENT or loss < float(np.mean(recent)) + self.recipe.spike
+        return len(recent) < _RECENT or loss < float(np.mean(recent)) + self.recipe.loss_spike_threshold
 
     def _leave_out(self, step: int, loss: float) -> None:
         """Remember the batch as one that is left out; where the weights are spoilt too, go back to the last state."""
@@ -294,7 +279,7 @@ class _Run:
         if wrong > _MOST_SKIPPED:
             raise UsageError(
                 f"{self.out}: {wrong} batches went wrong, the last one at step {step} with a loss of {loss}; "
-                "lower learning_rate, or look at the data"
+                "lower optimizer.lr, or look at the data"
             )
 
     def _open_log(self) -> None:
@@ -304,19 +289,21 @@ class _Run:
 
     def _say(self, what: str, step: int) -> None:
         if self.ranks.first:
-            self._progress(what, step, self.recipe.steps, {})
+            self._progress(what, step, self.recipe.schedule.steps, {})
 
     def _units(self, batch: Batch) -> int:
         """What a loss is the mean over: tokens, or pairs."""
-        return len(batch) if self.recipe.objective == "dpo" else max(1, batch.count)
+        return len(batch) if self.recipe.objective.type == "dpo" else max(1, batch.count)
 
     def _loss(self, part: Batch, taught: bool = True) -> Tensor:
         """The objective's sum over a part of a batch; `taught`: the teacher has its say."""
         r, part = self.recipe, part.to(self.ranks.device)
-        if r.objective == "dpo":
+        if r.objective.type == "dpo":
             assert self._teacher is not None
-            return preference(self.engine, part, self._teacher, r.beta, r.imitation if taught else 0.0)
-        return next_token(self.engine, part, self._teacher if taught else None, r.distillation)
+            return preference(
+                self.engine, part, self._teacher, r.objective.dpo_beta, r.objective.nll_weight if taught else 0.0
+            )
+        return next_token(self.engine, part, self._teacher if taught else None, r.objective.distillation)
 
 
 _RECENT = 20  # steps that a loss is compared with
@@ -351,13 +338,13 @@ def _sigterm() -> Iterator[Callable[[], bool]]:
 
 def learning_rate(r: Recipe, step: int) -> float:
     """Linear warm-up, then down to `final_learning_rate` by the recipe's schedule."""
-    if step < r.warmup_steps:
-        return r.learning_rate * (step + 1) / r.warmup_steps
-    if r.schedule == "constant":
-        return r.learning_rate
-    done = (step - r.warmup_steps) / max(1, r.steps - r.warmup_steps)
-    left = 1 - done if r.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return r.final_learning_rate + (r.learning_rate - r.final_learning_rate) * left
+    if step < r.schedule.warmup_steps:
+        return r.optimizer.lr * (step + 1) / r.schedule.warmup_steps
+    if r.schedule.type == "constant":
+        return r.optimizer.lr
+    done = (step - r.schedule.warmup_steps) / max(1, r.schedule.steps - r.schedule.warmup_steps)
+    left = 1 - done if r.schedule.type == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return r.schedule.final_lr + (r.optimizer.lr - r.schedule.final_lr) * left
 
 
 def _with_tokens(config: AnyConfig, tokenizer: Tokenizer) -> AnyConfig:

@@ -40,16 +40,16 @@ def _codes(blocks: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     return (blocks * inverse[:, None]).round_().clamp_(low, high)
 
 
-def train_on_grid(model: CausalLM, grid: str) -> None:
+def enable_qat(model: CausalLM, grid: str) -> None:
     """Let all matrices of a model be rounded to a grid whenever it computes; their own values are what is learnt.
 
     Raises UsageError for a grid that there is not.
     """
     bits, widest = parse_grid(grid)
     rounded = partial(_straight_through, bits=bits, widest=widest)
-    model.rounding = rounded
+    model.fake_quant = rounded
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name != "lm_head":  # the head asks `rounding` itself
+        if isinstance(module, nn.Linear) and name != "lm_head":  # the head asks `fake_quant` itself
             module.forward = partial(_linear, module, rounded)  # type: ignore[method-assign]
         elif isinstance(module, nn.Embedding) and name.endswith(_TOKENS):
             module.forward = partial(_embedding, module, rounded)  # type: ignore[method-assign]

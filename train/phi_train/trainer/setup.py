@@ -1,10 +1,10 @@
 """What a run needs before its first step: its folder, its model, and the one it learns from or is compared with."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,12 +12,13 @@ from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.architecture.config import AnyConfig, read_json
 from phi_runtime.errors import OutputExistsError, PhiError, UsageError
 from phi_runtime.files import sha256, write_file
+from phi_runtime.package.hub import local_checkpoint
 from phi_runtime.text.tokenizer import FILE
 from phi_train.models import CausalLM, build, load_weights
 from phi_train.models.attention import init_weights
-from phi_train.recipes.config import Recipe
+from phi_train.recipes.config import Recipe, to_dict, vary
 from phi_train.trainer.engine import Ranks, any_of
-from phi_train.trainer.qat import train_on_grid
+from phi_train.trainer.qat import enable_qat
 from phi_train.trainer.rate import DTYPES
 
 
@@ -39,20 +40,42 @@ def claim(recipe: Recipe, out: Path) -> bool:
     Raises UsageError for another recipe's folder, OutputExistsError for one that holds no run.
     """
     record = out / "training" / "recipe.json"
-    wanted = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    wanted = json.loads(json.dumps(to_dict(recipe)))
     if record.is_file():
-        there = read_json(record)
-        changed = sorted(k for k in wanted if there.get(k) != wanted[k])
-        if changed:
-            k = changed[0]
-            raise UsageError(
-                f"{out}: holds a run with {k}={there.get(k)}, not {wanted[k]}; choose another --out, or its settings"
-            )
+        _check_same(read_json(record), wanted, out)
         return False
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputExistsError(f"{out}: is there already and holds no run of ours; choose another --out")
     write_file(record, json.dumps(wanted, indent=1) + "\n")
     return True
+
+
+def _check_same(there: dict[str, Any], wanted: dict[str, Any], out: Path, room: str = "") -> None:
+    """Raise UsageError for the first setting that a run has otherwise than wanted."""
+    if not room and "optimizer" not in there:
+        raise UsageError(f"{out}: holds a run of phi-edge 0.1; choose another --out, or continue it with that version")
+    for name in sorted(wanted):
+        a, b = there.get(name), wanted[name]
+        if isinstance(a, dict) and isinstance(b, dict):
+            _check_same(a, b, out, f"{room}{name}.")
+        elif a != b:
+            raise UsageError(
+                f"{out}: holds a run with {room}{name}={a}, not {b}; choose another --out, or its settings"
+            )
+
+
+def fetch_named(recipe: Recipe, note: Callable[[str], None]) -> Recipe:
+    """The recipe with folders for the published models that it names. Raises the errors of `local_checkpoint`."""
+
+    def folder(name: str | None) -> str | None:
+        return None if name is None else str(local_checkpoint(name, note))
+
+    return vary(
+        recipe,
+        init_from=folder(recipe.init_from),
+        objective={"teacher": folder(recipe.objective.teacher)},
+        data={"tokenizer": folder(recipe.data.tokenizer)},
+    )
 
 
 def unclaim(out: Path) -> None:
@@ -71,10 +94,10 @@ def make_model(r: Recipe, config: AnyConfig, tokenizer: Path, ranks: Ranks) -> C
     else:
         _same_tokenizer(Path(r.init_from), tokenizer)
         load_weights(model, open_checkpoint(Path(r.init_from)))
-    model.dropout, model.checkpoint_activations = r.dropout, r.checkpoint_activations
-    if r.rounding is not None:
-        train_on_grid(model, r.rounding)
-    _compute_in(r.precision, model, ranks.device)
+    model.dropout, model.checkpoint_activations = r.objective.dropout, r.parallelism.gradient_checkpointing
+    if r.objective.qat is not None:
+        enable_qat(model, r.objective.qat)
+    _compute_in(r.parallelism.precision, model, ranks.device)
     return model.to(ranks.device)
 
 
@@ -87,20 +110,20 @@ def make_teacher(r: Recipe, config: AnyConfig, tokenizer: Path, ranks: Ranks) ->
         return None
     folder = Path(r.frozen)
     checkpoint = open_checkpoint(folder)
-    its = config if r.objective == "dpo" else checkpoint.config
+    its = config if r.objective.type == "dpo" else checkpoint.config
     if its.vocab_size != config.vocab_size:
         raise UsageError(f"{folder}: has {its.vocab_size} token ids, its pupil {config.vocab_size}; choose another")
-    if its.max_position_embeddings < r.sequence_length:
+    if its.max_position_embeddings < r.data.sequence_length:
         raise UsageError(
-            f"{folder}: has {its.max_position_embeddings} positions, fewer than sequence_length {r.sequence_length}; "
-            "choose another teacher or a shorter sequence_length"
+            f"{folder}: has {its.max_position_embeddings} positions, fewer than data.sequence_length "
+            f"{r.data.sequence_length}; choose another teacher or a shorter data.sequence_length"
         )
     _same_tokenizer(folder, tokenizer)
     model = build(its)
     load_weights(model, checkpoint)
-    if r.objective == "dpo" and r.rounding is not None:
-        train_on_grid(model, r.rounding)
-    _compute_in(r.precision, model, ranks.device)
+    if r.objective.type == "dpo" and r.objective.qat is not None:
+        enable_qat(model, r.objective.qat)
+    _compute_in(r.parallelism.precision, model, ranks.device)
     return model.to(ranks.device).eval().requires_grad_(False)
 
 
@@ -108,7 +131,8 @@ def _same_tokenizer(folder: Path, tokenizer: Path) -> None:
     its = folder / FILE
     if its.is_file() and sha256(its) != sha256(tokenizer / FILE):
         raise UsageError(
-            f"{folder}: has another tokenizer than {tokenizer}; set tokenizer={folder}, and data made with it"
+            f"{folder}: has another tokenizer than {tokenizer}; "
+            f"set data.tokenizer={folder}, and data.shards made with it"
         )
 
 

@@ -24,7 +24,7 @@ _MASKED = -30000.0  # far below any score, and finite in float16
 
 
 @dataclass(frozen=True)
-class Matrix:
+class CoreMLMatrix:
     """Where a tensor lies: its codes or values, and the scales or tables of the codes."""
 
     codes: Weight
@@ -32,7 +32,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Part:
+class PackagePart:
     """Layers start..stop of a model, with the embedding before the first and the head after the last."""
 
     decoder: Decoder
@@ -92,7 +92,7 @@ def uses_long(decoder: Decoder, context: int) -> bool:
     return decoder.rope is not None and bool(decoder.rope.long) and context > decoder.rope.original
 
 
-def build_model(part: Part, weights: Mapping[str, Matrix], context: int) -> Any:
+def build_model(part: PackagePart, weights: Mapping[str, CoreMLMatrix], context: int) -> Any:
     """The Model message, complete but for the index of its weights."""
     model = messages()["Model"](specificationVersion=SPECIFICATION_VERSION)
     model.mlProgram.version = 1
@@ -122,7 +122,9 @@ def _set_array(array: Any, dtype: str, shape: Shape) -> None:
 class _Graph:
     """One function, for calls of `length` tokens."""
 
-    def __init__(self, part: Part, weights: Mapping[str, Matrix], context: int, capacity: int, length: int) -> None:
+    def __init__(
+        self, part: PackagePart, weights: Mapping[str, CoreMLMatrix], context: int, capacity: int, length: int
+    ) -> None:
         self.part, self.d, self.context = part, part.decoder, context
         self.T, self.C = length, capacity
         self._weights = weights

@@ -16,8 +16,7 @@ import numpy as np
 
 from phi_export.formats import (
     Calibrated,
-    Options,
-    Plan,
+    Quantization,
     TensorGroup,
     Type,
     choose_profile,
@@ -25,27 +24,29 @@ from phi_export.formats import (
     piece,
     tensor_groups,
 )
-from phi_export.formats.coreml.graph import Matrix, Part, build_model, kv_capacity, rope_rows
+from phi_export.formats.coreml.graph import CoreMLMatrix, PackagePart, build_model, kv_capacity, rope_rows
 from phi_export.formats.coreml.lint import CHUNK_BYTES, MODEL, WEIGHTS, lint
 from phi_export.formats.coreml.mil import BlobLayout
-from phi_export.formats.parallel_writer import PlacedFile, Stream
-from phi_export.quantize.gptq import Factor
+from phi_export.formats.parallel_writer import ParallelWriter, PlacedFile
+from phi_export.quantize.gptq import HessianFactor
 from phi_export.quantize.uniform import dequantize_rows, finite, fit_palettes, round_rows
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.architecture.config import Config
 from phi_runtime.architecture.decoder import F32, Decoder
 from phi_runtime.backends import DEFAULT_CONTEXT
 from phi_runtime.backends.coreml import package_paths
-from phi_runtime.backends.mil.blob import BITS, BlobReader, pack
+from phi_runtime.backends.mil.blob import BITS, BlobReader
 from phi_runtime.backends.mil.schema import messages
 from phi_runtime.backends.reference import ReadTensor, round_float16
 from phi_runtime.errors import BundleError, UsageError
 from phi_runtime.files import write_file
-from phi_runtime.package.manifest import Manifest, TensorQuant
+from phi_runtime.package.bits import pack
+from phi_runtime.package.manifest import ExportOptions, Manifest, TensorQuant
 
 PROFILES = ("gpu", "ane")
 ENGINE = "coreml"
 # Its activations keep 16 bits, and one palette for whole rows wants channels as they are.
+HAS_INT8_KV = False
 EQUALISED = False
 OWN_FILES = ()
 ROUNDING_MARGIN = 8  # float16 after every operation, not before the products alone
@@ -55,7 +56,7 @@ INDEX = "phi-edge.weights"  # metadata key: where in the weight file each tensor
 
 
 @dataclass(frozen=True)
-class Grid:
+class CoreMLGrid:
     """Signed integers with one float16 scale per block along a row."""
 
     name: str
@@ -90,12 +91,12 @@ class Palette:
         return rows * columns * self.bits // 8 + rows // palette_rows(rows) * (1 << self.bits) * 2
 
 
-_GRIDS: tuple[Grid, ...] = (
-    Grid("int4-g32", 4, 32, 0.0068, 0.0077),
-    Grid("int4-g64", 4, 64, 0.0082, 0.0093),
-    Grid("int4-g128", 4, 128, 0.0095, 0.0107),
-    Grid("int8-g64", 8, 64, 0.00004, 0.00004),
-    Grid("int8-g128", 8, 128, 0.00004, 0.00005),
+_GRIDS: tuple[CoreMLGrid, ...] = (
+    CoreMLGrid("int4-g32", 4, 32, 0.0068, 0.0077),
+    CoreMLGrid("int4-g64", 4, 64, 0.0082, 0.0093),
+    CoreMLGrid("int4-g128", 4, 128, 0.0095, 0.0107),
+    CoreMLGrid("int8-g64", 8, 64, 0.00004, 0.00004),
+    CoreMLGrid("int8-g128", 8, 128, 0.00004, 0.00005),
 )
 _PALETTES: tuple[Palette, ...] = (
     Palette("palette2", 2, 0.1175, 0.185),
@@ -103,7 +104,7 @@ _PALETTES: tuple[Palette, ...] = (
     Palette("palette4", 4, 0.0095, 0.013),
     Palette("palette6", 6, 0.0007, 0.0008),
 )
-_BY_NAME: dict[str, Grid | Palette] = {t.name: t for t in _GRIDS} | {t.name: t for t in _PALETTES}
+_BY_NAME: dict[str, CoreMLGrid | Palette] = {t.name: t for t in _GRIDS} | {t.name: t for t in _PALETTES}
 _PROFILE_TYPES = {
     "gpu": (*(t.name for t in _GRIDS), "palette2", "palette3", "palette6"),
     "ane": [t.name for t in _PALETTES],
@@ -115,19 +116,19 @@ def palette_rows(rows: int) -> int:
     return next((g for g in (16, 8, 4) if rows % g == 0), rows)
 
 
-def check(config: Config, options: Options) -> None:
+def check(config: Config, options: ExportOptions) -> None:
     """Refuse options that are not ours."""
     choose_profile("coreml", PROFILES, options)
     if options.context is not None and not 2 <= options.context <= config.max_position_embeddings:
         raise UsageError(f"--context {options.context} is not from 2 to the model's {config.max_position_embeddings}")
 
 
-def types(options: Options) -> dict[str, Type]:
+def types(options: ExportOptions) -> dict[str, Type]:
     """The profile's types."""
     return {name: _BY_NAME[name] for name in _PROFILE_TYPES[choose_profile("coreml", PROFILES, options)]}
 
 
-def yardstick(item: TensorGroup, layers: int, options: Options) -> str:
+def yardstick(item: TensorGroup, layers: int, options: ExportOptions) -> str:
     """4 bits, in blocks of 32 as coremltools' have them, or palettes; and more where llama.cpp's Q4_K_M has 6."""
     if choose_profile("coreml", PROFILES, options) == "ane":
         return "palette6" if more_bits(item, layers) else "palette4"
@@ -136,22 +137,22 @@ def yardstick(item: TensorGroup, layers: int, options: Options) -> str:
     return "int4-g32" if item.columns % 32 == 0 else "palette6"
 
 
-def vector_bytes(options: Options) -> int:
+def vector_bytes(options: ExportOptions) -> int:
     """Norms and biases are float32."""
     return 4
 
 
-def kv_bytes(decoder: Decoder, options: Options) -> int:
+def kv_bytes(decoder: Decoder, options: ExportOptions) -> int:
     """float16 keys and values."""
     return 2 * 2 * len(decoder.layers) * decoder.kv_size
 
 
-def context(config: Config, options: Options) -> int:
+def context(config: Config, options: ExportOptions) -> int:
     """What was asked for, by default all of it up to 4,096: the cache has a fixed size."""
     return options.context or min(config.max_position_embeddings, DEFAULT_CONTEXT)
 
 
-def overhead(checkpoint: Checkpoint, options: Options) -> int:
+def overhead(checkpoint: Checkpoint, options: ExportOptions) -> int:
     """The program, its rotary tables, the heads of the weight file's entries."""
     d = checkpoint.config.decoder()
     rows = rope_rows(d, context(checkpoint.config, options))
@@ -161,10 +162,10 @@ def overhead(checkpoint: Checkpoint, options: Options) -> int:
 
 def write(
     checkpoint: Checkpoint,
-    plan: Plan,
-    options: Options,
+    plan: Quantization,
+    options: ExportOptions,
     folder: Path,
-    stream: Stream,
+    stream: ParallelWriter,
     calibrated: Calibrated,
 ) -> None:
     """Write the package, or the chain of packages: weights a tensor at a time, then each program."""
@@ -191,7 +192,7 @@ def package_name(n: int, count: int) -> str:
     return "model.mlpackage" if count == 1 else f"model-{n + 1}-of-{count}.mlpackage"
 
 
-def split(decoder: Decoder, plan: Plan, profile: str) -> list[Part]:
+def split(decoder: Decoder, plan: Quantization, profile: str) -> list[PackagePart]:
     """The model in as few parts as the profile's limit of a file allows, of equal size as far as layers go."""
     limit = CHUNK_BYTES[profile]
     sizes = [sum(plan[t].bytes for t in _layer_tensors(decoder, n)) for n in range(len(decoder.layers))]
@@ -200,14 +201,14 @@ def split(decoder: Decoder, plan: Plan, profile: str) -> list[Part]:
     total = embedding + sum(sizes) + head
     count = 1 if limit is None else -(-total // limit)
     while True:
-        parts: list[Part] = []
+        parts: list[PackagePart] = []
         start, filled = 0, embedding
         for n, size in enumerate(sizes):
             if filled + size / 2 > total * (len(parts) + 1) / count and n > start and len(parts) < count - 1:
-                parts.append(Part(decoder, start, n))
+                parts.append(PackagePart(decoder, start, n))
                 start = n
             filled += size
-        parts.append(Part(decoder, start, len(sizes)))
+        parts.append(PackagePart(decoder, start, len(sizes)))
         each = [sum(sizes[p.start : p.stop]) + embedding * p.first + head * p.last for p in parts]
         if limit is None or max(each) <= limit or count >= len(sizes):
             return parts
@@ -220,31 +221,31 @@ def _layer_tensors(decoder: Decoder, n: int) -> list[str]:
 
 def _write_package(
     checkpoint: Checkpoint,
-    part: Part,
-    plan: Plan,
+    part: PackagePart,
+    plan: Quantization,
     found: list[TensorGroup],
     length: int,
     data: Path,
-    stream: Stream,
+    stream: ParallelWriter,
     calibrated: Calibrated,
 ) -> None:
     layout = BlobLayout()
-    places: dict[str, Matrix] = {}
+    places: dict[str, CoreMLMatrix] = {}
     for item in found:
         shape = checkpoint.tensors[item.tensor].shape
         kind = _BY_NAME.get(plan[item.name].type)
-        if isinstance(kind, Grid):
+        if isinstance(kind, CoreMLGrid):
             codes = layout.add(f"int{kind.bits}", shape)
-            places[item.tensor] = Matrix(codes, layout.add("float16", (shape[0], shape[1] // kind.block)))
+            places[item.tensor] = CoreMLMatrix(codes, layout.add("float16", (shape[0], shape[1] // kind.block)))
         elif isinstance(kind, Palette):
             codes = layout.add(f"uint{kind.bits}", shape)
             tables = (shape[0] // palette_rows(shape[0]), 1, 1 << kind.bits, 1)
-            places[item.tensor] = Matrix(codes, layout.add("float16", tables))
+            places[item.tensor] = CoreMLMatrix(codes, layout.add("float16", tables))
         else:
-            places[item.tensor] = Matrix(layout.add("float32", shape))
+            places[item.tensor] = CoreMLMatrix(layout.add("float32", shape))
     rows = _rope(part.decoder, length)
     for name, table in rows.items():
-        places[name] = Matrix(layout.add("float16", table.shape))
+        places[name] = CoreMLMatrix(layout.add("float16", table.shape))
     with stream.file(data / WEIGHTS / "weight.bin", layout.size) as file:
         layout.write_heads(file)
         for name, table in rows.items():
@@ -267,12 +268,12 @@ def _write_package(
 
 def _write_item(
     file: PlacedFile,
-    place: Matrix,
+    place: CoreMLMatrix,
     checkpoint: Checkpoint,
     item: TensorGroup,
     quant: TensorQuant,
-    stream: Stream,
-    factor: Factor | None,
+    stream: ParallelWriter,
+    factor: HessianFactor | None,
 ) -> None:
     tensor, kind = checkpoint.tensors[item.tensor], _BY_NAME.get(quant.type)
     if kind is None:
@@ -282,7 +283,7 @@ def _write_item(
     codes_at, table_at = place.codes.place, place.table.place
     row_bytes = item.columns * kind.bits // 8
     work: Callable[[int, int], None]
-    if isinstance(kind, Grid):
+    if isinstance(kind, CoreMLGrid):
         block, bits = kind.block, kind.bits
 
         def work(start: int, stop: int) -> None:
@@ -313,10 +314,10 @@ def _rope(decoder: Decoder, length: int) -> dict[str, np.ndarray]:
     return {name: np.concatenate([t[i] for t in tables]).astype(np.float16) for i, name in enumerate(("cos", "sin"))}
 
 
-def rounded(x: F32, kind: str, options: Options) -> F32:
+def rounded(x: F32, kind: str, options: ExportOptions) -> F32:
     """As Core ML materialises it."""
     chosen = _BY_NAME[kind]
-    if isinstance(chosen, Grid):
+    if isinstance(chosen, CoreMLGrid):
         return dequantize_rows(*round_rows(x, chosen.bits, chosen.block))
     group = palette_rows(len(x))
     codes, tables = fit_palettes(x, chosen.bits, group)
@@ -326,7 +327,7 @@ def rounded(x: F32, kind: str, options: Options) -> F32:
 
 def validate(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
     """Nothing in the packages is what a device would refuse."""
-    refused = [f for f in lint(folder / manifest.artifact, manifest.options.get("profile") or "gpu") if f.refused]
+    refused = [f for f in lint(folder / manifest.artifact, manifest.options.profile or "gpu") if f.refused]
     if refused:
         raise BundleError(f"a device would refuse it: {refused[0].where}: {refused[0].what}")
 

@@ -12,8 +12,7 @@ import numpy as np
 
 from phi_export.formats import (
     Calibrated,
-    Options,
-    Plan,
+    Quantization,
     TensorGroup,
     Type,
     choose_profile,
@@ -23,11 +22,11 @@ from phi_export.formats import (
 )
 from phi_export.formats.gguf.tokenizer import tokenizer_metadata
 from phi_export.formats.gguf.values import Kind, Metadata, encode, encode_string
-from phi_export.formats.parallel_writer import PlacedFile, Stream, align
+from phi_export.formats.parallel_writer import ParallelWriter, PlacedFile, align
 from phi_export.quantize import ggml
 from phi_export.quantize.ggml import GgmlType
 from phi_export.quantize.ggml_codes import LAYOUTS, open_rows, put_codes
-from phi_export.quantize.gptq import Factor, round_columns
+from phi_export.quantize.gptq import HessianFactor, round_columns
 from phi_export.quantize.q4 import quantize_q4_0, quantize_q4_k
 from phi_export.quantize.uniform import finite
 from phi_runtime.architecture.checkpoint import Checkpoint
@@ -35,12 +34,13 @@ from phi_runtime.architecture.config import Config
 from phi_runtime.architecture.decoder import F32, Decoder
 from phi_runtime.backends.reference import ReadTensor, round_int8
 from phi_runtime.errors import BundleError, MissingExtraError, UnsupportedError
-from phi_runtime.package.manifest import Manifest, TensorQuant
+from phi_runtime.package.manifest import ExportOptions, Manifest, TensorQuant
 
 ARTIFACT = "model.gguf"
 PROFILES = ("cpu",)
 ENGINE = "llama.cpp"
 EQUALISED = True
+HAS_INT8_KV = False
 OWN_FILES = ()
 ROUNDING_MARGIN = 2
 
@@ -94,7 +94,7 @@ _LINEARS = {"o": "attn_output", "up": "ffn_up", "down": "ffn_down"}
 _PARTS = ("attn_q", "attn_k", "attn_v")
 
 
-def check(config: Config, options: Options) -> None:
+def check(config: Config, options: ExportOptions) -> None:
     """Refuse what llama.cpp has no architecture for."""
     choose_profile("gguf", PROFILES, options)
     if config.model_type not in _ARCHITECTURES:
@@ -108,33 +108,33 @@ def artifact(folder: Path) -> str:
     return ARTIFACT
 
 
-def types(options: Options) -> dict[str, Type]:
+def types(options: ExportOptions) -> dict[str, Type]:
     """ggml's types, in order of size."""
     return dict(_TYPES)
 
 
-def yardstick(item: TensorGroup, layers: int, options: Options) -> str:
+def yardstick(item: TensorGroup, layers: int, options: ExportOptions) -> str:
     """llama.cpp's Q4_K_M; for rows that do not divide into blocks of 256, what it takes instead."""
     kind = "Q6_K" if more_bits(item, layers) else "Q5_K" if item.role == "qkv" else "Q4_K"
     return kind if item.columns % 256 == 0 else {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}[kind]
 
 
-def vector_bytes(options: Options) -> int:
+def vector_bytes(options: ExportOptions) -> int:
     """Norms and biases are float32."""
     return 4
 
 
-def kv_bytes(decoder: Decoder, options: Options) -> int:
+def kv_bytes(decoder: Decoder, options: ExportOptions) -> int:
     """float16 keys and values."""
     return 2 * 2 * len(decoder.layers) * decoder.kv_size
 
 
-def context(config: Config, options: Options) -> int:
+def context(config: Config, options: ExportOptions) -> int:
     """Stock llama.cpp does not apply phi3's window, so a bundle ends where it would begin to matter."""
     return config.decoder().window() or config.max_position_embeddings
 
 
-def overhead(checkpoint: Checkpoint, options: Options) -> int:
+def overhead(checkpoint: Checkpoint, options: ExportOptions) -> int:
     """Metadata, tokenizer, the table of tensors, padding."""
     c = checkpoint.config
     metadata = _architecture(c, 0) | tokenizer_metadata(checkpoint, checkpoint.folder.resolve().name)
@@ -158,10 +158,10 @@ class _Entry:
 
 def write(
     checkpoint: Checkpoint,
-    plan: Plan,
-    options: Options,
+    plan: Quantization,
+    options: ExportOptions,
     folder: Path,
-    stream: Stream,
+    stream: ParallelWriter,
     calibrated: Calibrated,
 ) -> None:
     """Write `model.gguf`."""
@@ -182,7 +182,12 @@ def write(
 
 
 def _write_item(
-    file: PlacedFile, place: int, checkpoint: Checkpoint, entry: _Entry, stream: Stream, factor: Factor | None
+    file: PlacedFile,
+    place: int,
+    checkpoint: Checkpoint,
+    entry: _Entry,
+    stream: ParallelWriter,
+    factor: HessianFactor | None,
 ) -> None:
     item, tensor = entry.item, checkpoint.tensors[entry.item.tensor]  # type: ignore[union-attr]
     assert item is not None and entry.quant is not None
@@ -203,7 +208,7 @@ def _write_item(
 _OURS = {"Q4_0": quantize_q4_0, "Q4_K": quantize_q4_k}
 
 
-def _quantize(rows: F32, kind: GgmlType, factor: Factor | None) -> np.ndarray:
+def _quantize(rows: F32, kind: GgmlType, factor: HessianFactor | None) -> np.ndarray:
     importance = None if factor is None else factor.importance
     if kind.name in _OURS and importance is None:
         data = _OURS[kind.name](rows)
@@ -217,7 +222,7 @@ def _quantize(rows: F32, kind: GgmlType, factor: Factor | None) -> np.ndarray:
     return data
 
 
-def rounded(x: F32, kind: str, options: Options) -> F32:
+def rounded(x: F32, kind: str, options: ExportOptions) -> F32:
     """As llama.cpp dequantises it."""
     return ggml.dequantize(_quantize(x, _TYPES[kind], None), _TYPES[kind])
 
@@ -225,7 +230,7 @@ def rounded(x: F32, kind: str, options: Options) -> F32:
 def validate(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
     """All metadata, the tokenizer included, and the table of tensors are what follows from the checkpoint."""
     path = folder / manifest.artifact
-    config, options = checkpoint.config, Options(**manifest.options)
+    config, options = checkpoint.config, manifest.options
     entries = _entries(config, manifest.quantization, options)
     file_type = _mostly(manifest.quantization)
     try:
@@ -242,7 +247,7 @@ def validate(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
             raise BundleError(f"{path}: its metadata or tokenizer are not the checkpoint's; export the bundle again")
 
 
-def _mostly(plan: Plan) -> int:
+def _mostly(plan: Quantization) -> int:
     """The llama_ftype of the type that most weights have."""
     weights: dict[str, int] = {}
     for quant in plan.values():
@@ -346,7 +351,7 @@ def gguf_names(config: Config) -> dict[str, tuple[str, tuple[str, ...]]]:
     return names
 
 
-def _entries(config: Config, plan: Plan, options: Options) -> list[_Entry]:
+def _entries(config: Config, plan: Quantization, options: ExportOptions) -> list[_Entry]:
     names = gguf_names(config)
     entries: list[_Entry] = []
     offset = 0
@@ -402,7 +407,7 @@ def _architecture(config: Config, file_type: int) -> Metadata:
         "general.architecture": (Kind.STRING, arch),
         "general.file_type": (Kind.U32, file_type),
         "general.quantization_version": (Kind.U32, 2),
-        f"{arch}.context_length": (Kind.U32, context(config, Options())),
+        f"{arch}.context_length": (Kind.U32, context(config, ExportOptions())),
         f"{arch}.embedding_length": (Kind.U32, d.hidden_size),
         f"{arch}.feed_forward_length": (Kind.U32, d.intermediate_size),
         f"{arch}.block_count": (Kind.U32, len(d.layers)),

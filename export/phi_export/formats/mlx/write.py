@@ -14,8 +14,7 @@ import numpy as np
 
 from phi_export.formats import (
     Calibrated,
-    Options,
-    Plan,
+    Quantization,
     TensorGroup,
     Type,
     choose_profile,
@@ -23,21 +22,22 @@ from phi_export.formats import (
     piece,
     tensor_groups,
 )
-from phi_export.formats.parallel_writer import PlacedFile, Stream
-from phi_export.quantize.gptq import Factor
+from phi_export.formats.parallel_writer import ParallelWriter, PlacedFile
+from phi_export.quantize.gptq import HessianFactor
 from phi_export.quantize.uniform import F16, U8, finite, round_affine
 from phi_runtime.architecture.checkpoint import Checkpoint, stop_tokens
 from phi_runtime.architecture.config import Config, Phi3Config
 from phi_runtime.architecture.decoder import F32, Decoder
-from phi_runtime.backends.mil.blob import pack, unpack
 from phi_runtime.backends.mlx import WEIGHTS
 from phi_runtime.backends.reference import ReadTensor, round_float16
 from phi_runtime.errors import BundleError, UnsupportedError
 from phi_runtime.files import write_file
-from phi_runtime.package.manifest import Manifest, TensorQuant
+from phi_runtime.package.bits import pack, unpack
+from phi_runtime.package.manifest import ExportOptions, Manifest, TensorQuant
 
 PROFILES = ("float16",)
 ENGINE = "mlx"
+HAS_INT8_KV = False
 EQUALISED = False  # activations keep 16 bits
 ROUNDING_MARGIN = 8  # float16 after every operation, not before the products alone
 OWN_FILES = ("config.json",)
@@ -79,7 +79,7 @@ _FED_BACK = 1.13  # times as much while error feedback goes on, as of ONNX's gri
 _TYPES = {kind.name: kind for kind in (Affine(*shape, e, _FED_BACK * e) for shape, e in _ERRORS.items())}
 
 
-def check(config: Config, options: Options) -> None:
+def check(config: Config, options: ExportOptions) -> None:
     """Refuse what mlx_lm computes otherwise."""
     choose_profile("mlx", PROFILES, options)
     if config.model_type not in _ARCHITECTURES:
@@ -98,34 +98,34 @@ def artifact(folder: Path) -> str:
     return WEIGHTS
 
 
-def types(options: Options) -> dict[str, Type]:
+def types(options: ExportOptions) -> dict[str, Type]:
     """MLX's affine types of 2 to 8 bits."""
     return dict(_TYPES)
 
 
-def yardstick(item: TensorGroup, layers: int, options: Options) -> str:
+def yardstick(item: TensorGroup, layers: int, options: ExportOptions) -> str:
     """mlx_lm's own 4 bits in groups of 64, and 6 bits where llama.cpp's Q4_K_M has them."""
     return f"affine{6 if more_bits(item, layers) else 4}-g{64 if item.columns % 64 == 0 else 32}"
 
 
-def vector_bytes(options: Options) -> int:
+def vector_bytes(options: ExportOptions) -> int:
     """Norms and biases are float16."""
     return 2
 
 
-def kv_bytes(decoder: Decoder, options: Options) -> int:
+def kv_bytes(decoder: Decoder, options: ExportOptions) -> int:
     """Keys and values are float16."""
     return 4 * len(decoder.layers) * decoder.kv_size
 
 
-def context(config: Config, options: Options) -> int:
+def context(config: Config, options: ExportOptions) -> int:
     """mlx_lm has neither phi3's window nor, of LongRoPE, both lists of factors: a bundle ends before they matter."""
     d = config.decoder()
     most = d.window() or config.max_position_embeddings
     return min(most, d.rope.original) if d.rope is not None and d.rope.long else most
 
 
-def overhead(checkpoint: Checkpoint, options: Options) -> int:
+def overhead(checkpoint: Checkpoint, options: ExportOptions) -> int:
     """The header of the weights, and config.json."""
     count = len(tensor_groups(checkpoint.config, options))
     return count * (3 * 130 + 110) + 2 * len(json.dumps(checkpoint.config.to_json()))
@@ -139,7 +139,7 @@ class _Place:
     nbytes: int
 
 
-def _layout(config: Config, plan: Plan, options: Options) -> tuple[bytes, dict[str, _Place]]:
+def _layout(config: Config, plan: Quantization, options: ExportOptions) -> tuple[bytes, dict[str, _Place]]:
     """The head of the file, up to the first weight, and the place of every tensor, from the file's start."""
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for item in tensor_groups(config, options):
@@ -166,7 +166,7 @@ def _layout(config: Config, plan: Plan, options: Options) -> tuple[bytes, dict[s
     return head, {n: _Place(p.offset + len(head), p.dtype, p.shape, p.nbytes) for n, p in places.items()}
 
 
-def _config(config: Config, plan: Plan, stops: tuple[int, ...]) -> dict[str, Any]:
+def _config(config: Config, plan: Quantization, stops: tuple[int, ...]) -> dict[str, Any]:
     """config.json as mlx_lm reads it."""
     raw = config.to_json()
     if isinstance(raw.get("rope_scaling"), dict):
@@ -182,10 +182,10 @@ def _config(config: Config, plan: Plan, stops: tuple[int, ...]) -> dict[str, Any
 
 def write(
     checkpoint: Checkpoint,
-    plan: Plan,
-    options: Options,
+    plan: Quantization,
+    options: ExportOptions,
     folder: Path,
-    stream: Stream,
+    stream: ParallelWriter,
     calibrated: Calibrated,
 ) -> None:
     """Write the weights, then config.json."""
@@ -208,8 +208,8 @@ def _write_item(
     checkpoint: Checkpoint,
     item: TensorGroup,
     quant: TensorQuant,
-    stream: Stream,
-    factor: Factor | None,
+    stream: ParallelWriter,
+    factor: HessianFactor | None,
 ) -> None:
     tensor, kind = checkpoint.tensors[item.tensor], _TYPES.get(quant.type)
     if kind is None:
@@ -226,7 +226,7 @@ def _write_item(
     stream.pieces(item.rows, item.columns, 1, work, piece(factor))
 
 
-def _round(x: F32, kind: Affine, factor: Factor | None = None) -> tuple[U8, F16, F16]:
+def _round(x: F32, kind: Affine, factor: HessianFactor | None = None) -> tuple[U8, F16, F16]:
     """Codes, scales and biases of finite rows."""
     codes, scales, zeros = round_affine(x, kind.bits, kind.block, factor)
     return codes, scales, (-scales.astype(np.float32) * zeros).astype(np.float16)
@@ -240,7 +240,7 @@ def _dequantize(codes: U8, scales: F16, biases: F16) -> F32:
     return out.reshape(codes.shape)
 
 
-def rounded(x: F32, kind: str, options: Options) -> F32:
+def rounded(x: F32, kind: str, options: ExportOptions) -> F32:
     """As MLX dequantises it."""
     return _dequantize(*_round(x, _TYPES[kind]))
 
@@ -263,7 +263,7 @@ def validate(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
 def read(folder: Path, manifest: Manifest) -> ReadTensor:
     """Weights of the file, dequantised, where its header is the one that the manifest implies."""
     path = folder / WEIGHTS
-    head, places = _layout(manifest.config(), manifest.quantization, Options(**manifest.options))
+    head, places = _layout(manifest.config(), manifest.quantization, manifest.options)
     try:
         with open(path, "rb") as f:
             found = f.read(len(head))

@@ -23,7 +23,7 @@ _INT8_ACTIVATIONS = 4  # MatMulNBits accuracy_level: activations to int8 per blo
 
 
 @dataclass(frozen=True)
-class Matrix:
+class OnnxMatrix:
     """Bits and block of a quantised matrix, and whether its blocks have zero points of their own."""
 
     bits: int
@@ -42,7 +42,7 @@ def rope_positions(d: Decoder) -> list[tuple[int, int]]:
 
 def build_model(
     d: Decoder,
-    matrices: Mapping[str, Matrix],
+    matrices: Mapping[str, OnnxMatrix],
     initializers: list[ir.ExternalTensor],
     real: ir.DataType,
     windowed: bool = False,
@@ -62,7 +62,7 @@ class _Graph:
     def __init__(
         self,
         d: Decoder,
-        matrices: Mapping[str, Matrix],
+        matrices: Mapping[str, OnnxMatrix],
         initializers: list[ir.ExternalTensor],
         real: ir.DataType,
         windowed: bool,

@@ -16,8 +16,7 @@ import onnx_ir as ir
 
 from phi_export.formats import (
     Calibrated,
-    Options,
-    Plan,
+    Quantization,
     TensorGroup,
     Type,
     choose_profile,
@@ -25,19 +24,19 @@ from phi_export.formats import (
     piece,
     tensor_groups,
 )
-from phi_export.formats.onnx.graph import ACTIVATIONS, Matrix, build_model, genai_config, rope_positions
-from phi_export.formats.parallel_writer import PlacedFile, Stream, align
-from phi_export.quantize.gptq import Factor
+from phi_export.formats.onnx.graph import ACTIVATIONS, OnnxMatrix, build_model, genai_config, rope_positions
+from phi_export.formats.parallel_writer import ParallelWriter, PlacedFile, align
+from phi_export.quantize.gptq import HessianFactor
 from phi_export.quantize.uniform import F16, U8, finite, round_affine, round_rows
 from phi_runtime.architecture.checkpoint import Checkpoint, Tensor, stop_tokens
 from phi_runtime.architecture.config import Config
 from phi_runtime.architecture.decoder import F32, Decoder
-from phi_runtime.backends.mil.blob import pack, unpack
 from phi_runtime.backends.onnxruntime import INT8_KV, WINDOWED
 from phi_runtime.backends.reference import ReadTensor, round_int8
 from phi_runtime.errors import BundleError, UnsupportedError
 from phi_runtime.files import write_file
-from phi_runtime.package.manifest import Manifest, TensorQuant
+from phi_runtime.package.bits import pack, unpack
+from phi_runtime.package.manifest import ExportOptions, Manifest, TensorQuant
 from phi_train.grid import BLOCKS, block_of
 
 ARTIFACT = "model.onnx"
@@ -45,6 +44,7 @@ DATA = "model.onnx.data"
 PROFILES = ("fp32", "fp16")
 ENGINE = "onnxruntime"
 EQUALISED = True
+HAS_INT8_KV = True
 OWN_FILES = ()
 ROUNDING_MARGIN = 2
 
@@ -53,7 +53,7 @@ _HEADROOM = 1.1  # of a cache of 8 bits, for magnitudes beyond those of the cali
 
 
 @dataclass(frozen=True)
-class Grid:
+class OnnxGrid:
     """Unsigned codes and a scale per block along a row; the zero point is half their range, or stored (`affine`)."""
 
     name: str
@@ -90,7 +90,7 @@ _ERRORS = {
 _AFFINE_ERRORS = {16: (0.0043, 0.0049), 32: (0.0059, 0.0067), 64: (0.0075, 0.0085), 128: (0.0089, 0.0101)}
 
 
-def check(config: Config, options: Options) -> None:
+def check(config: Config, options: ExportOptions) -> None:
     """Refuse what onnxruntime's attention cannot do."""
     choose_profile("onnx", PROFILES, options)
     d = config.decoder()
@@ -106,15 +106,15 @@ def artifact(folder: Path) -> str:
     return ARTIFACT
 
 
-def types(options: Options) -> dict[str, Type]:
+def types(options: ExportOptions) -> dict[str, Type]:
     """MatMulNBits' grids."""
     return dict(_grids(options))
 
 
-def _grids(options: Options) -> dict[str, Grid]:
+def _grids(options: ExportOptions) -> dict[str, OnnxGrid]:
     width = vector_bytes(options)
-    symmetric = [Grid(f"int{b}-g{g}", b, g, width, *errors) for (b, g), errors in _ERRORS.items()]
-    affine = [Grid(f"uint4-g{g}", 4, g, width, *errors, affine=True) for g, errors in _AFFINE_ERRORS.items()]
+    symmetric = [OnnxGrid(f"int{b}-g{g}", b, g, width, *errors) for (b, g), errors in _ERRORS.items()]
+    affine = [OnnxGrid(f"uint4-g{g}", 4, g, width, *errors, affine=True) for g, errors in _AFFINE_ERRORS.items()]
     return {grid.name: grid for grid in (*symmetric, *affine)}
 
 
@@ -123,29 +123,29 @@ def rounding(x: F32) -> F32:
     return round_int8(x, block_of(x.shape[-1], max(BLOCKS)) or 16)
 
 
-def yardstick(item: TensorGroup, layers: int, options: Options) -> str:
+def yardstick(item: TensorGroup, layers: int, options: ExportOptions) -> str:
     """Blocks of 32, as onnxruntime-genai's int4 has them, and 8 bits where llama.cpp's Q4_K_M has 6."""
     if more_bits(item, layers):
         return next((f"int8-g{b}" for b in (128, 64) if item.columns % b == 0), "int4-g16")
     return "int4-g32" if item.columns % 32 == 0 else "int4-g16"
 
 
-def vector_bytes(options: Options) -> int:
+def vector_bytes(options: ExportOptions) -> int:
     """Norms, biases and scales have the activations' type."""
     return 4 if choose_profile("onnx", PROFILES, options) == "fp32" else 2
 
 
-def kv_bytes(decoder: Decoder, options: Options) -> int:
+def kv_bytes(decoder: Decoder, options: ExportOptions) -> int:
     """Keys and values have the activations' type."""
     return 2 * vector_bytes(options) * len(decoder.layers) * decoder.kv_size
 
 
-def context(config: Config, options: Options) -> int:
+def context(config: Config, options: ExportOptions) -> int:
     """All of it: GroupQueryAttention applies the window."""
     return config.max_position_embeddings
 
 
-def overhead(checkpoint: Checkpoint, options: Options) -> int:
+def overhead(checkpoint: Checkpoint, options: ExportOptions) -> int:
     """Rotary tables, the graph, genai's configuration, padding."""
     d = checkpoint.config.decoder()
     rows = sum(count for count, _ in rope_positions(d)) if d.rope else 0
@@ -181,10 +181,10 @@ class _Layout:
 
 def write(
     checkpoint: Checkpoint,
-    plan: Plan,
-    options: Options,
+    plan: Quantization,
+    options: ExportOptions,
     folder: Path,
-    stream: Stream,
+    stream: ParallelWriter,
     calibrated: Calibrated,
 ) -> None:
     """Write the data file, then `model.onnx` and what genai wants beside it."""
@@ -193,14 +193,14 @@ def write(
     kinds = types(options)
     found = tensor_groups(checkpoint.config, options)
     layout = _Layout()
-    matrices: dict[str, Matrix] = {}
+    matrices: dict[str, OnnxMatrix] = {}
     for item in found:
         kind = kinds.get(plan[item.name].type)
-        if not isinstance(kind, Grid):
+        if not isinstance(kind, OnnxGrid):
             layout.add(item.tensor, real, checkpoint.tensors[item.tensor].shape)
             continue
         blocks = item.columns // kind.block
-        matrices[item.tensor] = Matrix(kind.bits, kind.block, kind.affine)
+        matrices[item.tensor] = OnnxMatrix(kind.bits, kind.block, kind.affine)
         layout.add(f"{item.tensor}.codes", ir.DataType.UINT8, (item.rows, blocks, kind.block * kind.bits // 8))
         layout.add(f"{item.tensor}.scales", real, (item.rows, blocks))
         if kind.affine:
@@ -243,13 +243,13 @@ def _write_item(
     tensor: Tensor,
     item: TensorGroup,
     quant: TensorQuant,
-    options: Options,
-    stream: Stream,
-    factor: Factor | None,
+    options: ExportOptions,
+    stream: ParallelWriter,
+    factor: HessianFactor | None,
 ) -> None:
     kind = types(options).get(quant.type)
     real = np.float32 if vector_bytes(options) == 4 else np.float16
-    if not isinstance(kind, Grid):
+    if not isinstance(kind, OnnxGrid):
         file.write(layout.places[item.tensor].offset, finite(tensor).astype(real))
         return
     at = {part: layout.places[f"{item.tensor}.{part}"].offset for part in ("codes", "scales")}
@@ -267,7 +267,7 @@ def _write_item(
     stream.pieces(item.rows, item.columns, 1, work, piece(factor))
 
 
-def _round(x: F32, kind: Grid, factor: Factor | None = None) -> tuple[U8, F16, U8]:
+def _round(x: F32, kind: OnnxGrid, factor: HessianFactor | None = None) -> tuple[U8, F16, U8]:
     """Unsigned codes, scales and zero points of finite rows."""
     if kind.affine:
         return round_affine(x, kind.bits, kind.block, factor)
@@ -290,7 +290,7 @@ def _pack_zeros(zeros: np.ndarray, bits: int) -> np.ndarray:
     return pack(np.pad(zeros, ((0, 0), (0, -zeros.shape[1] % each))), bits)
 
 
-def _rope_tables(d: Decoder, options: Options) -> dict[str, np.ndarray]:
+def _rope_tables(d: Decoder, options: ExportOptions) -> dict[str, np.ndarray]:
     if d.rope is None:
         return {}
     real = np.float32 if vector_bytes(options) == 4 else np.float16
@@ -300,7 +300,7 @@ def _rope_tables(d: Decoder, options: Options) -> dict[str, np.ndarray]:
     }
 
 
-def rounded(x: F32, kind: str, options: Options) -> F32:
+def rounded(x: F32, kind: str, options: ExportOptions) -> F32:
     """As MatMulNBits dequantises it."""
     return _dequantize(*_round(x, _grids(options)[kind]))
 
@@ -322,7 +322,7 @@ def validate(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
                 del node.attributes["sliding_window_cache"]
         if _bytes(plain) != _bytes(windowed):
             raise BundleError(f"{path}: is not {manifest.artifact} with a windowed cache; export the bundle again")
-    if manifest.options.get("int8_kv"):
+    if manifest.options.int8_kv:
         path = folder / INT8_KV
         if _bytes(plain) != _bytes(_without_scales(_load(path), plain)):
             raise BundleError(f"{path}: is not {manifest.artifact} with a cache of 8 bits; export the bundle again")
@@ -367,7 +367,7 @@ def read(folder: Path, manifest: Manifest) -> ReadTensor:
     except Exception as e:  # whatever protobuf and onnx-ir meet
         raise BundleError(f"{path}: cannot be read ({e}); export the bundle again") from None
 
-    kinds = _grids(Options(**manifest.options))
+    kinds = _grids(manifest.options)
 
     def initializer(name: str, start: int, stop: int | None) -> np.ndarray:
         """Rows of an initializer, read and not mapped, so that they do not stay in memory."""

@@ -18,6 +18,7 @@ import numpy as np
 from phi_runtime.backends.coreml import USE_LONG, CoreMLBackend, Function, Functions, package_paths
 from phi_runtime.backends.mil.blob import BlobReader
 from phi_runtime.backends.mil.schema import BLOB_FILE, DATA_TYPES, messages
+from phi_runtime.backends.record import EngineOptions
 from phi_runtime.backends.reference import gelu_new, silu, softmax
 from phi_runtime.errors import BundleError, UnsupportedError
 from phi_runtime.package.open import Package
@@ -65,7 +66,7 @@ def _locate(package: Path) -> tuple[Path, Path]:
 
 
 @dataclass(frozen=True)
-class Matrix:
+class CompressedMatrix:
     """A quantised weight that is made some rows at a time: by scales [rows, blocks], or by tables [groups, 1, n, 1]."""
 
     blob: BlobReader
@@ -212,7 +213,7 @@ class Program:
 
         return step
 
-    def _constexpr(self, kind: str, codes: Any, table: Any) -> "Matrix | np.ndarray":
+    def _constexpr(self, kind: str, codes: Any, table: Any) -> "CompressedMatrix | np.ndarray":
         """A matrix from its codes and their scales or tables; kept between calls while they fit."""
         key = (codes.blobFileValue.offset, table.blobFileValue.offset)
         if key in self._kept:
@@ -226,7 +227,7 @@ class Program:
             fits = t.ndim == 2 and t.shape[0] == rows and t.shape[1] and columns % t.shape[1] == 0
         if not rows or not fits or codes.blobFileValue.fileName != BLOB_FILE:
             raise BundleError(f"{self.path}: the blocks of the weight at {key} do not run along its rows")
-        matrix = Matrix(self._blob, codes.blobFileValue.offset, dtype, (rows, columns), t)
+        matrix = CompressedMatrix(self._blob, codes.blobFileValue.offset, dtype, (rows, columns), t)
         size = 4 * rows * columns
         if self._kept_bytes + size > _KEEP_BYTES:
             return matrix
@@ -298,7 +299,7 @@ def _matmul(a: dict[str, Any]) -> list[np.ndarray]:
 
 
 def _gather(a: dict[str, Any]) -> list[np.ndarray]:
-    if isinstance(a["x"], Matrix):
+    if isinstance(a["x"], CompressedMatrix):
         if int(a["axis"]) != 0:
             raise ValueError("gather along the rows of a weight only")
         return [a["x"].take(a["indices"])]
@@ -307,7 +308,7 @@ def _gather(a: dict[str, Any]) -> list[np.ndarray]:
 
 def _linear(a: dict[str, Any]) -> list[np.ndarray]:
     weight = a["weight"]
-    out = weight.times(a["x"]) if isinstance(weight, Matrix) else a["x"] @ weight.T
+    out = weight.times(a["x"]) if isinstance(weight, CompressedMatrix) else a["x"] @ weight.T
     return [out + a["bias"] if "bias" in a else out]
 
 
@@ -361,7 +362,7 @@ _OPS: dict[str, tuple[Callable[[dict[str, Any]], list[np.ndarray]], bool]] = {
 }
 
 
-def open_package(package: Package, context: int, threads: int, kv: str) -> CoreMLBackend:
+def open_package(package: Package, options: EngineOptions) -> CoreMLBackend:
     """For Core ML's `RECORD`."""
     functions = [open_functions(p) for p in package_paths(package.path)]
-    return CoreMLBackend("mil-reference", functions, package.shape, context)
+    return CoreMLBackend("mil-reference", functions, package.shape, options.context)

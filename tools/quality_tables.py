@@ -1,6 +1,6 @@
-"""Write the tables of docs/quality.md from the figures kept in docs/quality/.
+"""Write the tables of docs/explanation/quality.md from the figures kept in docs/quality/.
 
-    python tools/quality.py
+    python tools/quality_tables.py
 
 `NAME.json` is what bench/rivals/quality.py wrote for the checkpoint NAME, `ablation-NAME.json` what
 bench/rivals/ablation.py did.
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-KEPT, PAGE = ROOT / "docs" / "quality", ROOT / "docs" / "quality.md"
-BEGIN, END = "<!-- figures: tools/quality.py -->", "<!-- end of figures -->"
+KEPT, PAGE = ROOT / "docs" / "quality", ROOT / "docs" / "explanation" / "quality.md"
+BEGIN, END = "<!-- figures: tools/quality_tables.py -->", "<!-- end of figures -->"
 GROUPS = {
     "kv": "the cache alone, in llama.cpp, weights in float32",
     "gguf": "GGUF, run by llama.cpp",

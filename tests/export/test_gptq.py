@@ -6,7 +6,7 @@ from phi_export.calibrate.equalise import choose
 from phi_export.formats.gguf.write import _TYPES, _quantize
 from phi_export.quantize import ggml
 from phi_export.quantize.ggml_codes import LAYOUTS, open_rows, put_codes
-from phi_export.quantize.gptq import DAMPING, Factor, factorise, groups, round_columns, uniform
+from phi_export.quantize.gptq import DAMPING, HessianFactor, factorise, groups, round_columns, uniform
 from phi_export.quantize.uniform import dequantize_rows, fit_palettes, round_rows
 
 C = 512
@@ -30,13 +30,13 @@ def test_the_factor_is_that_of_the_inverse():
     damped = MOMENT.astype(np.float64)[np.ix_(f.order, f.order)]
     damped[np.diag_indices(C)] += DAMPING * np.diag(MOMENT).mean()
     upper = np.linalg.cholesky(np.linalg.inv(damped)).T
-    np.testing.assert_allclose(f.spread[0], upper / np.diag(upper)[:, None], atol=1e-4)
+    np.testing.assert_allclose(f.unit_upper[0], upper / np.diag(upper)[:, None], atol=1e-4)
 
 
 @pytest.mark.parametrize("used", [0.0, 1e-20])
 def test_inputs_that_were_never_used_do_no_harm(used):
     f = factorise(np.full((C, C), used, np.float32))
-    assert np.isfinite(f.spread[0]).all()
+    assert np.isfinite(f.unit_upper[0]).all()
 
 
 def test_feedback_is_optimal_column_by_column():
@@ -91,7 +91,7 @@ def test_feedback_costs_less_with_palettes(bits):
 
 
 def test_without_shared_directions_feedback_is_plain_rounding():
-    alone = Factor(RANDOM.permutation(C), (np.eye(C, dtype=np.float32),), np.ones(C, np.float32))
+    alone = HessianFactor(RANDOM.permutation(C), (np.eye(C, dtype=np.float32),), np.ones(C, np.float32))
     for bits, block in ((2, 64), (4, 32), (8, 128)):
         for a, b in zip(round_rows(W, bits, block), round_rows(W, bits, block, alone), strict=True):
             np.testing.assert_array_equal(a, b)
