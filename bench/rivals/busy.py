@@ -1,9 +1,9 @@
-"""Training and decoding with and without one other busy process, with threads that spin and threads that sleep.
+"""Training and decoding with and without one other busy process: with the libraries' own waiting, and with ours.
 
     python bench/rivals/busy.py BUNDLES --out figures.json
 
 BUNDLES holds gguf and onnx bundles. Rounds are interleaved, each run a process of its own; rates are tokens per second.
-Spinning is what libgomp and onnxruntime do by themselves.
+"before" is what libgomp and onnxruntime do by themselves, "after" what `phi_runtime.backends.waiting` makes them do.
 """
 
 import argparse
@@ -17,17 +17,18 @@ from pathlib import Path
 
 from runs import log, train
 
-SPIN = {"GOMP_SPINCOUNT": "300000"}  # libgomp's own default
-TRAIN = {"schedule.steps": 24, "schedule.warmup_steps": 2, "samples": 0, "save_every": 1000}
+BEFORE = {"OMP_WAIT_POLICY": ""}  # nothing chosen, by the user either
+TRAIN = {"schedule.steps": 12, "schedule.warmup_steps": 2, "samples": 0, "save_every": 1000}
 WARM = 4  # steps
 DECODE = """
 import sys
 import phi_runtime
-import phi_runtime.backends.onnxruntime as onnx
+from phi_runtime.backends import waiting
 from phi_runtime.generation.engine import Engine
 from phi_runtime.generation.sampler import Sampling
-path, spin, tokens = sys.argv[1], sys.argv[2] == "spin", int(sys.argv[3])
-onnx.ALLOW_SPINNING = spin
+path, before, tokens = sys.argv[1], sys.argv[2] == "before", int(sys.argv[3])
+if before:
+    waiting.ONNXRUNTIME = ""
 with phi_runtime.load(path, context=512) as phi:
     engine = Engine(phi.engine.backend, stop_tokens=())
     list(engine.stream([5, 6, 7], 8, Sampling(), speculate=False))
@@ -36,25 +37,27 @@ print(tokens / sum(s.seconds for s in steps[1:]))
 """
 
 
-def training(spin: bool, data: Path) -> float:
+def training(before: bool, data: Path) -> float:
     """Tokens per second of the demo's recipe."""
     with tempfile.TemporaryDirectory() as folder:
-        os.environ.update(SPIN if spin else {})
+        os.environ.update(BEFORE if before else {})
         settings = TRAIN | {"data.tokenizer": data / "tokenizer", "data.shards": data / "shards"}
         try:
             train("phi3-demo", Path(folder) / "run", settings)
         finally:
-            for name in SPIN:
+            for name in BEFORE:
                 os.environ.pop(name, None)
         lines = log(Path(folder) / "run")
     seconds = lines[-1]["seconds"] - lines[WARM - 1]["seconds"]
     return (lines[-1]["tokens"] - lines[WARM - 1]["tokens"]) / seconds
 
 
-def decoding(path: Path, spin: bool, tokens: int) -> float:
+def decoding(path: Path, before: bool, tokens: int) -> float:
     """Tokens per second of a bundle."""
-    command = [sys.executable, "-c", DECODE, str(path), "spin" if spin else "sleep", str(tokens)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | (SPIN if spin else {}))
+    command = [sys.executable, "-c", DECODE, str(path), "before" if before else "after", str(tokens)]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=os.environ | (BEFORE if before else {})
+    )
     return float(done.stdout)
 
 
@@ -74,12 +77,12 @@ def main() -> None:
             other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
             try:
                 for what in args.only.split(","):
-                    for spin in (True, False):
-                        name = f"{what} {'busy' if busy else 'idle'} {'spin' if spin else 'sleep'}"
+                    for before in (True, False):
+                        name = f"{what} {'busy' if busy else 'idle'} {'before' if before else 'after'}"
                         rate = (
-                            training(spin, args.training)
+                            training(before, args.training)
                             if what == "train"
-                            else decoding(args.bundles / what, spin, args.tokens)
+                            else decoding(args.bundles / what, before, args.tokens)
                         )
                         found.setdefault(name, []).append(rate)
                         print(f"{name}: {rate:.1f}", flush=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from phi_export.defaults import BUILT_IN, DEFAULT_FORMATS, PREFERENCES, WINDOW, WINDOWS
+from phi_runtime.backends.waiting import TORCH, spin_briefly
 from phi_runtime.cli import parser, positive, run
 from phi_runtime.errors import UsageError, VerificationError, missing_extra
 from phi_runtime.package.formats import FORMATS
@@ -13,6 +14,7 @@ from phi_runtime.planning.memory import parse_size
 
 def main() -> NoReturn:
     """Entry point of `phi-export`."""
+    spin_briefly(TORCH)
     run(_main)
 
 

@@ -42,8 +42,6 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):  # a console may lack characters that a model says
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    # Threads that wait for others should not keep a busy processor from them; read when OpenMP is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         main(sys.argv[1:])
     except (Exception, KeyboardInterrupt) as e:

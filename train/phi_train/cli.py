@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from phi_runtime.backends.waiting import TORCH, spin_briefly
 from phi_runtime.cli import parser, positive, run
 from phi_runtime.errors import missing_extra
 
@@ -34,6 +35,7 @@ _RENAMED = {"questions": "make-sft-data", "reject": "make-preferences"}  # the c
 
 def main() -> NoReturn:
     """Entry point of `phi-train`."""
+    spin_briefly(TORCH)
     run(_main)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from phi_runtime.backends.llama_cpp import LlamaCppBackend
 from phi_runtime.backends.record import EngineOptions
-from phi_runtime.backends.waiting import sleeping_threads
+from phi_runtime.backends.waiting import LLAMA_CPP, short_spins
 from phi_runtime.errors import MissingExtraError, UsageError
 from phi_runtime.package.gguf_header import read_header
 from phi_runtime.package.open import Package
@@ -42,7 +42,7 @@ class IkLlamaCppBackend(LlamaCppBackend):
 
     def _library(self) -> Any:
         try:
-            with sleeping_threads():
+            with short_spins(LLAMA_CPP):
                 return _declared()
         except ImportError:
             raise MissingExtraError("ik_llama.cpp", "gguf-fast") from None

@@ -11,7 +11,7 @@ import numpy as np
 
 from phi_runtime.architecture.decoder import F32
 from phi_runtime.backends.record import EngineOptions, Record, kv_numbers, logits_bytes
-from phi_runtime.backends.waiting import sleeping_threads
+from phi_runtime.backends.waiting import LLAMA_CPP, short_spins
 from phi_runtime.errors import BundleError, ContextError, MissingExtraError, UsageError
 from phi_runtime.generation.engine import CHUNK
 from phi_runtime.package.open import Package
@@ -255,7 +255,7 @@ class LlamaCppTokenizer:
 
 def _imported() -> Any:
     try:
-        with sleeping_threads():
+        with short_spins(LLAMA_CPP):
             import llama_cpp
     except ImportError:
         raise MissingExtraError("llama.cpp", "gguf") from None

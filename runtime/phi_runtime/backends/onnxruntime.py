@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from phi_runtime.architecture.decoder import F32, CacheShape
+from phi_runtime.backends import waiting
 from phi_runtime.backends.record import EngineOptions, Record, plain_memory
 from phi_runtime.errors import BundleError, MissingExtraError
 from phi_runtime.generation.engine import CHUNK
@@ -19,7 +20,6 @@ WINDOWED, INT8_KV = "model.onnx.windowed", "model.onnx.int8-kv"
 
 _TYPES: dict[str, type] = {"tensor(float16)": np.float16, "tensor(int8)": np.int8}
 _PROVIDERS = ["CPUExecutionProvider"]
-ALLOW_SPINNING = False  # of threads that wait for others; see `backends.waiting`
 
 
 class OnnxRuntimeBackend:
@@ -43,7 +43,8 @@ class OnnxRuntimeBackend:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(ALLOW_SPINNING)))
+        if waiting.ONNXRUNTIME:
+            options.add_session_config_entry("session.intra_op.spin_duration_us", waiting.ONNXRUNTIME)
         self._chunk, self._slots = CHUNK, context
         self._window = model.window
         if kv == "int8":

@@ -1,26 +1,42 @@
-"""How an engine's threads wait for each other: asleep, so that a busy machine does not slow them many times over.
+"""How long the threads of an engine spin before they sleep, while they wait for each other.
 
-A thread that spins while it waits takes the processor from the very thread that it waits for. What was measured stands
-in docs/explanation/busy-machine.md. A user's own setting is left alone.
+A thread that spins takes the processor from the very thread that it waits for, where another process is busy too; one
+that sleeps is woken late. A short spin has nearly all of both. What was measured: docs/explanation/busy-machine.md.
+A user's own setting is left alone.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_OPENMP = "OMP_WAIT_POLICY"
-SLEEP = {_OPENMP: "PASSIVE"}  # read when OpenMP's library is loaded
+_SPINS = "GOMP_SPINCOUNT"  # read when GCC's OpenMP library is loaded
+_SAME_MATTER = ("OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+LLAMA_CPP, TORCH = "300", "1000"  # iterations
+ONNXRUNTIME = "10"  # microseconds; "" for its own choice
 
 
 @contextmanager
-def sleeping_threads() -> Iterator[None]:
-    """Within it, a library that brings OpenMP is imported with threads that sleep while they wait."""
-    if any(name in os.environ for name in (_OPENMP, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
+def short_spins(count: str) -> Iterator[None]:
+    """A library that brings OpenMP and is imported within it spins `count` times."""
+    before = os.environ.get(_SPINS)
+    if _is_set_by_user():
         yield
         return
-    os.environ.update(SLEEP)
+    os.environ[_SPINS] = count
     try:
         yield
     finally:
-        for name in SLEEP:
-            os.environ.pop(name, None)
+        if before is None:
+            del os.environ[_SPINS]
+        else:
+            os.environ[_SPINS] = before
+
+
+def spin_briefly(count: str) -> None:
+    """The same for all that this process and its children will import."""
+    if not _is_set_by_user():
+        os.environ[_SPINS] = count
+
+
+def _is_set_by_user() -> bool:
+    return os.environ.get(_SPINS, TORCH) != TORCH or any(name in os.environ for name in _SAME_MATTER)
