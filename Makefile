@@ -37,7 +37,7 @@ $(DEMO)/shards/shards.json: | $(DEMO)/tokenizer/tokenizer.json
 	$(BIN)/phi-train shards --corpus stdlib --tokenizer $(DEMO)/tokenizer --out $(DEMO)/shards
 
 $(DEMO)/checkpoint/config.json: | $(DEMO)/shards/shards.json
-	@echo "==> 3/6 training a Phi-3 on them: about 5 minutes on two cores"
+	@echo "==> 3/6 training a Phi-3 on them; it tells how long it will take"
 	$(BIN)/phi-train phi3-demo --out $(DEMO)/checkpoint \
 	    --set data.tokenizer=$(DEMO)/tokenizer --set data.shards=$(DEMO)/shards
 
@@ -64,7 +64,7 @@ $(DEMO)/sample/config.json: | env
 	$(BIN)/phi-train sample --out $(DEMO)/sample
 
 $(DEMO)/sample-bundles: | $(DEMO)/sample/config.json
-	@echo "==> calibrating and exporting it, then judging it on held-out text: about five minutes on two cores"
+	@echo "==> calibrating and exporting it, then judging it on held-out text: minutes"
 	$(BIN)/phi-export --int4 $(DEMO)/sample --out $(DEMO)/sample-bundles
 
 $(DEMO)/sample.html: | $(DEMO)/sample-bundles

@@ -110,6 +110,7 @@ def test_recipe_files_of_the_documentation(recipe, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.integration
 def test_the_site_is_built_without_a_warning(tmp_path):
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(

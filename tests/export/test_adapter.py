@@ -18,6 +18,8 @@ from phi_runtime.backends.reference import Reference
 from phi_runtime.errors import CheckpointError, NotFoundError, UnsupportedError
 from phi_runtime.package.manifest import read_manifest
 
+pytestmark = pytest.mark.integration
+
 ALL = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 

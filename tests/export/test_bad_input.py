@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from support import SCRIPTS, run
+from support import SCRIPTS, run, run_here
 
 from phi_train.recipes.published import PUBLISHED
 
@@ -33,7 +33,8 @@ def refused(done, *says):
 
 
 def export(folder, out, *more, **options):
-    return run("phi-export", "--int4", "--fast", folder, "--out", out, *more, **options)
+    start = run if options else run_here
+    return start("phi-export", "--int4", "--fast", folder, "--out", out, *more, **options)
 
 
 def rewrite_header(path, change):

@@ -25,6 +25,8 @@ from phi_runtime.package.manifest import ExportOptions, read_manifest
 from phi_train.checkpoints.init import _pieces
 from phi_train.data.tokenizer import build_tokenizer, tokenizer_config
 
+pytestmark = pytest.mark.integration
+
 VOCAB = 700
 PHI3 = {
     "model_type": "phi3", "vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
@@ -100,7 +102,7 @@ def test_every_system(name, tokenizer, tmp_path):
     # Lengths on both sides of a window, and of the crossover between LongRoPE's factors.
     decoder = checkpoint.config.decoder()
     long = decoder.rope is not None and bool(decoder.rope.long)
-    texts = [rng.integers(3, VOCAB, n).tolist() for n in ((256, 257, 300) if long else (39, 41, 150))]
+    texts = [rng.integers(3, VOCAB, n).tolist() for n in ((256, 257, 300) if long else (41, 150))]
     with torch.no_grad():
         exact = [model(torch.tensor([t])).logits[0].float().numpy() for t in texts]
     for text, expected in zip(texts, exact, strict=True):

@@ -15,6 +15,8 @@ from phi_runtime.architecture.config import Phi3Config
 from phi_runtime.backends.reference import Reference
 from phi_runtime.errors import CheckpointError, UnsupportedError
 
+pytestmark = pytest.mark.integration
+
 KINDS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
 

@@ -12,6 +12,8 @@ import phi_runtime
 from phi_export.formats.gguf.tokenizer import _PATTERNS
 from phi_runtime.text.tokenizer import Tokenizer as Ours
 
+pytestmark = pytest.mark.integration
+
 CL100K, O200K = next(iter(_PATTERNS)), list(_PATTERNS)[-1]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|dummy_1|>"]
 

@@ -5,7 +5,7 @@ import numpy as np
 import onnx
 import pytest
 from breakage import BREAKERS, overwrite, rehash
-from support import run
+from support import run, run_here
 
 import phi_runtime
 from phi_export.formats import get_format
@@ -38,7 +38,7 @@ def test_a_broken_bundle_is_refused(name, break_it, copy, checkpoint):
     bundle = copy(name)
     getattr(BREAKERS[name](bundle), break_it)()
     rehash(bundle)
-    done = run("phi-export", "verify", bundle, "--against", checkpoint)
+    done = run_here("phi-export", "verify", bundle, "--against", checkpoint)
     assert done.returncode == 1, done.stdout + done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert "does not agree with its checkpoint" in last
@@ -61,14 +61,14 @@ def test_a_decode_function_that_differs_is_refused(copy, checkpoint):
             value.offset = cos + sin - value.offset
     path.write_bytes(model.SerializeToString())
     rehash(bundle)
-    done = run("phi-export", "verify", bundle, "--against", checkpoint)
+    done = run_here("phi-export", "verify", bundle, "--against", checkpoint)
     assert done.returncode == 1
     assert "graph" in done.stderr
 
     del model.mlProgram.functions["decode"]
     path.write_bytes(model.SerializeToString())
     rehash(bundle)
-    done = run("phi-export", "verify", bundle, "--against", checkpoint)
+    done = run_here("phi-export", "verify", bundle, "--against", checkpoint)
     assert done.returncode == 1
     assert "no function 'decode'" in done.stderr
 
@@ -85,7 +85,7 @@ def test_a_lost_window_is_refused(copy, checkpoint):
                     attribute.i = 60
         onnx.save(model, bundle / name)
         rehash(bundle)
-        done = run("phi-export", "verify", bundle, "--against", checkpoint)
+        done = run_here("phi-export", "verify", bundle, "--against", checkpoint)
         assert done.returncode == 1
         assert says in done.stderr
 
@@ -96,7 +96,7 @@ def test_another_tokenizer_inside_the_artifact_is_refused(copy, checkpoint):
     path = bundle / "model.gguf"
     overwrite(path, path.read_bytes().index(key) + len(key) + 4, b"\0")
     rehash(bundle)
-    done = run("phi-export", "verify", bundle, "--against", checkpoint)
+    done = run_here("phi-export", "verify", bundle, "--against", checkpoint)
     assert done.returncode == 1
     assert "tokenizer" in done.stderr
 
@@ -134,7 +134,7 @@ def test_all_metadata_of_a_gguf_are_the_checkpoints(copy, checkpoint):
         path.write_bytes(whole)
         overwrite(path, whole.index(key) + len(key) + skip, b"\x07")
         rehash(bundle)
-        done = run("phi-export", "verify", bundle, "--against", checkpoint)
+        done = run_here("phi-export", "verify", bundle, "--against", checkpoint)
         assert done.returncode == 1, key
         assert "metadata or tokenizer" in done.stderr
 
@@ -146,7 +146,7 @@ def test_a_changed_byte_is_noticed(name, copy, checkpoint):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 16
     path.write_bytes(data)
-    done = run("phi-export", "verify", bundle, "--against", checkpoint)
+    done = run_here("phi-export", "verify", bundle, "--against", checkpoint)
     assert done.returncode == 1
     assert "sha256" in done.stderr
 
@@ -157,7 +157,7 @@ def test_a_truncated_artifact_is_refused(name, copy, checkpoint):
     path = max((p for p in bundle.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     path.write_bytes(path.read_bytes()[: -path.stat().st_size // 3])  # well into the weights
     rehash(bundle)
-    done = run("phi-export", "verify", bundle, "--against", checkpoint)
+    done = run_here("phi-export", "verify", bundle, "--against", checkpoint)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
 
@@ -186,7 +186,7 @@ def test_a_manifest_that_claims_what_is_not_so_is_refused(change, says, copy, ch
     raw = json.loads(path.read_text())
     change(raw)
     path.write_text(json.dumps(raw))
-    done = run("phi-export", "verify", bundle, "--against", checkpoint)
+    done = run_here("phi-export", "verify", bundle, "--against", checkpoint)
     assert done.returncode == 1
     assert says in done.stderr
 
@@ -196,7 +196,7 @@ def test_a_companion_that_is_not_the_checkpoints_is_refused(name, copy, checkpoi
     bundle = copy("onnx")
     (bundle / name).write_text((bundle / name).read_text() + " ")
     rehash(bundle)
-    done = run("phi-export", "verify", bundle, "--against", checkpoint)
+    done = run_here("phi-export", "verify", bundle, "--against", checkpoint)
     assert done.returncode == 1
     assert f"the checkpoint's own {name}" in done.stderr
 
@@ -204,7 +204,7 @@ def test_a_companion_that_is_not_the_checkpoints_is_refused(name, copy, checkpoi
 def test_a_file_that_is_in_no_manifest_is_refused(copy, checkpoint):
     bundle = copy("onnx")
     (bundle / "extra.py").write_text("1")
-    done = run("phi-export", "verify", bundle, "--against", checkpoint)
+    done = run_here("phi-export", "verify", bundle, "--against", checkpoint)
     assert done.returncode == 1
     assert "extra.py" in done.stderr
 
@@ -216,14 +216,14 @@ def test_another_checkpoint_of_the_same_shape_is_refused(bundles, checkpoint, tm
     tail = np.frombuffer(bytes(data[-4096:]), np.uint16)
     data[-4096:] = tail[::-1].tobytes()
     path.write_bytes(data)
-    done = run("phi-export", "verify", bundles / "gguf", "--against", other)
+    done = run_here("phi-export", "verify", bundles / "gguf", "--against", other)
     assert done.returncode == 1
     assert "digests of the checkpoint" in done.stderr
     bundle = shutil.copytree(bundles / "gguf", tmp_path / "gguf")  # a manifest that lies about it
     manifest = json.loads((bundle / "phi-bundle.json").read_text())
     manifest["source"]["sha256"] = {"model.safetensors": sha256(path)}
     (bundle / "phi-bundle.json").write_text(json.dumps(manifest))
-    done = run("phi-export", "verify", bundle, "--against", other)
+    done = run_here("phi-export", "verify", bundle, "--against", other)
     assert done.returncode == 1
     assert "weights" in done.stderr
 

@@ -14,6 +14,8 @@ from phi_runtime.errors import UsageError
 from phi_train.checkpoints.extend import extend, loss_under, search, yarn
 from phi_train.models import load_model
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def data(checkpoint):

@@ -14,6 +14,8 @@ from support import SCRIPTS, run, settings
 from phi_train.recipes.catalogue import get_recipe
 from phi_train.trainer.loop import _number, learning_rate
 
+pytestmark = pytest.mark.integration
+
 SMALL = (
     "model.hidden_size=64",
     "model.intermediate_size=128",

@@ -7,13 +7,15 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from support import SCRIPTS, run, settings
+from support import SCRIPTS, run, run_here, settings
 
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.backends.reference import ReferenceBackend
 from phi_runtime.files import sha256
 from phi_runtime.generation.sampler import log_softmax
 from phi_train.data.shards import open_data
+
+pytestmark = pytest.mark.integration
 
 
 def test_the_model_learned(checkpoint):
@@ -125,7 +127,7 @@ def test_a_damaged_state_is_passed_over(tmp_path, checkpoint):
     ],
 )
 def test_bad_settings_get_one_line(tmp_path, args, says):
-    done = run("phi-train", *args, "--out", tmp_path / "out")
+    done = run_here("phi-train", *args, "--out", tmp_path / "out")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert says in done.stderr

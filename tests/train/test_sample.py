@@ -13,6 +13,8 @@ from phi_export.calibrate.forward import TorchDecoder
 from phi_runtime.architecture.checkpoint import open_checkpoint, stop_tokens
 from phi_runtime.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.integration
+
 QUESTION = "What is the capital of France? Completion in one sentence."
 
 
