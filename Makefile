@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := out/demo
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: help env demo check test docs test-clients test-page lint clean
+.PHONY: help env demo check test unit coverage docs test-clients test-page lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "                   then the same for a fully trained model, which answers questions"
 	@echo "make check         style, types, imports and the tests that neither train nor export: a minute"
 	@echo "make test          the same with all tests (what CI runs)"
+	@echo "make coverage      make test with the lines that tests reach"
 	@echo "make docs          the documentation site: out/site/index.html"
 	@echo "make test-clients  the bundles in optimum, in an environment of its own"
 	@echo "make test-page     the chat page in headless Chromium"
@@ -86,10 +87,16 @@ $(DEMO)/answers.txt: | $(DEMO)/sample.html
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: env lint
-	$(PYTEST) --cov -m "not clients and not browser"
+	$(PYTEST) -m "not clients and not browser"
 
-check: env lint
+check:
+	@$(MAKE) --no-print-directory -j 2 --output-sync=target lint unit
+
+unit: env
 	$(PYTEST) -m "not integration and not clients and not browser"
+
+coverage: env
+	$(PYTEST) --cov -m "not clients and not browser"
 
 docs: env
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

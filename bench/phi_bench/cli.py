@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import NoReturn
 
@@ -82,6 +83,11 @@ def _run(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}" + (f" and {args.html}" if args.html else ""))
 
 
+def _error(of_mean: float) -> str:
+    """The standard error over windows."""
+    return " (one window: no standard error)" if math.isnan(of_mean) else f" +- {of_mean:.6f}"
+
+
 def _quality(args: argparse.Namespace) -> None:
     try:
         from rich.console import Console
@@ -101,7 +107,7 @@ def _quality(args: argparse.Namespace) -> None:
     for q in found:
         out.print(
             f"{q.name}: {q.file_bytes:,} bytes, KV {q.kv}, {q.tokens:,} positions\n"
-            f"  KL divergence, nats: mean {q.kld_mean:.6f} +- {q.kld_error:.6f}, median {q.kld_median:.6f}, "
+            f"  KL divergence, nats: mean {q.kld_mean:.6f}{_error(q.kld_error)}, median {q.kld_median:.6f}, "
             f"99.9 % {q.kld_999:.5f}, largest {q.kld_max:.4f}\n"
             f"  same top token {100 * q.top1_agreement:.2f} %; perplexity {q.perplexity:.4f}, the checkpoint's "
             f"{q.checkpoint_perplexity:.4f} ({100 * (q.perplexity / q.checkpoint_perplexity - 1):+.3f} %)",

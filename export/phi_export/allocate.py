@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -9,8 +10,12 @@ from phi_export.calibrate.equalise import scales_bytes
 from phi_export.defaults import PREFERENCES
 from phi_export.formats import Format, Quantization, TensorGroup, Type, fitting, sidecar_files, stored, tensor_groups
 from phi_runtime.architecture.checkpoint import Checkpoint
+from phi_runtime.architecture.config import Config
+from phi_runtime.backends import choose_backend, kv_types
 from phi_runtime.errors import UsageError
-from phi_runtime.package.manifest import ExportOptions
+from phi_runtime.package.manifest import BundleFile, ExportOptions, Manifest, Source
+from phi_runtime.package.open import Package, staging
+from phi_runtime.planning.memory import MemoryPlan, available, predict
 from phi_runtime.planning.speed import Speeds
 
 # Expected loss of storing an item as a type, in any unit that adds up over items.
@@ -49,6 +54,9 @@ class Budget:
     min_speed: float | None = None
 
 
+_UNWRITTEN = "planned"
+
+
 @dataclass(frozen=True)
 class QuantizationPlan:
     """What an export will write in one format."""
@@ -70,6 +78,39 @@ class QuantizationPlan:
     def weight_bytes(self) -> int:
         """Bytes of the weights."""
         return sum(q.bytes for q in self.plan.values())
+
+    def memory(self, config: Config, context: int) -> MemoryPlan:
+        """What running it takes with so many tokens of context, in the type of cache that its engine prefers."""
+        manifest = Manifest(
+            format=self.format,
+            artifact=_UNWRITTEN,
+            source=Source(_UNWRITTEN, None, {}),
+            architecture=config.to_json(),
+            context=self.context,
+            window=None,
+            stop_tokens=(),
+            chat=None,
+            quantization=self.plan,
+            files=(BundleFile(_UNWRITTEN, 0, ""),),
+            options=self.options,
+        )
+        matrices = [(self.plan[i.name].type, self.plan[i.name].bytes) for i in self.items if i.role != "embedding"]
+        package = Package(
+            path=Path(_UNWRITTEN),
+            format=self.format,
+            folder=None,
+            context=self.context,
+            shape=config.decoder().cache_shape(),
+            stop_tokens=(),
+            chat=None,
+            bos_token="",
+            weights=self.weight_bytes,
+            staging=staging(matrices),
+            digest="",
+            manifest=manifest,
+        )
+        engine = choose_backend(package, None)
+        return predict(package, "this machine", context, kv_types(package, engine)[0], available())
 
     def milliseconds(self, speeds: Speeds) -> float | None:
         """Predicted time of the products of one token, None where a type was never measured."""

@@ -88,7 +88,9 @@ def _export(argv: list[str]) -> None:
     )
     args = p.parse_args(argv)
     if args.int4 == (args.memory is not None):
-        raise UsageError("say how to quantise: either --int4, or --memory SIZE for the best mix that fits")
+        raise UsageError(
+            "say how to quantise: --int4, or --memory SIZE for the best mix that fits; one of them, not both"
+        )
     if args.min_speed and (args.memory is None or args.prefer):
         raise UsageError("--min-speed chooses among mixes, so it goes with --memory SIZE, and without --prefer")
     if args.fast and (args.calibrate != BUILT_IN or args.windows != WINDOWS or args.cache):

@@ -14,7 +14,7 @@ from rich.table import Table
 from phi_export.allocate import QuantizationPlan, gb
 from phi_export.calibrate.calibration import Calibration
 from phi_export.calibrate.equalise import FILE
-from phi_export.defaults import PREFERENCES
+from phi_export.defaults import BUILT_IN, PREFERENCES
 from phi_export.formats import get_format
 from phi_export.formats.coreml.lint import Finding
 from phi_export.pipeline import Exported
@@ -23,12 +23,9 @@ from phi_export.verify.gate import NOTED
 from phi_export.verify.verification import Verification
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.backends import DEFAULT_CONTEXT
-from phi_runtime.generation.engine import CHUNK
 from phi_runtime.package.manifest import HeldOut
 from phi_runtime.planning.speed import load_speeds
 
-# What a runtime takes beside weights and cache: activations of a chunk of the prompt, logits, itself.
-RUNTIME_BYTES = 150_000_000
 _LOG_EVERY = 30  # seconds
 _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
@@ -47,7 +44,7 @@ def notes(checkpoint: Checkpoint) -> None:
 
 def size_report(checkpoint: Checkpoint, planned: QuantizationPlan, calibration: Calibration | None = None) -> None:
     """The table of `--dry-run`: what each group of tensors will take and cost, and what follows from it."""
-    module, plan = get_format(planned.format), planned.plan
+    plan = planned.plan
     total, weights = planned.weight_bytes, sum(q.weights for q in plan.values())
     profile = f" ({planned.options.profile})" if planned.options.profile else ""
     table = Table(title=f"{planned.format}{profile}: {weights:,} weights", title_justify="left")
@@ -65,24 +62,21 @@ def size_report(checkpoint: Checkpoint, planned: QuantizationPlan, calibration: 
     table.add_section()
     lost = [f"{planned.expected_loss:.6f}"] if calibration else []
     table.add_row("weights", "", f"{8 * total / weights:.3f}", f"{total:,}", "", *lost)
-    table.add_row("beside them, at most", "", "", f"{planned.overhead:,}", "")
+    table.add_row("other files, at most", "", "", f"{planned.overhead:,}", "")
     files = total + planned.overhead
-    table.add_row("files, at most", "", "", f"{files:,}", "")
+    table.add_row("all files, at most", "", "", f"{files:,}", "")
     _out.print(table)
     if calibration:
         _out.print(
-            f"expected loss: KL divergence, nats per token, by measured cost of each matrix "
+            f"expected loss: KL divergence, nats per token, by the measured sensitivity of each matrix "
             f"(calibrated on {calibration.on.text}, {calibration.on.tokens:,} tokens)"
         )
     _out.print(f"files: at most {gb(files)}")
-    decoder = checkpoint.config.decoder()
-    per_token = module.kv_bytes(decoder, planned.options)
     context = min(planned.options.context or DEFAULT_CONTEXT, planned.context)
-    held = min(context, (decoder.kv_positions() or context) + CHUNK)  # a cache may be of the window's size
+    memory = planned.memory(checkpoint.config, context)
     _out.print(
-        f"KV cache: {gb(1000 * per_token)} per 1,000 tokens; the bundle's context is {planned.context:,} tokens. "
-        f"Predicted resident memory at {context:,} tokens: {gb(files + held * per_token + RUNTIME_BYTES)} "
-        "(files, cache and working buffers)"
+        f"the bundle's context is {planned.context:,} tokens; memory when run with {context:,}: "
+        f"{gb(memory.peak)}, of which {gb(memory.cache)} are the KV cache in {memory.kv}"
     )
     _speed(planned)
 
@@ -99,7 +93,7 @@ def _speed(planned: QuantizationPlan) -> None:
         _out.print(f"speed: {speeds.engine} was never measured with these types; run phi-export calibrate-speed")
         return
     _out.print(
-        f"predicted decoding: {ms:.1f} ms per token in its products, {1000 / ms:.1f} tokens/s at most "
+        f"predicted decoding: {ms:.1f} ms per token for its matrix products, {1000 / ms:.1f} tokens/s at most "
         f"({speeds.engine}, measured on {speeds.machine})"
     )
 
@@ -192,8 +186,9 @@ def exported(bundles: list[Exported]) -> None:
 
 def judged(bundle: Path, q: HeldOut, calibrated: bool) -> None:
     """What the quality gate found, in words."""
+    text = "the built-in text" if q.text == BUILT_IN else q.text
     figures = (
-        f"on {q.tokens:,} held-out tokens of {q.text} the perplexity goes from {q.checkpoint_perplexity:.2f} to "
+        f"on {q.tokens:,} held-out tokens of {text}, perplexity goes from {q.checkpoint_perplexity:.2f} to "
         f"{q.perplexity:.2f} ({100 * q.rise:+.1f} %), the likeliest next token stays the same at "
         f"{100 * q.top1_agreement:.0f} % of the positions, KL divergence {q.kld_mean:.4f} nats"
     )
@@ -201,10 +196,8 @@ def judged(bundle: Path, q: HeldOut, calibrated: bool) -> None:
         _out.print(f"{bundle.name}: close to the checkpoint: {figures}")
         return
     cure = "more bytes (--memory)" if calibrated else "calibration (leave --fast out), or more bytes (--memory)"
-    _out.print(
-        f"[bold]WARNING[/bold] {bundle.name}: THIS MODEL LOST QUALITY: {figures}. What mends it: {cure}; "
-        "--dry-run shows which tensors cost most"
-    )
+    where = "; --dry-run shows which tensors cost most" if calibrated else ""
+    _out.print(f"[bold]WARNING[/bold] {bundle.name}: THIS MODEL LOST QUALITY: {figures}. What mends it: {cure}{where}")
 
 
 def verified(bundle: Path, outcome: Verification) -> None:

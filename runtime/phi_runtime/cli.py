@@ -221,6 +221,8 @@ def _plan(args: argparse.Namespace) -> None:
     print(found.arithmetic())
     if found.tokens_per_second is not None:
         print(f"about {found.tokens_per_second:.1f} tokens/s, by what phi-export calibrate-speed measured here")
+    elif args.device is None:
+        print("speed: not known; phi-export calibrate-speed measures what types take on this machine")
 
 
 def _serve(args: argparse.Namespace) -> None:

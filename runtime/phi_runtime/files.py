@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from phi_runtime.errors import DiskFullError, NotFoundError, PhiError
+from phi_runtime.errors import DiskFullError, NotFoundError, PhiError, UsageError
 
 try:
     import fcntl
@@ -20,6 +20,16 @@ except ImportError:  # Windows, where two runs are not kept apart
 _PARTIAL = ".partial-"
 _RESUMABLE = ".unfinished-"
 _OLD = ".replaced-"  # what stood where a new folder is about to; put back if that does not come
+
+
+def read_text(path: Path, option: str) -> str:
+    """A text that a user named with `option`. Raises NotFoundError, UsageError where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise NotFoundError(f"{option} {path}: no such file; give a text file") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"{option} {path}: cannot be read as UTF-8 text ({e}); give another") from None
 
 
 @contextmanager

@@ -255,4 +255,4 @@ def test_a_dry_run_reads_headers_only(tmp_path, checkpoint):
     assert done.returncode == 0, done.stderr
     assert done.stdout == zeros.stdout
     assert "bits/weight" in done.stdout
-    assert "Predicted resident memory" in done.stdout
+    assert "memory when run with" in done.stdout

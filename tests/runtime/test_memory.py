@@ -36,7 +36,7 @@ def test_less_memory_means_a_smaller_cache_then_a_shorter_context(bundles):
     assert whole.peak == whole.weights + whole.cache + whole.buffers + whole.process
     less = plan(bundles / "gguf", memory=whole.peak - 1)
     assert less.context == whole.context and less.kv == "q8_0"
-    with pytest.raises(MemoryPlanError, match=r"= \d+\.\d+ GB, 0\.001 GB allowed"):
+    with pytest.raises(MemoryPlanError, match=r"= \d+\.\d+ GB; 0\.001 GB allowed: does not fit"):
         plan(bundles / "gguf", memory=10**6)
     assert plan(bundles / "onnx", context=50).context == 50
     assert plan(bundles / "gguf", kv="q4_0").kv == "q4_0"

@@ -385,3 +385,31 @@ def test_the_faster_engine_says_the_same(checkpoint, bundles, text, tmp_path):
     assert phi_runtime.plan(bundles / "gguf", context=64, memory=least, backend="ik_llama.cpp").kv == "f16"
     with pytest.raises(PhiError, match="does not fit"):  # and nothing smaller is tried
         phi_runtime.load(bundles / "gguf", context=64, memory=least - 1, backend="ik_llama.cpp")
+
+
+def test_a_folder_that_is_no_bundle_says_what_to_give(bundles, checkpoint, tmp_path):
+    with pytest.raises(NotFoundError, match=r"give one of the bundles in it, such as .*coreml"):
+        open_package(bundles)
+    with pytest.raises(NotFoundError, match="it is a checkpoint; export it first: phi-export --int4"):
+        open_package(checkpoint)
+    with pytest.raises(NotFoundError, match="is no GGUF file; give one of them"):
+        open_package(tmp_path)
+
+
+def test_a_device_is_named_and_known(bundles, monkeypatch):
+    import llama_cpp
+
+    with pytest.raises(UsageError, match="device 'gpu': onnxruntime, as it is installed here, runs on cpu only"):
+        phi_runtime.load(bundles / "onnx", device="gpu")
+    with pytest.raises(UsageError, match="device 'npu'"):
+        phi_runtime.load(bundles / "gguf", device="npu")
+    layers = []
+    real = llama_cpp.llama_model_load_from_file
+    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
+    monkeypatch.setattr(
+        llama_cpp, "llama_model_load_from_file", lambda p, params: layers.append(params.n_gpu_layers) or real(p, params)
+    )
+    for device, expected in (("auto", 9999), ("gpu", 9999), ("cpu", 0)):
+        with phi_runtime.load(bundles / "gguf", device=device) as phi:
+            assert phi.generate("x", max_tokens=1).tokens
+        assert layers[-1] == expected

@@ -12,6 +12,7 @@ from pathlib import Path
 from phi_export.defaults import BUILT_IN
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.errors import CheckpointError, UsageError
+from phi_runtime.files import read_text
 from phi_runtime.text.chat_templates import ChatFormat, chat_name, get_format
 from phi_runtime.text.tokenizer import Tokenizer
 from phi_train.data.corpus import Document, document_paths, shuffle_hash
@@ -63,20 +64,13 @@ def _pieces(text: str, size: int, count: int, held_out: bool) -> Iterator[str]:
     elif Path(text).is_dir():
         yield from _documents(text, size, held_out)
     else:
-        content = _read(Path(text))
+        content = read_text(Path(text), "--calibrate")
         cut = len(content) - max(len(content) // 20, min(size, len(content) // 4))
         content = content[cut:] if held_out else content[:cut]
         # All of a short text, or places spread evenly over a long one.
         step = max(size, (len(content) - size) // count)
         for start in range(0, max(1, len(content) - size + 1), step):
             yield content[start : start + size]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"--calibrate {path}: cannot be read as UTF-8 text ({e}); give another") from None
 
 
 def _documents(corpus: str, size: int, held_out: bool) -> Iterator[str]:

@@ -10,7 +10,7 @@ from phi_export.formats.parallel_writer import PIECE, ParallelWriter
 from phi_export.quantize.gptq import HessianFactor
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.architecture.config import Config
-from phi_runtime.architecture.decoder import F32, Decoder
+from phi_runtime.architecture.decoder import F32
 from phi_runtime.backends.reference import ReadTensor
 from phi_runtime.errors import UnsupportedError, UsageError, missing_extra
 from phi_runtime.package.formats import FORMATS
@@ -147,9 +147,6 @@ class Format(Protocol):
 
     def vector_bytes(self, options: ExportOptions) -> int:
         """Bytes of a weight that stays in floating point."""
-
-    def kv_bytes(self, decoder: Decoder, options: ExportOptions) -> int:
-        """Bytes of the KV cache per token."""
 
     def overhead(self, checkpoint: Checkpoint, options: ExportOptions) -> int:
         """Bytes of the artifact that are not weights, at most."""

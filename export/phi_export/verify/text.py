@@ -9,6 +9,7 @@ from phi_export.verify.subprocess_run import Artifact
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.architecture.config import num_parameters
 from phi_runtime.errors import BundleError, CheckpointError, UsageError
+from phi_runtime.files import read_text
 from phi_runtime.text.tokenizer import Tokenizer
 
 DEFAULT_TOKENS = 256  # or as many as reach beyond the model's window, unless the model is large
@@ -23,13 +24,9 @@ _PROBED = 200  # added tokens looked at, and random strings of them
 def sample_tokens(checkpoint: Checkpoint, text: Path | None = None, count: int | None = None) -> list[int]:
     """The first `count` tokens of a text; by default, of the built-in sample, enough to see all there is.
 
-    Raises UsageError for a text that cannot be read or is too short.
+    Raises NotFoundError, UsageError for a text that cannot be read or is too short.
     """
-    path = text or _SAMPLE
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"{path}: cannot be read as UTF-8 text ({e}); give another --text") from None
+    content = read_text(text or _SAMPLE, "--text")
     tokens = Tokenizer(checkpoint.folder).encode(content)
     if text is None:  # the sample is short: read it again and again
         window = checkpoint.config.decoder().window() or 0
@@ -41,7 +38,7 @@ def sample_tokens(checkpoint: Checkpoint, text: Path | None = None, count: int |
     if tokens and max(tokens) >= checkpoint.config.vocab_size:
         raise CheckpointError(f"{checkpoint.folder}: its tokenizer gives tokens beyond the embedding")
     if len(tokens) < 2:
-        raise UsageError(f"{path}: gives {len(tokens)} tokens; at least two are needed")
+        raise UsageError(f"{text or _SAMPLE}: gives {len(tokens)} tokens; at least two are needed")
     return tokens
 
 

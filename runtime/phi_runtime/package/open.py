@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from phi_runtime.text.tokenizer import FILE as TOKENIZER
 
 GENAI = "genai_config.json"
 _ARCHITECTURES = ("phi3", "phi2", "llama")  # of llama.cpp; as the last, some save a Phi
-_REPACKED = (2, 10, 12, 20)  # ggml types: Q4_0, Q2_K, Q4_K, IQ4_NL
+_REPACKED = ("Q4_0", "Q2_K", "Q4_K", "IQ4_NL")
 _TYPE_NAMES = {
     2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
     20: "IQ4_NL",
@@ -68,7 +69,17 @@ def open_package(path: str | Path) -> Package:
         return _gguf(path)
     if (path / GENAI).is_file():
         return _genai(path)
-    raise NotFoundError(f"{path}: holds no {MANIFEST}, no {GENAI}, and is no GGUF file; give one of them")
+    raise NotFoundError(f"{path}: holds no {MANIFEST}, no {GENAI}, and is no GGUF file; {_what_to_do(path)}")
+
+
+def _what_to_do(path: Path) -> str:
+    """What a path that holds no model was probably meant to be."""
+    inside = sorted(p.parent for p in path.glob(f"*/{MANIFEST}"))
+    if inside:
+        return f"give one of the bundles in it, such as {inside[0]}"
+    if (path / "config.json").is_file():
+        return f"it is a checkpoint; export it first: phi-export --int4 {path} --out bundles"
+    return "give one of them"
 
 
 def open_bundle(folder: Path, manifest: Manifest) -> Package:
@@ -76,7 +87,7 @@ def open_bundle(folder: Path, manifest: Manifest) -> Package:
     artifact = folder / manifest.artifact
     if not artifact.exists():
         raise BundleError(f"{artifact}: is missing from the bundle; export it again")
-    staging = _staging(read_header(artifact)) if manifest.format == "gguf" else 0
+    twice = _staging(read_header(artifact)) if manifest.format == "gguf" else 0
     said = json.dumps([manifest.format, manifest.source.sha256, [f.sha256 for f in manifest.files]])
     return Package(
         path=artifact,
@@ -88,7 +99,7 @@ def open_bundle(folder: Path, manifest: Manifest) -> Package:
         chat=None if manifest.chat is None else get_format(manifest.chat),
         bos_token=bos_token(folder),
         weights=sum(q.bytes for q in manifest.quantization.values()),
-        staging=staging,
+        staging=twice,
         digest=hashlib.sha256(said.encode()).hexdigest(),
         matrices=_used(manifest),
         manifest=manifest,
@@ -168,9 +179,16 @@ def _typed(header: Header) -> tuple[tuple[str, int], ...]:
 
 
 def _staging(header: Header) -> int:
-    """llama.cpp reads a matrix whole before it lays it out anew for the processor: the largest counts twice."""
-    sizes = [header.tensors[n] for n, kind in header.types.items() if kind in _REPACKED and n != "token_embd.weight"]
-    largest = max(sizes, default=0)
+    return staging(
+        (_TYPE_NAMES.get(kind, ""), header.tensors[n]) for n, kind in header.types.items() if n != "token_embd.weight"
+    )
+
+
+def staging(matrices: Iterable[tuple[str, int]]) -> int:
+    """Bytes that llama.cpp holds twice, by types and bytes of the matrices: it reads a matrix whole before it lays it
+    out anew for the processor, so the largest counts twice.
+    """
+    largest = max((size for kind, size in matrices if kind in _REPACKED), default=0)
     return largest if largest > 1 << 25 else 0
 
 

@@ -57,7 +57,8 @@ class MemoryPlan:
         parts = {"weights": self.weights, f"cache of {self.context} tokens in {self.kv}": self.cache}
         parts |= {"buffers": self.buffers, "process": self.process}
         said = " + ".join(f"{size / 1e9:.3f} ({name})" for name, size in parts.items())
-        return f"{said} = {self.peak / 1e9:.3f} GB, {self.limit / 1e9:.3f} GB allowed"
+        outcome = "fits" if self.fits else "does not fit"
+        return f"{said} = {self.peak / 1e9:.3f} GB; {self.limit / 1e9:.3f} GB allowed: {outcome}"
 
 
 def plan(
@@ -102,7 +103,7 @@ def plan_package(
                 return found if device is not None else replace(found, tokens_per_second=_speed(package, engine))
             best = found if best is None or found.peak < best.peak else best
     assert best is not None
-    raise MemoryPlanError(f"{package.path}: does not fit: {best.arithmetic()}; export it smaller, or allow more")
+    raise MemoryPlanError(f"{package.path}: {best.arithmetic()}; export it smaller, or allow more")
 
 
 def predict(package: Package, device: str, context: int, kv: str, limit: int) -> MemoryPlan:

@@ -142,11 +142,6 @@ def vector_bytes(options: ExportOptions) -> int:
     return 4
 
 
-def kv_bytes(decoder: Decoder, options: ExportOptions) -> int:
-    """float16 keys and values."""
-    return 2 * 2 * len(decoder.layers) * decoder.kv_size
-
-
 def context(config: Config, options: ExportOptions) -> int:
     """What was asked for, by default all of it up to 4,096: the cache has a fixed size."""
     return options.context or min(config.max_position_embeddings, DEFAULT_CONTEXT)

@@ -31,7 +31,7 @@ from phi_export.quantize.q4 import quantize_q4_0, quantize_q4_k
 from phi_export.quantize.uniform import finite
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.architecture.config import Config
-from phi_runtime.architecture.decoder import F32, Decoder
+from phi_runtime.architecture.decoder import F32
 from phi_runtime.backends.reference import ReadTensor, round_int8
 from phi_runtime.errors import BundleError, MissingExtraError, UnsupportedError
 from phi_runtime.package.manifest import ExportOptions, Manifest, TensorQuant
@@ -122,11 +122,6 @@ def yardstick(item: TensorGroup, layers: int, options: ExportOptions) -> str:
 def vector_bytes(options: ExportOptions) -> int:
     """Norms and biases are float32."""
     return 4
-
-
-def kv_bytes(decoder: Decoder, options: ExportOptions) -> int:
-    """float16 keys and values."""
-    return 2 * 2 * len(decoder.layers) * decoder.kv_size
 
 
 def context(config: Config, options: ExportOptions) -> int:

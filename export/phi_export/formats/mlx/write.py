@@ -27,7 +27,7 @@ from phi_export.quantize.gptq import HessianFactor
 from phi_export.quantize.uniform import F16, U8, finite, round_affine
 from phi_runtime.architecture.checkpoint import Checkpoint, stop_tokens
 from phi_runtime.architecture.config import Config, Phi3Config
-from phi_runtime.architecture.decoder import F32, Decoder
+from phi_runtime.architecture.decoder import F32
 from phi_runtime.backends.mlx import WEIGHTS
 from phi_runtime.backends.reference import ReadTensor, round_float16
 from phi_runtime.errors import BundleError, UnsupportedError
@@ -111,11 +111,6 @@ def yardstick(item: TensorGroup, layers: int, options: ExportOptions) -> str:
 def vector_bytes(options: ExportOptions) -> int:
     """Norms and biases are float16."""
     return 2
-
-
-def kv_bytes(decoder: Decoder, options: ExportOptions) -> int:
-    """Keys and values are float16."""
-    return 4 * len(decoder.layers) * decoder.kv_size
 
 
 def context(config: Config, options: ExportOptions) -> int:

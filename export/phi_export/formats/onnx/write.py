@@ -135,11 +135,6 @@ def vector_bytes(options: ExportOptions) -> int:
     return 4 if choose_profile("onnx", PROFILES, options) == "fp32" else 2
 
 
-def kv_bytes(decoder: Decoder, options: ExportOptions) -> int:
-    """Keys and values have the activations' type."""
-    return 2 * vector_bytes(options) * len(decoder.layers) * decoder.kv_size
-
-
 def context(config: Config, options: ExportOptions) -> int:
     """All of it: GroupQueryAttention applies the window."""
     return config.max_position_embeddings
