@@ -171,9 +171,10 @@ class Phi:
     ) -> list[Completion]:
         """The answers to several prompts, `rows` at a time: quicker for evaluation than one after the other.
 
-        They are those of `generate`, up to an engine's rounding, with neither guesses nor a cache kept. Engines that
-        have no batches, and models whose positions differ from row to row in an ONNX graph (LongRoPE, learnt positions,
-        block-sparse attention), answer one after the other. Raises UsageError for a constraint or a sliding window.
+        They are those of `generate`, up to an engine's rounding, with neither prompt lookup nor prefix caching. Engines
+        that have no batches, and models whose positions differ from row to row in an ONNX graph (LongRoPE, learnt
+        positions, block-sparse attention), answer one after the other. Raises UsageError for a constraint or a sliding
+        window.
         """
         if options.get("constraint") is not None or options.get("policy") == "sliding-window":
             raise UsageError("generate_batch takes no constraint and no sliding window; call generate for each prompt")
@@ -388,8 +389,8 @@ def load(
     what the model has, up to 4,096. memory: bytes, or a size such as "2.5GB", that context and cache are chosen within
     (see `plan`). threads: by default one per core. kv: the type of the cache, such as q8_0 (llama.cpp) or int8
     (onnxruntime, calibrated bundles). chat: a format of `phi_runtime.text.chat_templates`, for a model whose template
-    is not known. draft: a small model of the same tokenizer, which guesses tokens for this one to check. device: "cpu",
-    "gpu", or "auto" for the one that the installed engine prefers.
+    is not known. draft: a small model of the same tokenizer, which proposes tokens for this one to check. device:
+    "cpu", "gpu", or "auto" for the one that the installed engine prefers.
 
     Raises NotFoundError, BundleError, UnsupportedError, MissingExtraError, UsageError for a backend that does not run
     the format or a device that it cannot use, ContextError for a context beyond the model's, MemoryPlanError where

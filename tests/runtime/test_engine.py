@@ -143,15 +143,15 @@ def test_stopping_inside_a_guess_leaves_a_cache_that_is_true():
 
 
 def test_guessing_rests_where_it_does_not_pay():
-    guesses = PromptLookup([1, 2, 3, 4, 1, 2, 3])
-    guesses.record(0, 0, 1.0)
+    lookup = PromptLookup([1, 2, 3, 4, 1, 2, 3])
+    lookup.record(0, 0, 1.0)
     offered = 0
     for _ in range(40):
-        if guess := guesses.guess(8):
+        if guess := lookup.propose(8):
             offered += 1
-            guesses.record(len(guess), 0, 3.0)  # wide passes that bring one token each
+            lookup.record(len(guess), 0, 3.0)  # wide passes that bring one token each
     assert 1 < offered <= 8
-    assert PromptLookup([1, 2, 3, 4, 1, 2, 3]).guess(8) == []  # nothing is known of the cost yet
+    assert PromptLookup([1, 2, 3, 4, 1, 2, 3]).propose(8) == []  # nothing is known of the cost yet
 
 
 def test_policies():

@@ -1,4 +1,4 @@
-"""What is made small, held to what it is by hand."""
+"""Losses, held to what they are by hand."""
 
 import math
 

@@ -169,7 +169,7 @@ class Format(Protocol):
         """What a runtime computes with after some rows were stored as a type, without feedback."""
 
     def validate(self, folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
-        """Hold what running it does not show to the checkpoint. Raises BundleError."""
+        """Validate metadata that a forward pass does not exercise. Raises BundleError."""
 
     def read(self, folder: Path, manifest: Manifest) -> ReadTensor:
         """Give its weights back under the checkpoint's names, dequantised to float32."""

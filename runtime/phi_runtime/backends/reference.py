@@ -134,7 +134,7 @@ class Reference:
         return [layer_norm(x, weight, bias, eps) for x in xs]
 
     def linear(self, xs: list[F32], linear: Linear) -> list[F32]:
-        """Each sequence's activations times a matrix; to be extended by who wants to see what enters a matrix."""
+        """Each sequence's activations times a matrix; override it to observe the inputs."""
         rounded = np.concatenate([sequence.round(x) for sequence, x in zip(self.sequences, xs, strict=True)])
         parts: list[F32] = []
         for name in linear.weight:

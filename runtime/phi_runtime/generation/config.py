@@ -14,7 +14,7 @@ class GenerationConfig(Sampling):
 
     max_tokens: of the answer. stop: texts that end the answer and are not part of it. policy: what happens where the
     context is too small; "truncate-left" cuts the prompt's beginning, "sliding-window" also goes on in the newer half
-    of the text once the context is full; what was dropped is reported. speculate: guess tokens by prompt lookup where
+    of the text once the context is full; what was dropped is reported. speculate: propose tokens by prompt lookup where
     that saves time. constraint: see `Constraint`. top_logprobs: how many of the likeliest tokens each step names.
     """
 

@@ -68,7 +68,7 @@ class Step:
 
 
 class Engine:
-    """Generation over a backend, whose cache keeps the last text: a call that begins as the last one did reads on.
+    """Generation over a backend, with prefix caching: only what the last text did not begin with is prefilled.
 
     A prompt is read in pieces; between them another thread or a signal may set `cancelled` to end the stream. One that
     goes beyond LongRoPE's `crossover` is read at once: what came before it has to be read again with what follows.
@@ -79,7 +79,7 @@ class Engine:
         self.stop_tokens = frozenset(stop_tokens)
         self.cached_tokens: list[int] = []  # what the cache holds; nothing, where a call was broken off in the backend
         self.cancelled = False
-        self.draft: Engine | None = None  # a quicker model of the same vocabulary, to guess with
+        self.draft: Engine | None = None  # a quicker model of the same vocabulary, to propose tokens with
         self._crossover = crossover
 
     def forget(self) -> None:
@@ -112,26 +112,26 @@ class Engine:
             raise UsageError(f"top_logprobs {top_logprobs} is not between 0 and the vocabulary's size")
         sampler = Sampler(sampling)
         seen = set(tokens) if sampling.repetition_penalty != 1 else set()
-        guesses = (
+        lookup = (
             PromptLookup(tokens, self._drafted if self.draft else None) if speculate and constraint is None else None
         )
         began, passed = time.perf_counter(), 0.0
         self.cancelled = False
         reused = self._rewind_to_shared(tokens)
-        rows, guess, at = self._read(tokens[reused:]), list[int](), 0
+        rows, proposed, at = self._read(tokens[reused:]), list[int](), 0
         if self.cancelled:
             return
         for n in range(1, max_tokens + 1):
             logits_V = rows[at] if constraint is None else constraint.mask(rows[at])
             token = sampler.draw(logits_V, seen)
-            right = at < len(guess) and token == guess[at]
-            full = len(self.cached_tokens) - (len(guess) - at) >= self.backend.context and policy != "sliding-window"
+            accepted = at < len(proposed) and token == proposed[at]
+            full = len(self.cached_tokens) - (len(proposed) - at) >= self.backend.context and policy != "sliding-window"
             stop = self._why_stop(token, n, max_tokens, full)
             now = time.perf_counter()
             top = most_likely(rows[at], top_logprobs) if top_logprobs else ()
             step = Step(token, log_probability(rows[at], token), now - began, stop, reused, dropped, top)
-            if stop or not right:
-                self._rewind(len(self.cached_tokens) - (len(guess) - at))
+            if stop or not accepted:
+                self._rewind(len(self.cached_tokens) - (len(proposed) - at))
             yield step
             if stop:
                 return
@@ -140,19 +140,19 @@ class Engine:
                 seen.add(token)
             if constraint is not None:
                 constraint.accept(token)
-            if guesses is not None:
-                guesses.push(token)
-            if right:
+            if lookup is not None:
+                lookup.push(token)
+            if accepted:
                 at += 1
                 continue
-            if guesses is not None and n > 1:
-                guesses.record(len(guess), at, passed)
+            if lookup is not None and n > 1:
+                lookup.record(len(proposed), at, passed)
             if len(self.cached_tokens) >= self.backend.context:
                 dropped = self._slide()
             most = min(max_tokens - n, self.backend.context - len(self.cached_tokens)) - 1
             started = time.perf_counter()
-            guess, at = guesses.guess(most) if guesses is not None else [], 0
-            rows = self._forward([token, *guess], all_logits=True)
+            proposed, at = lookup.propose(most) if lookup is not None else [], 0
+            rows = self._forward([token, *proposed], all_logits=True)
             passed = time.perf_counter() - started
 
     def _drafted(self, tokens: list[int], count: int) -> list[int]:

@@ -1,21 +1,21 @@
-"""PromptLookup for speculative decoding: what followed these tokens last time in the text, or what a draft model says.
+"""Speculative decoding by 3-gram prompt lookup, or by a draft model.
 
-A guess costs a wider forward pass and is checked against the sampler, so it changes speed and never the answer
-(arXiv:2211.17192; by lookup instead of a model: arXiv:2304.04487).
+Proposed is what followed the last three tokens earlier in the text. Proposals are checked against the sampler in one
+wider forward pass, so they change the speed and never the answer (arXiv:2211.17192; by lookup: arXiv:2304.04487).
 """
 
 from collections.abc import Callable
 
 _GRAM = 3  # tokens that must have been seen before, in this order
-_SHORTEST, _LONGEST = 3, 24  # tokens of a guess
+_SHORTEST, _LONGEST = 3, 24  # tokens of a proposal
 _PATIENCE = 6  # rounds that are judged together
-_REST = 32  # tokens without guesses after rounds that lost time; doubles each time
+_REST = 32  # tokens without proposals after rounds that lost time; doubles each time
 
-Draft = Callable[[list[int], int], list[int]]  # the text so far and how many tokens to guess at most
+Draft = Callable[[list[int], int], list[int]]  # the text so far and how many tokens to propose at most
 
 
 class PromptLookup:
-    """The text so far as an index of its n-grams, and a judgement of whether guessing pays here."""
+    """An index of the text's n-grams, and a measurement of whether proposals pay here."""
 
     def __init__(self, tokens: list[int], draft: Draft | None = None) -> None:
         self._tokens: list[int] = []
@@ -23,7 +23,7 @@ class PromptLookup:
         self._after: dict[tuple[int, ...], int] = {}
         self._length = _SHORTEST
         self._single: float | None = None  # seconds of a pass over one token
-        self._rounds: list[tuple[int, float]] = []  # tokens that came out of each guessing pass, and its seconds
+        self._rounds: list[tuple[int, float]] = []  # tokens that each checking pass gave, and its seconds
         self._rest, self._pause = _REST, 0
         for token in tokens:
             self.push(token)
@@ -35,8 +35,8 @@ class PromptLookup:
             self._after[tuple(t[-_GRAM:])] = len(t)
         t.append(token)
 
-    def guess(self, most: int) -> list[int]:
-        """Up to `most` tokens that may follow, none where nothing was found or guessing does not pay."""
+    def propose(self, most: int) -> list[int]:
+        """Up to `most` tokens that may follow, none where nothing was found or proposals do not pay."""
         if self._pause:
             self._pause -= 1
             return []
@@ -48,13 +48,13 @@ class PromptLookup:
             return self._tokens[start : start + length]
         return [] if self._draft is None else self._draft(self._tokens, length)
 
-    def record(self, guessed: int, right: int, seconds: float) -> None:
-        """Guessing so many tokens and a pass over them and one more took so long, and `right` of them were."""
-        if not guessed:
+    def record(self, proposed: int, accepted: int, seconds: float) -> None:
+        """A pass over `proposed` tokens and one more took `seconds`; the sampler accepted `accepted` of them."""
+        if not proposed:
             self._single = seconds if self._single is None else 0.8 * self._single + 0.2 * seconds
             return
-        self._length = min(_LONGEST, 2 * self._length) if right == guessed else max(_SHORTEST, right + 1)
-        self._rounds = [*self._rounds[1 - _PATIENCE :], (right + 1, seconds)]
+        self._length = min(_LONGEST, 2 * self._length) if accepted == proposed else max(_SHORTEST, accepted + 1)
+        self._rounds = [*self._rounds[1 - _PATIENCE :], (accepted + 1, seconds)]
         if len(self._rounds) == _PATIENCE and self._single is not None:
             tokens, spent = (sum(column) for column in zip(*self._rounds, strict=True))
             if spent > tokens * self._single:

@@ -1,4 +1,4 @@
-"""What the architectures share: rotary embedding, what a query sees, and attention itself.
+"""What the architectures share: rotary embedding, attention masks, and attention itself.
 
 Shapes: B batch, T tokens, H heads, G key-value heads, D head_dim.
 """
@@ -30,7 +30,7 @@ def no_fake_quant(weight: Tensor) -> Tensor:
 
 
 class AttentionContext:
-    """What holds for a whole pass: rotations of the positions, and which keys the queries of each layer see.
+    """Per-forward RoPE tables and attention masks.
 
     documents [B, T]: of which document each token is, where a text is to see no other; None where packed texts see
     what stands before them, as the papers have it.
