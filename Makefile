@@ -84,7 +84,7 @@ $(DEMO)/answers.txt: | $(DEMO)/sample.html
 # ---- make test ----
 
 # Two processes of one thread each: twice as quick as one of two.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: env lint
 	$(PYTEST) -m "not clients and not browser"

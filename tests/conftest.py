@@ -14,8 +14,13 @@ from phi_runtime.package.formats import FORMATS
 HEAVY = {"checkpoint", "bundles"}
 
 
+# Modules that take minutes, which begin first, so that no process waits for another at the end.
+LONG = ("test_families", "test_tuning", "test_ranks", "test_bad_input", "test_readme", "test_sample", "test_verify")
+
+
 def pytest_collection_modifyitems(items):
     """Tests on what was trained or exported are integration tests, whether they say so or not."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     for item in items:
         if HEAVY & set(getattr(item, "fixturenames", ())):
             item.add_marker("integration")
