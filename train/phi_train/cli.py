@@ -204,7 +204,9 @@ def _init(argv: list[str]) -> None:
     from phi_train.checkpoints.init import init
 
     with _progress() as progress:
-        config = init(args.architecture, args.out, args.seed, lambda what, done, of: progress(what, done, of, {}))
+        config = init(
+            args.architecture, args.out, args.seed, lambda _, done, of: progress("writing weights", done, of, {})
+        )
     print(
         f"{args.out}: {num_parameters(config):,} random weights. "
         "Right for bytes, memory and speed; its quality means nothing"
@@ -231,7 +233,7 @@ def _sample(argv: list[str]) -> None:
 
     with _progress() as progress:
         config = write_sample(
-            args.out, args.width, not args.keep_order, lambda what, done, of: progress(what, done, of, {})
+            args.out, args.width, not args.keep_order, lambda _, done, of: progress("writing weights", done, of, {})
         )
     print(
         f"{args.out}: SmolLM2-135M-Instruct as a Phi-3 of {num_parameters(config):,} weights (Apache-2.0, see LICENSE)"
