@@ -100,7 +100,7 @@ coverage: env
 
 docs: env
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
-	@echo "==> open out/site/index.html"
+	@echo "==> open out/site/index.html; with search: python3 -m http.server -d out/site"
 
 lint: env
 	$(BIN)/ruff check .
