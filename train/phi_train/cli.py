@@ -353,7 +353,7 @@ def _progress() -> Iterator["Progress"]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _lines(console.print)
+        yield _lines(lambda line: console.print(line, soft_wrap=True))
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as bar:
