@@ -1,4 +1,4 @@
-"""Measuring bundles: speed in rounds that take turns, quality against the checkpoint."""
+"""Measure bundles: speed in interleaved rounds, quality against the checkpoint."""
 
 import json
 import statistics

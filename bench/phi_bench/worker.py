@@ -1,4 +1,4 @@
-"""One bundle on one backend, in a process of its own, so that its memory is its own.
+"""Measure one bundle on one backend in a separate process, so that its memory can be told apart.
 
 `python -m phi_bench.worker BUNDLE BACKEND PROMPT_TOKENS DECODE_TOKENS` prints one JSON object.
 """

@@ -1,4 +1,4 @@
-"""A LoRA adapter that PEFT saved, merged into its base while this is read, a run of rows at a time.
+"""Merge a PEFT LoRA adapter into its base checkpoint while reading it, some rows at a time.
 
 Format: `adapter_config.json` beside `adapter_model.safetensors`, as PEFT 0.21 writes and reads them. Merged here: LoRA
 (arXiv:2106.09685), rank-stabilised (arXiv:2312.03732), DoRA (arXiv:2402.09353), whole modules (`modules_to_save`),

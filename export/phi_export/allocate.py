@@ -1,4 +1,4 @@
-"""Which type each tensor gets: `--int4`, or the best mix under a memory budget."""
+"""Choose the type of each tensor: `--int4`, or the best mix under a memory budget."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What `phi-export` does where nothing is said; apart, so that the command can say so before it loads anything."""
+"""Defaults of `phi-export`, in a module that imports nothing, so that `--help` is quick."""
 
 DEFAULT_FORMATS = ("gguf", "onnx", "coreml")  # mlx is for Macs: by name
 PREFERENCES = ("balanced", "quality", "speed")  # of a mix (`allocate.Budget`), the first by default

@@ -1,4 +1,4 @@
-"""Measuring how fast each type decodes on the machine at hand.
+"""Measure how fast each type decodes on this machine.
 
 A model of phi-3-mini's widths, all of one type, generates tokens on the engine itself; what it takes per
 token and weight is the type's speed. The weights are random: onnxruntime takes half as long for zeros.

@@ -1,4 +1,4 @@
-"""Writing that leaves nothing half-written: beside, fsync, rename."""
+"""Write files and folders atomically: beside the target, fsync, rename."""
 
 import errno
 import glob

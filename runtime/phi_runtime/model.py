@@ -1,4 +1,4 @@
-"""`load` and what it gives: a model that takes text and gives text."""
+"""`load`, and the `Phi` that it returns: text in, text out."""
 
 import asyncio
 import threading

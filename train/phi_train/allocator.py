@@ -1,4 +1,4 @@
-"""glibc's allocator while the same large arrays are made again and again."""
+"""Tune glibc's allocator for loops that allocate the same large arrays again and again."""
 
 import ctypes
 from collections.abc import Iterator

@@ -1,1 +1,1 @@
-"""How much each rounding error costs, learned from a text."""
+"""Calibration: Hessians, sensitivity and equalisation, measured on a text."""

@@ -1,4 +1,4 @@
-"""What calibration keeps on disk: arrays, and the factors of error feedback as the rows of a triangle in float16."""
+"""The calibration cache on disk: arrays, and GPTQ factors as packed float16 triangles."""
 
 from collections.abc import Iterator
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""What a model does on real text, gathered once for all formats and plans.
+"""Calibrate a checkpoint on a text, once for all formats and budgets.
 
 Two passes, each a layer at a time. The forward pass gathers the Hessian of every matrix's inputs and keeps its factor
 for GPTQ (`cache`); it resumes at the layer where it stopped. The backward pass finds the sensitivity of every matrix

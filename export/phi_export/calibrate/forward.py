@@ -1,4 +1,4 @@
-"""A model computed in PyTorch, a layer at a time: many windows at once, with gradients.
+"""Forward passes in PyTorch, a layer at a time: many windows at once, with gradients.
 
 Products may be in bfloat16, which some processors multiply faster; everything else is in float32. What a Phi is
 stands in its `Decoder`; the NumPy reference (`phi_runtime.backends.reference`) is what this is held to.

@@ -1,4 +1,4 @@
-"""The text that calibration reads: windows of tokens, spread over a corpus, some as a chat where the model has one.
+"""The calibration text: windows of tokens spread over a corpus, some of them in the chat format if the model has one.
 
 The built-in text is half prose (`prose.txt`: State of the Union addresses of 1934 to 2021 and Melville's Moby-Dick,
 both in the public domain), a quarter code and a quarter the reference manual of this Python. Code and manual alone

@@ -1,4 +1,4 @@
-"""Writing large files a piece at a time, on all cores, so that the bytes do not depend on who came first.
+"""Write large files in pieces on all cores; the bytes do not depend on the order in which pieces finish.
 
 Every piece has its place before the first is written. A journal beside it names what is there,
 so that an export that was interrupted goes on at the tensor where it stopped.

@@ -1,4 +1,4 @@
-"""ggml's blocks laid open: the steps that a quantised row computes with, and other codes put in their place.
+"""Read and replace the codes of ggml's blocks: the steps of a quantised row, and new codes under them.
 
 Every type here says weight = step * (code - zero) - offset, or step * table[code], with a step (and an offset, where
 there is one) per `sub` weights. Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.

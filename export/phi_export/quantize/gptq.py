@@ -1,4 +1,4 @@
-"""Rounding with error feedback: what rounding one column of a matrix spoils, the columns still to come mend.
+"""GPTQ: round one column after the other and let the following columns make up for each error.
 
 A matrix W [R, C] multiplies activations x [C] of second moment H = E[x x^T], so that an error D costs
 tr(D H D^T). Columns are rounded one after the other, the most used first; the error of each is spread over

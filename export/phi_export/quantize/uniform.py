@@ -1,4 +1,4 @@
-"""Rounding weights onto uniform grids and palettes, a piece of rows at a time.
+"""Round weights onto uniform grids and palettes, some rows at a time.
 
 Grid: value = scale * code, signed codes of `bits` bits, one float16 scale per block of weights along
 a row. That is MatMulNBits' symmetric grid and Core ML's per-block int4 alike. Affine grid: value = scale *

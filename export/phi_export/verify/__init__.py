@@ -1,1 +1,1 @@
-"""A bundle held to its checkpoint."""
+"""Verify a bundle against its checkpoint."""

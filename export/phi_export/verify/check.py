@@ -1,4 +1,4 @@
-"""One check of a verification, and how its progress is told."""
+"""One check of a verification, and the type of its progress callback."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

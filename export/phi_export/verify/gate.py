@@ -1,4 +1,4 @@
-"""The quality gate: what a bundle costs on held-out text, in figures that decide whether it is called good.
+"""The quality gate: what quantisation cost on held-out text, and whether that is accepted.
 
 The artifact is run by its own engine. Where that is slow (Core ML interpreted, MLX on a processor), its weights go to
 PyTorch instead; that its graph computes the same is `verify`'s to check.

@@ -1,4 +1,4 @@
-"""An artifact run by its own engine, held to the reference computation on its weights and to the checkpoint."""
+"""Compare the logits of an artifact in its own engine with the reference and with the checkpoint."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a manifest says of its checkpoint, held to the checkpoint."""
+"""Check what a manifest claims about its checkpoint."""
 
 import re
 from pathlib import Path

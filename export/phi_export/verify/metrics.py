@@ -1,4 +1,4 @@
-"""How two models' predictions of the same text differ."""
+"""Metrics of two models' predictions of the same text: KL divergence, top-1 agreement, perplexity."""
 
 import numpy as np
 import numpy.typing as npt

@@ -1,4 +1,4 @@
-"""A bundle's artifact run by its own engine, in a process of its own.
+"""Run a bundle's artifact in its own engine, in a separate process.
 
 So its memory is its own, and an engine that dies of a broken file takes nobody along. The process
 reads a JSON list of tokens per line and answers each with the logits of every position.

@@ -1,4 +1,4 @@
-"""The text that a bundle is run on, and its tokens in every client."""
+"""The verification text, and the check that every client tokenises it alike."""
 
 import random
 from collections.abc import Iterator

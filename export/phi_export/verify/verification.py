@@ -1,4 +1,4 @@
-"""Holding a bundle to its checkpoint. It fails closed: every check must pass.
+"""Verify a bundle against its checkpoint. It fails closed: every check must pass.
 
 1. `files`: every file is the one the manifest describes; what the manifest says of the checkpoint is
    so, and the files that came along with it (tokenizer, configurations) are its own.

@@ -1,4 +1,4 @@
-"""What an artifact stores, read back, held to the checkpoint's tensors, block by block."""
+"""Read back an artifact's tensors and compare them with the checkpoint's, block by block."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor

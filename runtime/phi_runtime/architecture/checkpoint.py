@@ -1,4 +1,4 @@
-"""Reading a Hugging Face model folder, a tensor at a time, trusting nothing in it.
+"""Read a Hugging Face model folder, a tensor at a time, without trusting anything in it.
 
 The safetensors header is checked in full before any byte of weights is touched: sizes, overlaps,
 holes, and that every tensor the architecture needs is there with its shape. Weights are mapped,

@@ -1,4 +1,4 @@
-"""Which Phi a `config.json` describes. Fields keep Hugging Face's spelling; each family has its own module."""
+"""Parse `config.json`. Fields keep Hugging Face's spelling; each family has its own module."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What is known of a format's engines."""
+"""The record of a format's engines: how they are opened, their devices, memory and KV cache types."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

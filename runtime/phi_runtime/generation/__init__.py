@@ -1,1 +1,1 @@
-"""Tokens from logits, one after the other."""
+"""Generation: the engine loop, sampling, prompt lookup, batches, the prompt cache."""

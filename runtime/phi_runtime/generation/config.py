@@ -1,4 +1,4 @@
-"""How an answer is generated: the one place of every default."""
+"""Generation options with their defaults; nothing else defines them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Tokens in, tokens out: the loop around a backend. Text lives above it, in `model`."""
+"""The generation loop over a backend: tokens in, tokens out. Text is handled above it, in `model`."""
 
 import time
 from collections.abc import Generator

@@ -1,4 +1,4 @@
-"""What a model has read, kept in a file: a line of JSON, then the cache as its engine lays it out."""
+"""Prompt cache files: a line of JSON, then the KV cache in its engine's own layout."""
 
 import hashlib
 import json

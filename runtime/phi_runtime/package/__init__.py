@@ -1,1 +1,1 @@
-"""What lies in a folder that can be loaded."""
+"""Bundles and other packages that can be loaded: manifest, GGUF header, hub names."""

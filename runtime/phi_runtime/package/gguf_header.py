@@ -1,4 +1,4 @@
-"""The head of a GGUF file, read without trust before any engine sees the file.
+"""Read and check the header of a GGUF file before any engine sees the file.
 
 llama.cpp's own reader has been the way in for many a crafted file, and an engine that dies takes our process along;
 here every length is held to what the file has left, and every tensor to the file's end.

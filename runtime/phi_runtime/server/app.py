@@ -1,4 +1,4 @@
-"""The application: routes, the queue before the model, and how answers go out."""
+"""The server application: routes, the request queue, streaming."""
 
 import asyncio
 import hmac

@@ -1,4 +1,4 @@
-"""Answers held to a JSON schema, by llguidance."""
+"""Constrain answers to a JSON Schema, with llguidance."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""How each endpoint writes its answers, in OpenAI's words."""
+"""Responses of each endpoint, in OpenAI's format."""
 
 import time
 import uuid

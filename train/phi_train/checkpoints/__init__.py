@@ -1,1 +1,1 @@
-"""Folders that transformers opens: made, grown, extended, written."""
+"""Hugging Face checkpoints: write, initialise, grow, extend."""

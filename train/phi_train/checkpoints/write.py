@@ -1,4 +1,4 @@
-"""Writing the ordinary Hugging Face folder that training ends in."""
+"""Write the Hugging Face folder that training ends in."""
 
 import json
 from pathlib import Path

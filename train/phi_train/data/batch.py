@@ -1,4 +1,4 @@
-"""What one step learns from, whatever the objective.
+"""A training batch, whatever the objective, and the order of batches.
 
 Shapes: N units of a batch, R texts of a unit (one, or a preferred and a rejected one), T tokens.
 """

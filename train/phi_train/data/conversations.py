@@ -1,4 +1,4 @@
-"""Conversations to imitate and preferences to take over: JSON lines in, tokens on disk, batches out.
+"""SFT conversations and DPO preferences: JSON lines in, tokens on disk, batches out.
 
 A line is {"messages": [{"role": ..., "content": ...}, ...]}, of which the assistant's words are learnt, or
 {"prompt": messages or text, "chosen": text, "rejected": text}; what ShareGPT, Alpaca and others call these is read too

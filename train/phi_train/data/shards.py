@@ -1,4 +1,4 @@
-"""Tokenised corpora: shards of token ids on disk, mapped, and batches drawn from them.
+"""Tokenised corpora: memory-mapped shards of token ids, and windows drawn from them.
 
 A data folder holds `train-*.bin`, `heldout.bin` (unsigned 16- or 32-bit ids, documents joined by
 `<|endoftext|>`), `heldout.txt` (the held-out text itself) and `shards.json`.

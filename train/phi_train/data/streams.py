@@ -1,4 +1,4 @@
-"""From a recipe to what its steps learn from: tokenizer and data, made first where the recipe names none."""
+"""Open the data of a recipe: its tokenizer and batches, made first where the recipe names none."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Training a tokenizer of Phi-3's kind: BPE with byte fallback, and Phi-3's special tokens.
+"""Train a tokenizer like Phi-3's: BPE with byte fallback, and Phi-3's special tokens.
 
 Laid out as phi-3-mini's (ids 0..2, bytes, pieces, then the chat tokens at the end) and with its
 normalizer and decoder, so what handles one handles the other.

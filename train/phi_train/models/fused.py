@@ -1,4 +1,4 @@
-"""The same mathematics in fewer passes over memory, which is what training on processors waits for.
+"""Fused operations: fewer passes over memory, which is the bottleneck of training on processors.
 
 Shapes: B batch, H heads, T tokens, D head_dim, E hidden_size, V vocabulary, N rows of any of them.
 """

@@ -1,4 +1,4 @@
-"""What can be seen of a run while it goes on: a line a step in JSON and for TensorBoard, samples, a plot at the end."""
+"""Log a run: a JSON line per step, TensorBoard, samples, a plot at the end."""
 
 import json
 from collections.abc import Iterable

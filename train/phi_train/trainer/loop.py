@@ -1,4 +1,4 @@
-"""The training loop: DeepSpeed is the engine, this is the order of things.
+"""The training loop around DeepSpeed.
 
 A run's folder is the Hugging Face checkpoint it will become; what training itself needs lies in
 `training/` inside it: recipe.json, state/, log.jsonl, summary.json, and the tokenizer and shards

@@ -1,4 +1,4 @@
-"""How fast a device multiplies matrices: what a run's utilisation is a share of."""
+"""Measure a device's matrix product rate, which utilisation is relative to."""
 
 import time
 

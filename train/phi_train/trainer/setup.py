@@ -1,4 +1,4 @@
-"""What a run needs before its first step: its folder, its model, and the one it learns from or is compared with."""
+"""Set up a run: its folder, its model, and the teacher or reference model."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What a device would refuse or run slowly in a Core ML package, said on any machine.
+"""Report what a device would refuse or run slowly in a Core ML package, on any machine.
 
 Read off the package itself. Limits are those of iOS 18 (Core ML 8) as Apple documents them; for the
 Neural Engine also what is known of it: float16 alone, no more than five dimensions, files below a gigabyte.
