@@ -26,23 +26,33 @@ def _main(argv: list[str]) -> None:
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     r = commands.add_parser("run", help="measure bundles and write a report")
     r.add_argument("bundles", metavar="BUNDLE", type=Path, nargs="+", help="folders of bundles")
-    r.add_argument("--out", type=Path, required=True, metavar="report.json", help="where the figures go")
-    r.add_argument("--html", type=Path, metavar="report.html", help="where the page goes")
+    r.add_argument("--out", type=Path, required=True, metavar="report.json", help="JSON file to write the figures to")
+    r.add_argument("--html", type=Path, metavar="report.html", help="HTML file to write the report to")
     r.add_argument("--against", metavar="CKPT", help="the checkpoint (a folder or a name), for quality")
-    r.add_argument("--text", type=Path, metavar="FILE", help="the text that quality is measured on")
-    r.add_argument("--tokens", type=positive, default=4096, metavar="N", help="tokens of it (default %(default)s)")
-    r.add_argument("--rounds", type=positive, default=3, metavar="N", help="rounds of speed (default %(default)s)")
-    q = commands.add_parser("quality", help="hold models to their checkpoint on a text")
-    q.add_argument(
-        "models", metavar="BUNDLE", type=Path, nargs="+", help="bundles, or anybody's .gguf of the same model"
+    r.add_argument("--text", type=Path, metavar="FILE", help="text to measure quality on")
+    r.add_argument(
+        "--tokens", type=positive, default=4096, metavar="N", help="tokens of the text to use (default %(default)s)"
     )
-    q.add_argument("--against", metavar="CKPT", required=True, help="the checkpoint: a folder or a name")
-    q.add_argument("--text", type=Path, metavar="FILE", required=True, help="the text, which calibration has not seen")
-    q.add_argument("--tokens", type=positive, default=16384, metavar="N", help="tokens of it (default %(default)s)")
-    q.add_argument(
-        "--window", type=positive, metavar="N", help="tokens read from an empty context (default: 512 or fewer)"
+    r.add_argument(
+        "--rounds", type=positive, default=3, metavar="N", help="rounds of the speed measurement (default %(default)s)"
     )
-    q.add_argument("--skip", type=int, default=0, metavar="N", help="positions of each window not counted (default 0)")
+    q = commands.add_parser("quality", help="measure how far models are from their checkpoint, on a text")
+    q.add_argument("models", metavar="BUNDLE", type=Path, nargs="+", help="bundles, or any .gguf of the same model")
+    q.add_argument(
+        "--against", metavar="CKPT", required=True, help="the checkpoint: a folder or a published model's name"
+    )
+    q.add_argument("--text", type=Path, metavar="FILE", required=True, help="text that calibration has not seen")
+    q.add_argument(
+        "--tokens", type=positive, default=16384, metavar="N", help="tokens of the text to use (default %(default)s)"
+    )
+    q.add_argument("--window", type=positive, metavar="N", help="window length in tokens (default: 512 or fewer)")
+    q.add_argument(
+        "--skip",
+        type=int,
+        default=0,
+        metavar="N",
+        help="positions at the start of each window to leave out (default 0)",
+    )
     q.add_argument("--kv", default="f16", metavar="TYPE", help="type of llama.cpp's cache: f16, q8_0, q4_0 and others")
     q.add_argument("--out", type=Path, metavar="FILE", help="where to write the figures as JSON")
     args = p.parse_args(argv)

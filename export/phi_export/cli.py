@@ -169,7 +169,9 @@ def _verify(argv: list[str]) -> None:
         "phi-export verify", description="Verify a bundle against the checkpoint it was made from."
     )
     p.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder of a bundle that phi-export wrote")
-    p.add_argument("--against", metavar="CKPT", required=True, help="the checkpoint: a folder or a name")
+    p.add_argument(
+        "--against", metavar="CKPT", required=True, help="the checkpoint: a folder or a published model's name"
+    )
     _adapter(p)
     p.add_argument("--text", type=Path, metavar="FILE", help="text to compare over (default: a built-in sample)")
     p.add_argument(

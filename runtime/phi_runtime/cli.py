@@ -114,7 +114,7 @@ def _main(argv: list[str]) -> None:
     g.add_argument("--prompt", required=True, help="the text to continue")
     _sampling(g)
     g.add_argument("--policy", default="reject", choices=POLICIES, help="if the context is too small (%(default)s)")
-    g.add_argument("--quiet", action="store_true", help="no timings after the text")
+    g.add_argument("--quiet", action="store_true", help="do not print timings")
 
     c = commands.add_parser("chat", help="talk to a model in the terminal")
     _model(c)
@@ -129,9 +129,9 @@ def _main(argv: list[str]) -> None:
 
     s = commands.add_parser("serve", help="answer the OpenAI API over HTTP, with a chat page at /")
     _model(s)
-    s.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s); others need --token")
+    s.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s); any other needs --token")
     s.add_argument("--port", type=_port, default=8080, help="port (%(default)s; 0 takes a free one)")
-    s.add_argument("--token", help="what clients must send as their API key (default: PHI_RUN_TOKEN, if set)")
+    s.add_argument("--token", help="API key that clients must send (default: PHI_RUN_TOKEN, if set)")
     s.add_argument("--queue", type=positive, default=16, help="requests that may wait; more get 503 (%(default)s)")
     s.add_argument("--timeout", type=positive, default=600, metavar="S", help="seconds per answer (%(default)s)")
 
@@ -144,7 +144,7 @@ def _model(p: argparse.ArgumentParser) -> None:
     p.add_argument("--backend", help="engine to use (default: the first of the format)")
     p.add_argument("--device", choices=DEVICE_CHOICES, default="auto", help="where the engine runs (%(default)s)")
     p.add_argument("--threads", type=positive, help="threads (default: one per core)")
-    p.add_argument("--chat-format", dest="chat", help="for a model whose chat template is not known")
+    p.add_argument("--chat-format", dest="chat", help="chat format, for a model whose chat template is not known")
     _memory(p)
 
 

@@ -57,9 +57,18 @@ def _train(argv: list[str]) -> None:
     p = parser("phi-train", "Train a recipe into a Hugging Face folder; a second run of it continues the first.")
     p.usage = _USAGE
     p.add_argument("recipe", metavar="RECIPE", help="a recipe's name (`phi-train list`), or a .toml or .json file")
-    p.add_argument("--out", type=Path, metavar="DIR", required=True, help="the run's folder, then the checkpoint")
-    p.add_argument("--set", action="append", default=[], metavar="key=value", dest="settings", help="change a field")
-    p.add_argument("--dry-run", action="store_true", help="print the whole configuration and do nothing")
+    p.add_argument(
+        "--out", type=Path, metavar="DIR", required=True, help="folder of the run, which becomes the checkpoint"
+    )
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="key=value",
+        dest="settings",
+        help="change a setting of the recipe, e.g. optimizer.lr=1e-3",
+    )
+    p.add_argument("--dry-run", action="store_true", help="print the whole configuration and stop")
     args = p.parse_args(argv)
 
     from phi_train.recipes.catalogue import get_recipe
@@ -106,13 +115,24 @@ def _list(argv: list[str]) -> None:
 
 
 def _plan(argv: list[str]) -> None:
-    p = argparse.ArgumentParser("phi-train plan", description="What a recipe takes on some GPUs, before it runs.")
+    p = argparse.ArgumentParser(
+        "phi-train plan", description="Estimate what a recipe takes on some GPUs: days, memory, operations."
+    )
     p.add_argument("recipe", metavar="RECIPE", help="name of a recipe; `phi-train list` shows them")
-    p.add_argument("--gpus", type=positive, required=True, metavar="N", help="GPUs in all")
-    p.add_argument("--gpu", required=True, metavar="KIND", help="a100-80g, h100-80g, …")
-    p.add_argument("--zero", type=int, choices=range(4), metavar="STAGE", help="one of ZeRO's stages, 0 to 3")
-    p.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that is reached (%(default)s)")
-    p.add_argument("--set", action="append", default=[], metavar="key=value", dest="settings", help="change a field")
+    p.add_argument("--gpus", type=positive, required=True, metavar="N", help="number of GPUs")
+    p.add_argument("--gpu", required=True, metavar="KIND", help="kind of GPU: a100-80g, h100-80g, …")
+    p.add_argument("--zero", type=int, choices=range(4), metavar="STAGE", help="ZeRO stage, 0 to 3")
+    p.add_argument(
+        "--utilisation", type=float, default=0.4, help="share of the GPUs' peak that is assumed (%(default)s)"
+    )
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="key=value",
+        dest="settings",
+        help="change a setting of the recipe, e.g. optimizer.lr=1e-3",
+    )
     args = p.parse_args(argv)
     from phi_train.recipes.catalogue import get_recipe
     from phi_train.recipes.estimate import GPUS, REPORTED, plan
@@ -139,16 +159,29 @@ def _plan(argv: list[str]) -> None:
 
 
 def _grow(argv: list[str]) -> None:
-    p = argparse.ArgumentParser("phi-train grow", description="Begin a larger model with a smaller one's weights.")
-    p.add_argument("checkpoint", metavar="CKPT", help="the smaller one: a folder or a name")
+    p = argparse.ArgumentParser("phi-train grow", description="Start a larger model from a smaller one's weights.")
+    p.add_argument("checkpoint", metavar="CKPT", help="the smaller checkpoint: a folder or a published model's name")
     p.add_argument("--into", required=True, metavar="RECIPE", help="whose model it is to become")
     _method(p, "random, reuse, tile or preserve", None)
     p.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder to write; train with --set init_from=DIR"
     )
-    p.add_argument("--noise", type=float, default=0.0, metavar="X", help="of preserve, relative to the weights (0)")
-    p.add_argument("--seed", type=int, default=0, help="seed of what is drawn (default %(default)s)")
-    p.add_argument("--set", action="append", default=[], metavar="key=value", dest="settings", help="change a field")
+    p.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="noise that preserve adds to copies, relative to the weights (0)",
+    )
+    p.add_argument("--seed", type=int, default=0, help="seed of random weights and noise (default %(default)s)")
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="key=value",
+        dest="settings",
+        help="change a setting of the recipe, e.g. optimizer.lr=1e-3",
+    )
     args = p.parse_args(argv)
     from phi_runtime.architecture.config import num_parameters
     from phi_train.checkpoints.grow import grow
@@ -161,14 +194,24 @@ def _grow(argv: list[str]) -> None:
 
 def _extend(argv: list[str]) -> None:
     p = argparse.ArgumentParser(
-        "phi-train extend", description="Give a phi3 a longer context by LongRoPE; train it there afterwards."
+        "phi-train extend", description="Extend the context of a phi3 by LongRoPE; train it at that length afterwards."
     )
-    p.add_argument("checkpoint", metavar="CKPT", help="the model: a folder or a name")
-    p.add_argument("--context", type=positive, required=True, metavar="N", help="positions it is to have")
-    p.add_argument("--data", type=Path, required=True, metavar="SHARDS", help="texts that judge, of its tokenizer")
+    p.add_argument("checkpoint", metavar="CKPT", help="the checkpoint: a folder or a published model's name")
+    p.add_argument("--context", type=positive, required=True, metavar="N", help="new context length in tokens")
+    p.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="SHARDS",
+        help="shards to evaluate candidates on, made with its tokenizer",
+    )
     _method(p, "searched, yarn, pi or none (default %(default)s)", "searched")
-    p.add_argument("--windows", type=positive, default=5, metavar="N", help="texts that judge (default %(default)s)")
-    p.add_argument("--iterations", type=positive, default=40, metavar="N", help="of the search (default %(default)s)")
+    p.add_argument(
+        "--windows", type=positive, default=5, metavar="N", help="texts to evaluate candidates on (default %(default)s)"
+    )
+    p.add_argument(
+        "--iterations", type=positive, default=40, metavar="N", help="iterations of the search (default %(default)s)"
+    )
     p.add_argument("--seed", type=int, default=0, help="seed of the search (default %(default)s)")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     args = p.parse_args(argv)
@@ -243,7 +286,9 @@ def _sample(argv: list[str]) -> None:
 def _tokenizer(argv: list[str]) -> None:
     p = argparse.ArgumentParser("phi-train tokenizer", description="Train a byte-fallback BPE on a corpus.")
     _corpus_and_out(p)
-    p.add_argument("--vocab-size", type=positive, default=4096, metavar="N", help="token ids (default %(default)s)")
+    p.add_argument(
+        "--vocab-size", type=positive, default=4096, metavar="N", help="vocabulary size (default %(default)s)"
+    )
     args = p.parse_args(argv)
     from phi_train.data.tokenizer import train_tokenizer
 
@@ -297,9 +342,11 @@ def _make_preferences(argv: list[str]) -> None:
         "phi-train make-preferences",
         description="Preferences: each answer before what the model says instead, for DPO.",
     )
-    p.add_argument("checkpoint", metavar="CKPT", help="the model: a folder or a name")
+    p.add_argument("checkpoint", metavar="CKPT", help="the checkpoint: a folder or a published model's name")
     p.add_argument("--conversations", type=Path, required=True, metavar="FILE", help='JSON lines, {"messages": ...}')
-    p.add_argument("--most", type=positive, default=2000, metavar="N", help="questions asked (default %(default)s)")
+    p.add_argument(
+        "--most", type=positive, default=2000, metavar="N", help="most questions to ask (default %(default)s)"
+    )
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
     args = p.parse_args(argv)
     from phi_train.data.questions import write_rejected
