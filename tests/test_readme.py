@@ -164,6 +164,11 @@ def test_the_tables_of_quality_are_the_kept_figures():
     assert page.split(quality.BEGIN)[1].split(quality.END)[0].strip() == quality.figures().strip()
 
 
+def test_the_samples_figures_are_those_of_the_documentation():
+    (table,) = re.findall(r"\| \| bytes \| perplexity .*?\n\n", README, re.DOTALL)
+    assert table in (ROOT / "docs" / "explanation" / "quality.md").read_text()
+
+
 def test_its_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

@@ -17,6 +17,7 @@ try:
 except ImportError:  # Windows, where two runs are not kept apart
     fcntl = None  # type: ignore[assignment]
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PARTIAL = ".partial-"
 _RESUMABLE = ".unfinished-"
 _OLD = ".replaced-"  # what stood where a new folder is about to; put back if that does not come
@@ -164,7 +165,7 @@ def disk_full_named(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if e.errno in DISK_FULL:
             raise DiskFullError(
                 f"{target}: the disk is full; nothing was left behind. Free some space, or choose another folder"
             ) from e

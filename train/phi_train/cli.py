@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from phi_runtime.backends.waiting import TORCH, spin_briefly
 from phi_runtime.cli import parser, positive, run
-from phi_runtime.errors import missing_extra
+from phi_runtime.errors import NotFoundError, missing_extra
 
 if TYPE_CHECKING:
     from phi_train.trainer.loop import Progress
@@ -60,14 +60,7 @@ def _train(argv: list[str]) -> None:
     p.add_argument(
         "--out", type=Path, metavar="DIR", required=True, help="folder of the run, which becomes the checkpoint"
     )
-    p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="key=value",
-        dest="settings",
-        help="change a setting of the recipe, e.g. optimizer.lr=1e-3",
-    )
+    _settings(p)
     p.add_argument("--dry-run", action="store_true", help="print the whole configuration and stop")
     args = p.parse_args(argv)
 
@@ -125,14 +118,7 @@ def _plan(argv: list[str]) -> None:
     p.add_argument(
         "--utilisation", type=float, default=0.4, help="share of the GPUs' peak that is assumed (%(default)s)"
     )
-    p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="key=value",
-        dest="settings",
-        help="change a setting of the recipe, e.g. optimizer.lr=1e-3",
-    )
+    _settings(p)
     args = p.parse_args(argv)
     from phi_train.recipes.catalogue import get_recipe
     from phi_train.recipes.estimate import GPUS, REPORTED, plan
@@ -174,14 +160,7 @@ def _grow(argv: list[str]) -> None:
         help="noise that preserve adds to copies, relative to the weights (0)",
     )
     p.add_argument("--seed", type=int, default=0, help="seed of random weights and noise (default %(default)s)")
-    p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="key=value",
-        dest="settings",
-        help="change a setting of the recipe, e.g. optimizer.lr=1e-3",
-    )
+    _settings(p)
     args = p.parse_args(argv)
     from phi_runtime.architecture.config import num_parameters
     from phi_train.checkpoints.grow import grow
@@ -373,11 +352,26 @@ def _modern(settings: list[str]) -> list[str]:
     return found
 
 
+def _settings(p: argparse.ArgumentParser) -> None:
+    """`--set`."""
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="key=value",
+        dest="settings",
+        help="change a setting of the recipe, e.g. optimizer.lr=1e-3",
+    )
+
+
 def _local(checkpoint: str) -> Path:
-    """The folder of a checkpoint that may be a published model's name."""
+    """The folder of a checkpoint that may be a published model's name. Raises NotFoundError."""
     from phi_runtime.package.hub import local_checkpoint
 
-    return local_checkpoint(checkpoint, lambda text: print(text, file=sys.stderr))
+    folder = local_checkpoint(checkpoint, lambda text: print(text, file=sys.stderr))
+    if not folder.exists():
+        raise NotFoundError(f"{folder}: no such folder; give the folder that holds config.json")
+    return folder
 
 
 def _method(p: argparse.ArgumentParser, said: str, default: str | None) -> None:

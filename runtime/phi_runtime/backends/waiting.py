@@ -15,13 +15,16 @@ LLAMA_CPP, TORCH = "300", "1000"  # iterations
 ONNXRUNTIME = "10"  # microseconds; "" for its own choice
 
 
+_ours: str | None = None  # what `spin_briefly` set
+
+
 @contextmanager
 def short_spins(count: str) -> Iterator[None]:
     """A library that brings OpenMP and is imported within it spins `count` times."""
-    before = os.environ.get(_SPINS)
     if _is_set_by_user():
         yield
         return
+    before = os.environ.get(_SPINS)
     os.environ[_SPINS] = count
     try:
         yield
@@ -34,9 +37,10 @@ def short_spins(count: str) -> Iterator[None]:
 
 def spin_briefly(count: str) -> None:
     """The same for all that this process and its children will import."""
+    global _ours
     if not _is_set_by_user():
-        os.environ[_SPINS] = count
+        os.environ[_SPINS] = _ours = count
 
 
 def _is_set_by_user() -> bool:
-    return os.environ.get(_SPINS, TORCH) != TORCH or any(name in os.environ for name in _SAME_MATTER)
+    return os.environ.get(_SPINS) not in (None, _ours) or any(name in os.environ for name in _SAME_MATTER)

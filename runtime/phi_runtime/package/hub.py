@@ -5,7 +5,6 @@ Downloads go through huggingface_hub (extra `hub`): its cache, its resuming, and
 what is no Phi is refused before any weights.
 """
 
-import errno
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from phi_runtime.architecture.config import parse_config, read_json
 from phi_runtime.errors import DiskFullError, DownloadError, MissingExtraError, NotFoundError
+from phi_runtime.files import DISK_FULL
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w./-]{1,200}))?")
 _CONFIG = "config.json"
@@ -79,7 +79,7 @@ def _errors(wanted: str, name: str) -> Iterator[None]:
     except errors.EntryNotFoundError as e:
         raise NotFoundError(f"{wanted}: holds no {_CONFIG}; is it a model in transformers' layout? ({e})") from None
     except OSError as e:
-        if e.errno == errno.ENOSPC:
+        if e.errno in DISK_FULL:
             raise DiskFullError(
                 f"{wanted}: the disk is full; free some, or set HF_HUB_CACHE to another disk; run it again to go on"
             ) from None
