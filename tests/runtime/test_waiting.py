@@ -5,6 +5,7 @@ import os
 import pytest
 from support import ROOT
 
+import phi_runtime
 from phi_runtime.backends import waiting
 
 SPINS = "GOMP_SPINCOUNT"
@@ -43,3 +44,9 @@ def test_the_documentation_has_these_values():
     page = (ROOT / "docs" / "explanation" / "busy-machine.md").read_text()
     for value in (waiting.TORCH, waiting.LLAMA_CPP, waiting.ONNXRUNTIME):
         assert f" | {value} |\n" in page
+
+
+def test_onnxruntime_is_told(bundles):
+    with phi_runtime.load(bundles / "onnx", context=64) as phi:
+        options = phi.engine.backend._session.get_session_options()
+        assert options.get_session_config_entry("session.intra_op.spin_duration_us") == waiting.ONNXRUNTIME
