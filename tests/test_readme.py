@@ -154,7 +154,7 @@ def test_its_tree_is_the_real_one():
 def test_its_figures_are_the_kept_reports():
     readme = tool("readme")
     body = README.split(readme.BEGIN)[1].split(readme.END)[0]
-    assert body.strip() == readme.figures(readme.load(readme.KEPT)).strip()
+    assert body.strip() == readme.table(readme.load(readme.KEPT)).strip()
     assert (ROOT / "docs" / "demo.svg").is_file()
 
 

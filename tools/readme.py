@@ -1,6 +1,6 @@
 """Put the demo's figures into the README: `python tools/readme.py out/demo/report.json`.
 
-Keeps the report as docs/demo.json, draws docs/demo.svg from it and rewrites the table between the
+Keeps the result as docs/demo.json, draws docs/demo.svg from it and rewrites the table between the
 README's markers. With no argument, redoes the last two from docs/demo.json.
 """
 
@@ -10,65 +10,71 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from phi_bench.page import COLUMNS, cells, mb
-from phi_bench.plots import COLOURS
-from phi_bench.report import Report
-from phi_runtime.contract import decode
+from phi_bench import figures
+from phi_bench.records import Benchmark, read_benchmark
+from phi_bench.results.tables import cells, heading, mb
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT, PICTURE, README = ROOT / "docs" / "demo.json", ROOT / "docs" / "demo.svg", ROOT / "README.md"
 BEGIN, END = "<!-- figures: tools/readme.py -->", "<!-- end of figures -->"
+SHOWN = ("size", "bits", "decode", "prefill", "ttft", "warm", "peak", "perplexity", "kld", "top1")
+_COLOURS = {"checkpoint": "#8a8f98", "gguf": "#d9822b", "onnx": "#3b82c4", "coreml": "#3f9d6b"}
 _GREY = "#80868f"  # readable on white and on black alike
 
 
 def main() -> None:
-    """Update whatever follows from the report."""
+    """Update whatever follows from the result."""
     if len(sys.argv) > 1:
         KEPT.write_text(Path(sys.argv[1]).read_text())
-    report = load(KEPT)
-    PICTURE.write_text(picture(report))
+    b = load(KEPT)
+    PICTURE.write_text(picture(b))
     before, rest = README.read_text().split(BEGIN)
-    README.write_text(before + BEGIN + "\n" + figures(report) + END + rest.split(END)[1])
+    README.write_text(before + BEGIN + "\n" + table(b) + END + rest.split(END)[1])
 
 
-def load(path: Path) -> Report:
-    """A report from its JSON."""
-    return decode(path.read_bytes(), Report)
+def load(path: Path) -> Benchmark:
+    """A result of `phi-bench run`."""
+    return read_benchmark(path)
 
 
-def figures(report: Report) -> str:
+def table(b: Benchmark) -> str:
     """The README's paragraph and table."""
-    c, m, s = report.checkpoint, report.machine, report.settings
+    c, s = b.checkpoint, b.settings
     assert c is not None
     t = c.training
     assert t is not None
-    rows = [COLUMNS, ("---", "---", *["---:"] * (len(COLUMNS) - 2))]
-    rows.append(("checkpoint", "reference", mb(c.file_bytes), f"{c.bits_per_weight:.2f}", *[""] * 5))
-    rows[-1] += (f"{c.perplexity:.3f}", "", "")
-    rows += [tuple(cells(r)) for r in report.results]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    assert c.perplexity is not None
+    rows = [["format", "engine", *(heading(k) for k in SHOWN)], ["---", "---", *["---:"] * len(SHOWN)]]
+    own = {"size": mb(c.file_bytes), "bits": f"{c.bits_per_weight:.2f}", "perplexity": f"{c.perplexity:.3f}"}
+    rows.append(["checkpoint", "reference", *(own.get(k, "") for k in SHOWN)])
+    for row in b.rows:
+        found = cells(row, b)
+        rows.append([figures.model_of(row, b).format, row.configuration.engine, *(found[k].text for k in SHOWN)])
+    lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return (
-        f"\nOn {m.cores} cores of an {m.cpu}: {t.parameters:,} parameters, {t.tokens:,} tokens in "
+        f"\nOn {b.host.cores} cores of an {b.host.cpu}: {t.parameters:,} parameters, {t.tokens:,} tokens in "
         f"{t.seconds:.0f} s; held-out loss {t.initial_loss:.3f} before, {t.final_loss:.3f} after, "
         f"{t.unigram_loss:.3f} for a unigram model. Quality over {s.quality_tokens:,} held-out tokens; speed is "
-        f"the median of {s.rounds} rounds.\n\n{table}\n\n![bytes and quality of each bundle](docs/demo.svg)\n\n"
+        f"the median of {s.rounds} rounds.\n\n{lines}\n\n![bytes and quality of each bundle](docs/demo.svg)\n\n"
     )
 
 
-def picture(report: Report) -> str:
-    """Bytes and tokens per second, side by side."""
-    c = report.checkpoint
+def picture(b: Benchmark) -> str:
+    """Bytes and quality, side by side."""
+    c = b.checkpoint
     assert c is not None
-    figure = Figure(figsize=(8.4, 1.9))
-    sizes = {"checkpoint": c.file_bytes / 1e6} | {r.format: r.file_bytes / 1e6 for r in report.results}
-    losses = {r.format: 1000 * (r.kld_mean or 0) for r in report.results}
-    for place, title, values, unit in (
-        (0, "bytes on disk, MB", sizes, "{:.2f}"),
-        (1, "KL divergence, thousandths of a nat", losses, "{:.2f}"),
+    drawing = Figure(figsize=(8.4, 1.9))
+    named = {figures.model_of(row, b).format: row for row in b.rows}
+    sizes = {"checkpoint": c.file_bytes / 1e6}
+    sizes |= {name: figures.model_of(row, b).file_bytes / 1e6 for name, row in named.items()}
+    losses = {name: 1000 * row.quality.kld_mean for name, row in named.items() if row.quality}
+    for place, title, values in (
+        (0, "bytes on disk, MB", sizes),
+        (1, "KL divergence, thousandths of a nat", losses),
     ):
-        axes = figure.add_axes((0.1 + 0.5 * place, 0.02, 0.38, 0.8))
-        drawn = axes.barh(list(values), list(values.values()), color=[COLOURS[k] for k in values], height=0.62)
-        axes.bar_label(drawn, [unit.format(v) for v in values.values()], padding=4, color=_GREY, fontsize=9)
+        axes = drawing.add_axes((0.1 + 0.5 * place, 0.02, 0.38, 0.8))
+        drawn = axes.barh(list(values), list(values.values()), color=[_COLOURS[k] for k in values], height=0.62)
+        axes.bar_label(drawn, [f"{v:.2f}" for v in values.values()], padding=4, color=_GREY, fontsize=9)
         axes.set_title(title, color=_GREY, fontsize=9, loc="left")
         axes.set_xlim(0, max(values.values()) * 1.2)
         axes.invert_yaxis()
@@ -76,7 +82,7 @@ def picture(report: Report) -> str:
         axes.tick_params(axis="y", colors=_GREY, length=0, labelsize=9)
         axes.set_frame_on(False)
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "demo", "font.family": "sans-serif"}):
-        figure.savefig(PICTURE, format="svg", transparent=True, metadata={"Date": None})
+        drawing.savefig(PICTURE, format="svg", transparent=True, metadata={"Date": None})
     return PICTURE.read_text()
 
 

@@ -6,7 +6,7 @@ Each follows from its typed record; a test holds the written ones to them.
 import json
 from pathlib import Path
 
-from phi_bench.report import Report
+from phi_bench.records import Benchmark
 from phi_runtime.contract import json_schema
 from phi_runtime.package.manifest import Manifest
 from phi_runtime.server.requests import ChatRequest, TextRequest
@@ -16,7 +16,7 @@ from phi_train.trainer.summary import Summary
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "schemas"
 RECORDS = {
     "phi-bundle": Manifest,
-    "report": Report,
+    "benchmark": Benchmark,
     "summary": Summary,
     "recipe": RecipeFile,
     "chat-completions-request": ChatRequest,

@@ -3,17 +3,27 @@
 import argparse
 import json
 import math
+import sys
+import time
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from phi_runtime.cli import parser, positive, run
-from phi_runtime.contract import encode
-from phi_runtime.errors import OutputExistsError, missing_extra
+from phi_runtime.errors import OutputExistsError, RegressionError, UsageError, missing_extra
 from phi_runtime.files import write_file
 from phi_runtime.package.hub import local_checkpoint
+from phi_runtime.planning.memory import parse_size
 
-# The page has every column; a terminal has room for these.
-_SHOWN = ("format", "size", "generation, tokens/s", "peak memory", "perplexity", "KL divergence", "same top token")
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from phi_bench.measure.run import Progress, Request
+    from phi_bench.records import Benchmark
+
+_MODELS = (
+    "a bundle, a GGUF file, a folder of onnxruntime-genai, of MLX or of Hugging Face; with @ADAPTER or "
+    "@ADAPTER:ENGINE to choose what runs it, such as model.gguf@llama-bench"
+)
 
 
 def main() -> NoReturn:
@@ -22,21 +32,62 @@ def main() -> NoReturn:
 
 
 def _main(argv: list[str]) -> None:
-    p = parser("phi-bench", "Measure Phi bundles: bytes, memory, tokens per second and quality.")
+    p = parser("phi-bench", "Measure models: bytes, memory, speed and quality in one run, beside other engines.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    r = commands.add_parser("run", help="measure bundles and write a report")
-    r.add_argument("bundles", metavar="BUNDLE", type=Path, nargs="+", help="folders of bundles")
-    r.add_argument("--out", type=Path, required=True, metavar="report.json", help="JSON file to write the figures to")
-    r.add_argument("--html", type=Path, metavar="report.html", help="HTML file to write the report to")
+    _add_run(commands.add_parser("run", help="measure models and write a result"))
+    c = commands.add_parser("compare", help="what changed between two results; exit code 1 for the worse")
+    c.add_argument("before", metavar="A", type=Path, help="result of `phi-bench run`")
+    c.add_argument("after", metavar="B", type=Path, help="result of `phi-bench run`")
+    r = commands.add_parser("report", help="a result as a page, as tables")
+    r.add_argument("result", metavar="RESULT", type=Path, help="result of `phi-bench run` or `phi-bench import`")
+    r.add_argument("--html", type=Path, metavar="FILE", help="write a page that needs no network")
+    r.add_argument("--markdown", type=Path, metavar="FILE", help="write a Markdown table")
+    r.add_argument("--csv", type=Path, metavar="FILE", help="write plain numbers")
+    i = commands.add_parser("import", help="another tool's result (llama-bench, mlx_lm.benchmark, PocketPal) as ours")
+    i.add_argument("file", metavar="FILE", type=Path, help="what that tool wrote")
+    i.add_argument("--out", type=Path, required=True, metavar="RESULT", help="JSON file to write")
+    b = commands.add_parser("build", help="build llama-bench and llama-quantize against the installed llama.cpp")
+    b.add_argument("tool", choices=["llama.cpp"], help="what to build")
+    _add_quality(commands.add_parser("quality", help="measure how far models are from their checkpoint, on a text"))
+    args = p.parse_args(argv)
+    try:
+        _COMMANDS[args.command](args)
+    except ImportError as e:
+        raise missing_extra(e, "bench") from None
+
+
+def _add_run(r: argparse.ArgumentParser) -> None:
+    r.add_argument("models", metavar="MODEL", nargs="+", help=_MODELS)
+    r.add_argument("--out", type=Path, required=True, metavar="RESULT", help="JSON file to write the samples to")
+    r.add_argument("--html", type=Path, metavar="FILE", help="HTML file to write the report to")
     r.add_argument("--against", metavar="CKPT", help="the checkpoint (a folder or a name), for quality")
     r.add_argument("--text", type=Path, metavar="FILE", help="text to measure quality on")
     r.add_argument(
         "--tokens", type=positive, default=4096, metavar="N", help="tokens of the text to use (default %(default)s)"
     )
+    r.add_argument("--rounds", type=positive, default=5, metavar="N", help="rounds of all rows (default %(default)s)")
     r.add_argument(
-        "--rounds", type=positive, default=3, metavar="N", help="rounds of the speed measurement (default %(default)s)"
+        "--prompt-tokens", type=positive, default=256, metavar="N", help="tokens of the prompt (default %(default)s)"
     )
-    q = commands.add_parser("quality", help="measure how far models are from their checkpoint, on a text")
+    r.add_argument(
+        "--decode-tokens", type=positive, default=64, metavar="N", help="tokens to generate (default %(default)s)"
+    )
+    r.add_argument(
+        "--depths", metavar="N,N", help="also decode after so many tokens, such as 1024,1920 (default: the prompt only)"
+    )
+    r.add_argument(
+        "--sustained", type=positive, default=0, metavar="SECONDS", help="decode for so long at the end of each run"
+    )
+    r.add_argument("--threads", type=positive, metavar="N", help="threads of every engine (default: one per core)")
+    r.add_argument("--kv", metavar="TYPE", help="type of the KV cache, for engines that have several")
+    r.add_argument(
+        "--timeout", type=positive, default=900, metavar="SECONDS", help="end a process after (default %(default)s)"
+    )
+    r.add_argument("--memory-limit", metavar="SIZE", help="end a process that takes more, such as 20GB")
+    r.add_argument("--force", action="store_true", help="replace a result that is there")
+
+
+def _add_quality(q: argparse.ArgumentParser) -> None:
     q.add_argument("models", metavar="BUNDLE", type=Path, nargs="+", help="bundles, or any .gguf of the same model")
     q.add_argument(
         "--against", metavar="CKPT", required=True, help="the checkpoint: a folder or a published model's name"
@@ -55,42 +106,152 @@ def _main(argv: list[str]) -> None:
     )
     q.add_argument("--kv", default="f16", metavar="TYPE", help="type of llama.cpp's cache: f16, q8_0, q4_0 and others")
     q.add_argument("--out", type=Path, metavar="FILE", help="where to write the figures as JSON")
-    args = p.parse_args(argv)
-    if args.command == "quality":
-        _quality(args)
-    else:
-        _run(args)
 
 
 def _run(args: argparse.Namespace) -> None:
-    try:
-        from rich.console import Console
-        from rich.table import Table
+    from rich.console import Console
 
-        from phi_bench import measure, page
-    except ImportError as e:
-        raise missing_extra(e, "bench") from None
+    from phi_bench.measure import run as measuring
+    from phi_bench.results import page
+
     for path in (args.out, args.html):
         if path and path.is_dir():
             raise OutputExistsError(f"{path}: is a folder; name the file to write")
-
     console = Console(stderr=True)
     against = None if args.against is None else local_checkpoint(args.against, console.print)
-    with console.status("measuring") as status:
-        say = status.update if console.is_terminal else console.print
-        report = measure.run(args.bundles, against, args.text, args.tokens, args.rounds, progress=say)
-    write_file(args.out, encode(report))
+    try:
+        b = measuring.run(_request(args, against), args.out, _progress(console))
+    except KeyboardInterrupt:
+        if args.out.is_file():
+            console.print(f"the runs so far are in {args.out}; the same command goes on from there")
+        raise
     if args.html:
-        write_file(args.html, page.render(report))
-    table = Table()
-    chosen = [page.COLUMNS.index(c) for c in _SHOWN]
-    for column in _SHOWN:
-        table.add_column(column, justify="left" if column == "format" else "right")
-    for result in report.results:
-        cells = page.cells(result)
-        table.add_row(*(cells[i] for i in chosen))
-    Console(highlight=False).print(table)
+        write_file(args.html, page.render(b))
+    _show(b)
     print(f"wrote {args.out}" + (f" and {args.html}" if args.html else ""))
+
+
+def _request(args: argparse.Namespace, against: Path | None) -> "Request":
+    from phi_bench.measure.run import Request
+
+    try:
+        depths = tuple(sorted({int(d) for d in (args.depths or "").split(",") if d}))
+    except ValueError:
+        raise UsageError(f"--depths {args.depths!r}: give numbers of tokens, such as 1024,1920") from None
+    if any(d < 0 for d in depths):
+        raise UsageError(f"--depths {args.depths!r}: holds a negative number")
+    return Request(
+        models=tuple(args.models),
+        against=against,
+        text=args.text,
+        tokens=args.tokens,
+        rounds=args.rounds,
+        prompt_tokens=args.prompt_tokens,
+        decode_tokens=args.decode_tokens,
+        depths=depths,
+        sustained_s=args.sustained,
+        threads=args.threads,
+        kv=args.kv,
+        timeout_s=args.timeout,
+        memory_limit=None if args.memory_limit is None else parse_size(args.memory_limit),
+        force=args.force,
+    )
+
+
+def _progress(console: "Console") -> "Progress":
+    """Lines, with what is left by what was done."""
+    from phi_bench.measure.run import Progress, seconds_left
+
+    began = time.monotonic()
+    started_at: list[int] = []
+
+    def estimated(seconds: float, processes: int) -> None:
+        console.print(f"{processes} processes; their speed takes about {_minutes(seconds)}", highlight=False)
+
+    def step(done: int, of: int, what: str) -> None:
+        started_at.append(done)
+        left = seconds_left(began, done - started_at[0], of - started_at[0])
+        rest = f", about {_minutes(left)} left" if left is not None else ""
+        console.print(f"{done + 1} of {of}{rest}: {what}", highlight=False, soft_wrap=True)
+
+    return Progress(estimated, step, lambda what: console.print(what, highlight=False, soft_wrap=True))
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+
+
+def _show(b: "Benchmark") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from phi_bench.results.tables import terminal_rows
+
+    headings, rows, notes = terminal_rows(b)
+    table = Table()
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "row" else "right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    for note in notes:
+        console.print(note, soft_wrap=True, markup=False)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from phi_bench.records import read_benchmark
+    from phi_bench.results.compare import compare
+
+    found = compare(read_benchmark(args.before), read_benchmark(args.after))
+    table = Table("row", "figure", "before", "after", "ratio", "verdict", "")
+    for c in found:
+        ratio = "" if c.ratio is None else f"{c.ratio:.3f}"
+        table.add_row(c.row, c.what, c.before, c.after, ratio, c.verdict, c.note)
+    Console(highlight=False).print(table)
+    worse = [c for c in found if c.verdict == "worse"]
+    if worse:
+        said = "; ".join(f"{c.row}: {c.what} {c.before} -> {c.after}" for c in worse)
+        raise RegressionError(f"{len(worse)} figures are worse: {said}")
+    undecided = sum(c.verdict == "undecided" for c in found)
+    print("nothing is worse" + (f"; {undecided} figures are undecided" if undecided else ""))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from phi_bench.records import read_benchmark
+    from phi_bench.results import page, tables
+
+    b = read_benchmark(args.result)
+    _show(b)
+    for path, render in ((args.html, page.render), (args.markdown, tables.markdown), (args.csv, tables.csv_text)):
+        if path is not None:
+            write_file(path, render(b))
+            print(f"wrote {path}")
+
+
+def _import(args: argparse.Namespace) -> None:
+    from phi_bench.results.importers import import_file
+    from phi_bench.results.write import write_benchmark
+
+    b = import_file(args.file)
+    write_benchmark(args.out, b)
+    _show(b)
+    print(f"wrote {args.out}")
+
+
+def _build(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from phi_bench.llama_tools import build
+
+    console = Console(stderr=True)
+    with console.status("building") as status:
+        say = status.update if console.is_terminal else (lambda _: None)
+        folder = build(say)
+    print(f"llama-bench and llama-quantize are in {folder}")
 
 
 def _error(of_mean: float) -> str:
@@ -99,13 +260,11 @@ def _error(of_mean: float) -> str:
 
 
 def _quality(args: argparse.Namespace) -> None:
-    try:
-        from rich.console import Console
-        from rich.table import Table
+    from rich.console import Console
+    from rich.table import Table
 
-        from phi_bench.quality import quality
-    except ImportError as e:
-        raise missing_extra(e, "bench") from None
+    from phi_bench.quality import quality
+
     console = Console(stderr=True)
     against = local_checkpoint(args.against, console.print)
     with console.status("measuring") as status:
@@ -129,3 +288,13 @@ def _quality(args: argparse.Namespace) -> None:
         out.print(table)
     if args.out:
         print(f"wrote {args.out}")
+
+
+_COMMANDS = {
+    "run": _run,
+    "compare": _compare,
+    "report": _report,
+    "import": _import,
+    "build": _build,
+    "quality": _quality,
+}

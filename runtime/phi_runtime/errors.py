@@ -110,6 +110,22 @@ class MemoryPlanError(PhiError):
     """
 
 
+class BenchmarkError(PhiError):
+    """A benchmark that cannot be run here and now, or a file of one that is damaged, of another version or impossible.
+
+    Remedy: Do what the message says; a run that was broken off goes on when the same command is given again.
+    """
+
+
+class RegressionError(PhiError):
+    """A comparison that found a model slower, larger or less exact than before.
+
+    Remedy: Look at the rows that the message names.
+    """
+
+    exit_code = 1
+
+
 class VerificationError(PhiError):
     """A bundle that does not agree with its checkpoint.
 

@@ -1,0 +1,1 @@
+"""Measuring: one process for each row and round, watched from outside."""

@@ -1,0 +1,45 @@
+"""What a measuring process is asked, and what it says back, as JSON lines."""
+
+from typing import Literal
+
+from phi_bench.records import Phase, Quality, Window
+from phi_runtime.contract import Contract, Count, Size
+
+
+class Job(Contract, frozen=True):
+    """One process. mode: `speed`; `quality`, over the logits of a checkpoint that stand in a file; `samples`, what the
+    model writes after the prompts.
+    """
+
+    mode: Literal["speed", "quality", "samples"]
+    path: str
+    adapter: str
+    engine: str
+    threads: Count
+    context: Count
+    kv: str | None = None
+    prompt_tokens: Size = 0
+    decode_tokens: Size = 0
+    depths: tuple[Size, ...] = ()
+    sustained_s: float = 0
+    logits: str = ""
+    prompts: tuple[str, ...] = ()
+    sample_tokens: Size = 0
+
+
+class Event(Contract, frozen=True):
+    """What the process says: that it waits (`before`, `loaded`, `generated`, `unloaded`) until it is let go on, what it
+    measured (`result`), or why it cannot (`failure`).
+    """
+
+    kind: Literal["before", "loaded", "generated", "unloaded", "result", "failure"]
+    load_ns: int | None = None
+    ready_ns: int | None = None
+    phases: tuple[Phase, ...] = ()
+    cancel_ns: int | None = None
+    sustained: tuple[Window, ...] = ()
+    energy_j: float | None = None
+    quality: Quality | None = None
+    samples: tuple[str, ...] = ()
+    reason: str = ""
+    detail: str = ""

@@ -1,0 +1,1 @@
+"""What is made of the records: the page, tables, comparisons, other tools' files."""

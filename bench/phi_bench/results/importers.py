@@ -1,0 +1,215 @@
+"""Other tools' results as our records, so that they stand in the same tables: llama-bench, mlx_lm.benchmark, PocketPal.
+
+What they do not tell stays empty: no digest, no memory before and after, sums of times instead of single tokens.
+"""
+
+import datetime
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from phi_bench.records import (
+    Benchmark,
+    Checkpoints,
+    Configuration,
+    Failure,
+    Host,
+    Memory,
+    Model,
+    Phase,
+    Row,
+    Run,
+    Settings,
+    Software,
+)
+from phi_runtime.errors import BenchmarkError
+from phi_runtime.files import read_text
+
+_MLX_HEAD = re.compile(r"Timing with prompt_tokens=(\d+), generation_tokens=(\d+), batch_size=(\d+)")
+_MLX_TRIAL = re.compile(r"Trial \d+:\s+prompt_tps=([\d.]+), generation_tps=([\d.]+), peak_memory=([\d.]+)")
+
+
+def import_file(path: Path) -> Benchmark:
+    """Recognise a file and read it. Raises NotFoundError, BenchmarkError for what is none of these tools'."""
+    text = read_text(path, "import")
+    try:
+        if _MLX_HEAD.search(text):
+            return _mlx_lm(text, path)
+        value = json.loads(text)
+        for known, read in _JSON:
+            if known(value):
+                return read(value, path)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError, RecursionError) as e:
+        raise BenchmarkError(f"{path}: is damaged ({type(e).__name__}: {e}); run that tool again") from None
+    raise BenchmarkError(
+        f"{path}: is of no tool that we know; give what `llama-bench -o json`, `python -m mlx_lm.benchmark` or "
+        "PocketPal wrote"
+    )
+
+
+def _is_llama_bench(v: Any) -> bool:
+    return isinstance(v, list) and bool(v) and isinstance(v[0], dict) and "samples_ns" in v[0] and "model_type" in v[0]
+
+
+def _llama_bench(v: list[dict[str, Any]], path: Path) -> Benchmark:
+    """One row for each model, backend and number of threads; a repetition is a round."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for test in v:
+        key = (test["model_filename"], test["backends"], test["n_threads"], test["type_k"], test["type_v"])
+        groups.setdefault(key, []).append(test)
+    first = v[0]
+    models, rows = {}, []
+    for (file, backend, threads, key_type, value_type), tests in groups.items():
+        model = Path(file).stem
+        one = tests[0]
+        bits = 8 * one["model_size"] / one["model_n_params"]
+        models[model] = Model(model, "gguf", one["model_size"], "", bits, one["model_size"])
+        rounds = max(len(t["samples_ns"]) for t in tests)
+        runs = tuple(
+            Run(i + 1, t0, phases=tuple(_llama_phase(t, i) for t in tests if len(t["samples_ns"]) > i))
+            for i in range(rounds)
+            for t0 in [one["test_time"]]
+        )
+        kv = key_type if key_type == value_type else f"{key_type}/{value_type}"
+        device = one["gpu_info"] or one["cpu_info"]
+        made = {"llama.cpp": f"{one['build_commit']} (build {one['build_number']})"}
+        c = Configuration("llama-bench", backend, device, threads, None, kv, 1, "llama-bench -o json", made)
+        name = f"{model} on llama-bench ({backend}, {threads} threads{'' if kv == 'f16' else ', ' + kv})"
+        rows.append(Row(name, model, c, runs))
+    prompts = [t["n_prompt"] for t in v if t["n_prompt"]]
+    tokens = [t["n_gen"] for t in v if t["n_gen"]]
+    depths = tuple(sorted({t.get("n_depth", 0) for t in v}))
+    settings = Settings(
+        max(len(t["samples_ns"]) for t in v), max(prompts, default=1), max(tokens, default=1), depths, 0
+    )
+    host = Host(first["cpu_info"] or "unknown", "unknown", None, None, "unknown")
+    return Benchmark(first["test_time"], True, host, _imported(), settings, tuple(models.values()), tuple(rows))
+
+
+def _llama_phase(test: dict[str, Any], i: int) -> Phase:
+    ns, depth = test["samples_ns"][i], test.get("n_depth", 0)
+    if test["n_gen"]:
+        return Phase(depth, 0, decode_ns=ns, decode_tokens=test["n_gen"])
+    return Phase(depth, test["n_prompt"], prefill_ns=ns)
+
+
+def _mlx_lm(text: str, path: Path) -> Benchmark:
+    """mlx_lm.benchmark prints lines; its rates are turned back into times. Memory is MLX's own peak, in 1e9 bytes."""
+    head = _MLX_HEAD.search(text)
+    assert head is not None
+    prompt, tokens, batch = map(int, head.groups())
+    if batch != 1:
+        raise BenchmarkError(f"{path}: is of a batch of {batch}; give one of a single text")
+    runs = []
+    for i, (prefill, decode, memory) in enumerate(_MLX_TRIAL.findall(text), 1):
+        phase = Phase(
+            0,
+            prompt,
+            prefill_ns=max(1, round(1e9 * prompt / float(prefill))),
+            decode_ns=max(1, round(1e9 * tokens / float(decode))),
+            decode_tokens=tokens,
+        )
+        runs.append(Run(i, "", phases=(phase,), memory=Checkpoints(int(float(memory) * 1e9))))
+    if not runs:
+        raise BenchmarkError(f"{path}: holds no trial; let mlx_lm.benchmark come to its end")
+    c = Configuration("mlx-lm", "mlx", "unknown", 1, None, None, 1, "python -m mlx_lm.benchmark")
+    model = Model(path.stem, "mlx", 1, "")
+    settings = Settings(len(runs), prompt, tokens, (), 0)
+    host = Host("unknown", "unknown", None, None, "unknown")
+    row = Row(f"{path.stem} on mlx-lm", path.stem, c, tuple(runs))
+    return Benchmark(_file_time(path), True, host, _imported(), settings, (model,), (row,))
+
+
+def _is_pocketpal_bench(v: Any) -> bool:
+    return isinstance(v, dict) and isinstance(v.get("runs"), list) and isinstance(v.get("bench"), dict)
+
+
+def _pocketpal_bench(v: dict[str, Any], path: Path) -> Benchmark:
+    """PocketPal's benchmark matrix: averages of prefill and decode, by model, quantisation and backend. Cells that
+    failed stay, as failures.
+    """
+    models, rows = {}, []
+    pp, tg = int(v["bench"]["pp"]), int(v["bench"]["tg"])
+    for r in v["runs"]:
+        model = f"{r['model_id']} {r['quant']}"
+        mib = r.get("log_signals", {}).get("memory_buffers", {}).get("weights_total_mib")
+        models[model] = Model(model, "gguf", round((mib or 0) * 2**20) or 1, "")
+        init = r.get("init_settings", {})
+        backend = str(r.get("effective_backend") or r["requested_backend"])
+        c = Configuration(
+            adapter="pocketpal",
+            engine=f"llama.rn ({backend})",
+            device=str(v.get("soc") or v["device"]),
+            threads=int(init.get("n_threads") or 1),
+            context=None,
+            kv=init.get("cache_type_k"),
+            command="PocketPal's benchmark matrix",
+            versions={"llama.rn": str(v.get("llama_rn_version", "unknown"))},
+        )
+        name = f"{model} on PocketPal ({r['requested_backend']})"
+        rows.append(Row(name, model, c, (_pocketpal_run(r, pp, tg),)))
+    settings = Settings(1, pp, tg, (), 0)
+    return _pocketpal(v, settings, tuple(models.values()), tuple(rows), path)
+
+
+def _pocketpal_run(r: dict[str, Any], pp: int, tg: int) -> Run:
+    began = str(r.get("timestamp", ""))
+    if r.get("status", "ok") != "ok" or not r.get("pp_avg") or not r.get("tg_avg"):
+        return Run(1, began, failure=Failure("crashed", str(r.get("error") or r.get("status") or "no figures")))
+    phase = Phase(
+        depth=0,
+        prompt_tokens=pp,
+        prefill_ns=max(1, round(1e9 * pp / r["pp_avg"])),
+        decode_ns=max(1, round(1e9 * tg / r["tg_avg"])),
+        decode_tokens=tg,
+    )
+    peak = r.get("peak_memory_mb")
+    return Run(1, began, phases=(phase,), memory=Checkpoints(int(peak * 1e6)) if peak else None)
+
+
+def _is_pocketpal_memory(v: Any) -> bool:
+    return isinstance(v, dict) and isinstance(v.get("checkpoints"), list) and "model" in v and "device" in v
+
+
+def _pocketpal_memory(v: dict[str, Any], path: Path) -> Benchmark:
+    """PocketPal's memory profile: what iOS charged at each moment."""
+    by = {c["label"]: c["native"] for c in v["checkpoints"]}
+
+    def at(label: str) -> Memory | None:
+        n = by.get(label)
+        return None if n is None else Memory(n["resident_size"], None, n.get("compressed"), n["phys_footprint"])
+
+    peak = max(n["resident_size"] for n in by.values())
+    memory = Checkpoints(peak, at("chat_screen"), at("model_loaded"), at("post_chat_idle"), at("model_unloaded"))
+    run = Run(1, v["timestamp"], memory=memory)
+    model = v["model"]
+    c = Configuration("pocketpal", "llama.rn", v["device"], 1, None, None, 1, "PocketPal's memory profile")
+    row = Row(f"{model} on PocketPal", model, c, (run,))
+    return _pocketpal(v, Settings(1, 1, 1, (), 0), (Model(model, "gguf", 1, ""),), (row,), path)
+
+
+def _pocketpal(
+    v: dict[str, Any], settings: Settings, models: tuple[Model, ...], rows: tuple[Row, ...], path: Path
+) -> Benchmark:
+    system = f"{v.get('platform', 'unknown')} {v.get('os_version', '')}".strip()
+    host = Host("unknown", "unknown", None, None, system, device=v["device"])
+    software = Software("unknown", {"pocketpal": str(v.get("commit", "unknown"))})
+    created = str(v.get("timestamp") or _file_time(path))
+    return Benchmark(created, True, host, software, settings, models, rows)
+
+
+def _imported() -> Software:
+    return Software("unknown")
+
+
+def _file_time(path: Path) -> str:
+    return datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).isoformat(timespec="seconds")
+
+
+_JSON: tuple[tuple[Callable[[Any], bool], Callable[[Any, Path], Benchmark]], ...] = (
+    (_is_llama_bench, _llama_bench),
+    (_is_pocketpal_bench, _pocketpal_bench),
+    (_is_pocketpal_memory, _pocketpal_memory),
+)
