@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from phi_runtime.cli import parser, positive, run
-from phi_runtime.errors import OutputExistsError, RegressionError, UsageError, missing_extra
+from phi_runtime.errors import BenchmarkError, OutputExistsError, RegressionError, UsageError, missing_extra
 from phi_runtime.files import write_file
 from phi_runtime.package.hub import local_checkpoint
 from phi_runtime.planning.memory import parse_size
@@ -111,8 +111,10 @@ def _add_quality(q: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from phi_bench.figures import good_runs
     from phi_bench.measure import run as measuring
     from phi_bench.results import page
+    from phi_bench.results.tables import failure_of
 
     for path in (args.out, args.html):
         if path and path.is_dir():
@@ -129,6 +131,8 @@ def _run(args: argparse.Namespace) -> None:
         write_file(args.html, page.render(b))
     _show(b)
     print(f"wrote {args.out}" + (f" and {args.html}" if args.html else ""))
+    if not any(good_runs(row) for row in b.rows):
+        raise BenchmarkError(f"nothing could be measured: {b.rows[0].name}: {failure_of(b.rows[0])}")
 
 
 def _request(args: argparse.Namespace, against: Path | None) -> "Request":

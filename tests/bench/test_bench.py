@@ -1,28 +1,26 @@
+"""`phi-bench run` on real bundles: every figure, failed rows, resumption, and the page."""
+
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import msgspec
 import pytest
-from support import run
+from support import run, run_here
 
+from phi_bench import figures
+from phi_bench.records import Failure, read_benchmark
+from phi_bench.results.page import render
+from phi_bench.results.tables import cells
 from phi_runtime.package.formats import FORMATS
 from phi_runtime.package.manifest import read_manifest
 
-FIELDS = {
-    "format",
-    "backend",
-    "file_bytes",
-    "bits_per_weight",
-    "load_s",
-    "ttft_s",
-    "prompt_tps",
-    "decode_tps",
-    "peak_rss_bytes",
-    "perplexity",
-    "kld_mean",
-    "top1_agreement",
-}
+QUICK = ("--prompt-tokens", 16, "--decode-tokens", 4)
+PHI_BENCH = Path(sys.executable).parent / "phi-bench"
 
 
 @pytest.fixture(scope="module")
@@ -30,93 +28,160 @@ def report(bundles, checkpoint, text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     paths = [bundles / f for f in FORMATS]
     quality = ["--against", checkpoint, "--text", text, "--tokens", 600]
-    done = run(
-        "phi-bench",
-        "run",
-        *paths,
-        "--out",
-        folder / "report.json",
-        "--html",
-        folder / "report.html",
-        "--rounds",
-        1,
-        *quality,
-    )
+    out = ["--out", folder / "report.json", "--html", folder / "report.html"]
+    done = run("phi-bench", "run", *paths, *out, "--rounds", 2, "--depths", 40, *QUICK, *quality)
     assert done.returncode == 0, done.stderr
     return folder
 
 
 def test_every_bundle_has_every_figure(report, bundles):
-    content = json.loads((report / "report.json").read_text())
-    assert [r["format"] for r in content["results"]] == list(FORMATS)
-    for r in content["results"]:
-        assert set(r) >= FIELDS
-        assert all(r[k] is not None and r[k] != 0 for k in FIELDS)
-        assert r["file_bytes"] == read_manifest(bundles / r["format"]).file_bytes()
-        assert 30e6 < r["peak_rss_bytes"] < 2e9
-        assert 0 < r["kld_mean"] < 0.1
-        assert 0.5 < r["top1_agreement"] <= 1
-        assert r["perplexity"] == pytest.approx(content["checkpoint"]["perplexity"], rel=0.1)
-        assert r["decode_tps"] > 1
-    assert content["settings"]["quality_tokens"] == 600
-
-
-def test_peak_memory_is_the_workers_own(bundles):
-    """Linux hands a new program its parent's peak; a fat parent must not show in the figure."""
-    program = (
-        "import subprocess, sys; ballast = bytearray(b'x') * 600_000_000; "
-        "sys.exit(subprocess.run([sys.executable, '-m', 'phi_bench.worker', *sys.argv[1:]]).returncode)"
-    )
-    command = [sys.executable, "-c", program, bundles / "onnx", "onnxruntime", "20", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["peak_rss_bytes"] < 400e6
+    b = read_benchmark(report / "report.json")
+    assert b.complete
+    assert [figures.model_of(r, b).format for r in b.rows] == list(FORMATS)
+    for row, name in zip(b.rows, FORMATS, strict=True):
+        model = figures.model_of(row, b)
+        assert model.file_bytes == read_manifest(bundles / name).file_bytes()
+        assert 0 < model.read_bytes <= model.file_bytes
+        assert len(figures.good_runs(row)) == 2
+        for run_ in row.runs:
+            assert [figures.decode_depth(p) for p in run_.phases] == [1, 16, 40]
+            assert all(len(p.token_ns) == 4 for p in run_.phases)
+            m = run_.memory
+            assert 30e6 < m.before.rss < m.loaded.rss <= m.peak_rss < 2e9
+            assert m.unloaded.rss <= m.peak_rss
+            assert len(m.series) > 1
+            assert run_.load_ns <= run_.ready_ns
+            assert run_.cancel_ns > 0
+        assert 0 < row.quality.kld_mean < 0.1
+        assert 0.5 < row.quality.top1_agreement <= 1
+        assert row.quality.tokens == 600
+        assert row.quality.perplexity == pytest.approx(b.checkpoint.perplexity, rel=0.1)
+        assert row.predicted.peak_bytes > model.file_bytes
+        assert len(row.samples) == len(b.settings.prompts)
+        found = cells(row, b)
+        empty = {"ratio"} if row is b.rows[0] else set()
+        shown = {"decode", "ratio", "prefill", "ttft", "p99", "warm", "peak", "roof", "kld", "top1"} - empty
+        assert all(found[k].text for k in shown), found
 
 
 def test_the_page_stands_alone(report):
     page = (report / "report.html").read_text()
-    assert page.count("<svg") == 7
-    assert not re.search(r"<script|<link|@import|\bsrc=|url\((?!#)", page)
-    assert "prefers-color-scheme: dark" in page
-    assert 'name="viewport"' in page
-    assert "currentColor" in page
+    assert page.count("<svg") == page.count('role="img"') == 6
+    assert not re.search(r"<script .|<link|@import|\bsrc=|url\((?!#)|fetch\(", page)
+    for said in ("prefers-color-scheme: dark", 'name="viewport"', "currentColor", "@media print", 'scope="row"'):
+        assert said in page
     assert "#010203" not in page
 
 
-def test_no_text_of_a_bundle_becomes_markup(report):
-    from phi_bench.page import render
-    from phi_bench.report import Report
-    from phi_runtime.contract import convert
-
-    raw = json.loads((report / "report.json").read_text())
-    raw["results"][0]["samples"][0] = "<script>alert(1)</script>"
-    raw["checkpoint"]["name"] = "<img src=x>"
-    raw["checkpoint"]["training"]["unigram_loss"] = None  # as after fine-tuning
-    page = render(convert(raw, Report))
-    assert "<script>" not in page
-    assert "<img" not in page
-
-
-def test_without_a_checkpoint_quality_is_left_open(bundles, tmp_path):
-    done = run(
-        "phi-bench", "run", bundles / "onnx", "--out", tmp_path / "r.json", "--html", tmp_path / "r.html", "--rounds", 1
+def test_no_text_of_a_result_becomes_markup(report):
+    b = read_benchmark(report / "report.json")
+    bad = "<script>alert(1)</script>"
+    training = msgspec.structs.replace(b.checkpoint.training, unigram_loss=None)  # as after fine-tuning
+    failed = msgspec.structs.replace(b.rows[1].runs[0], failure=Failure("crashed", bad))
+    rows = (
+        msgspec.structs.replace(b.rows[0], name=bad, samples=(bad, bad, bad), doubts=(bad,)),
+        msgspec.structs.replace(b.rows[1], runs=(failed,)),
     )
+    checkpoint = msgspec.structs.replace(b.checkpoint, name=bad, training=training)
+    page = render(msgspec.structs.replace(b, rows=rows, checkpoint=checkpoint))
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+def test_a_row_that_fails_stays_and_the_others_are_measured(bundles, tmp_path, monkeypatch):
+    """One damaged, one whose program is not installed, one that is good."""
+    damaged = tmp_path / "damaged.gguf"
+    whole = (bundles / "gguf" / "model.gguf").read_bytes()
+    damaged.write_bytes(whole[: len(whole) // 2])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where no llama-bench was built
+    models = [damaged, f"{bundles / 'gguf'}@llama-bench", bundles / "onnx"]
+    done = run("phi-bench", "run", *models, "--out", tmp_path / "r.json", "--rounds", 1, *QUICK)
+    assert done.returncode == 2  # a file that is no model at all is refused before anything is measured
+    assert "damaged.gguf" in done.stderr.splitlines()[-1]
+    done = run("phi-bench", "run", *models[1:], "--out", tmp_path / "r.json", "--rounds", 2, *QUICK)
     assert done.returncode == 0, done.stderr
-    (result,) = json.loads((tmp_path / "r.json").read_text())["results"]
-    assert result["perplexity"] is result["kld_mean"] is result["top1_agreement"] is None
+    bench, onnx = read_benchmark(tmp_path / "r.json").rows
+    (failed,) = bench.runs  # not tried again
+    assert failed.failure.reason == "not installed"
+    assert "phi-bench build llama.cpp" in failed.failure.detail
+    assert len(figures.good_runs(onnx)) == 2
+
+
+def test_nothing_measured_is_an_error(bundles, tmp_path):
+    limits = ["--memory-limit", "60MB"]
+    done = run("phi-bench", "run", bundles / "gguf", "--out", tmp_path / "r.json", "--rounds", 1, *limits)
+    assert done.returncode == 2
+    assert "out of memory" in done.stderr.splitlines()[-1]
+    assert read_benchmark(tmp_path / "r.json").rows[0].runs[0].failure.signal == "SIGKILL"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_what_was_measured_is_kept_and_gone_on_from(number, bundles, tmp_path):
+    out = tmp_path / "r.json"
+    command = [PHI_BENCH, "run", bundles / "onnx", bundles / "gguf", "--out", out, "--rounds", 3, *QUICK]
+    command = list(map(str, command))
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (out.is_file() and '"round": 1' in out.read_text()):
+            time.sleep(0.05)
+        process.send_signal(number)
+        said = process.stderr.read()
+    kept = read_benchmark(out)
+    assert not kept.complete
+    assert 1 <= sum(len(r.runs) for r in kept.rows) < 6
+    if number == signal.SIGINT:
+        assert process.returncode == 128 + number
+        assert "goes on from there" in said
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert "going on with" in done.stderr
+    whole = read_benchmark(out)
+    assert whole.complete
+    assert [len(r.runs) for r in whole.rows] == [3, 3]
+    assert whole.rows[0].runs[0] == kept.rows[0].runs[0]
+    again = run(*command)
+    assert again.returncode == 2
+    assert "--force" in again.stderr
 
 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
         (["{tmp}/none"], "no such file or folder"),
+        (["{bundle}@nonsense"], "no adapter 'nonsense'"),
+        (["{bundle}@llama-bench"], "llama-bench does not run it"),
+        (["{bundle}@phi-run:nonsense"], "no engine 'nonsense'"),
+        (["{bundle}", "{bundle}"], "given twice"),
         (["{bundle}", "--against", "{tmp}"], "both --against"),
         (["{bundle}", "--against", "{tmp}/none", "--text", "{text}"], "no such folder"),
         (["{bundle}", "--against", "{checkpoint}", "--text", "{tmp}/none.txt"], "none.txt"),
+        (["{bundle}", "--against", "{checkpoint}", "--text", "/dev/null"], "/dev/null"),
+        (["{bundle}", "--depths", "a"], "--depths"),
+        (["{bundle}", "--memory-limit", "3"], "unit"),
     ],
 )
 def test_bad_input(args, says, bundles, checkpoint, text, tmp_path):
     filled = [a.format(tmp=tmp_path, bundle=bundles / "onnx", checkpoint=checkpoint, text=text) for a in args]
-    done = run("phi-bench", "run", *filled, "--out", tmp_path / "r.json")
+    done = run_here("phi-bench", "run", *filled, "--out", tmp_path / "r.json")
     assert done.returncode == 2
     assert says in done.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_swapping_machine_is_named(bundles, tmp_path, monkeypatch):
+    from phi_bench.measure import host
+
+    ticking = iter(range(0, 1 << 40, 1 << 30))
+    monkeypatch.setattr(host, "swapped", lambda: next(ticking))
+    done = run_here("phi-bench", "run", bundles / "onnx", "--out", tmp_path / "r.json", "--rounds", 2, *QUICK)
+    assert done.returncode == 2
+    assert "the machine swaps" in done.stderr.splitlines()[-1]
+    assert len(read_benchmark(tmp_path / "r.json").rows[0].runs) == 1
+
+
+def test_another_result_is_not_replaced(bundles, tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps({"schema_version": 7}))
+    done = run_here("phi-bench", "run", bundles / "onnx", "--out", tmp_path / "r.json", *QUICK)
+    assert done.returncode == 2
+    assert "schema version 7" in done.stderr
+    assert "--force" in done.stderr

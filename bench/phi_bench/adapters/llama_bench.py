@@ -7,13 +7,14 @@ from pathlib import Path
 from phi_bench.adapters import Adapter, Options, Work
 from phi_bench.llama_tools import find_tool
 from phi_bench.records import Phase
-from phi_runtime.errors import BenchmarkError
+from phi_runtime.errors import BenchmarkError, PhiError
+from phi_runtime.package.open import open_package
 
 
 def _measure(path: Path, options: Options, work: Work) -> list[Phase]:
     """Sums of times: llama-bench keeps none of single tokens."""
     program = find_tool("llama-bench")
-    common = [str(program), "-m", str(path), "-t", str(options.threads), "-ngl", "0", "-r", "1", "-o", "json"]
+    common = [str(program), "-m", str(_file(path)), "-t", str(options.threads), "-ngl", "0", "-r", "1", "-o", "json"]
     if options.kv is not None:
         common += ["-ctk", options.kv, "-ctv", options.kv]
     depths = ",".join(map(str, sorted({1, work.prompt_tokens, *work.depths} - {0})))
@@ -21,6 +22,17 @@ def _measure(path: Path, options: Options, work: Work) -> list[Phase]:
         *_run([*common, "-p", str(work.prompt_tokens), "-n", "0"]),
         *_run([*common, "-p", "0", "-n", str(work.decode_tokens), "-d", depths]),
     ]
+
+
+def _file(path: Path) -> Path | None:
+    """The GGUF file that a path is, or that the bundle there holds."""
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    try:
+        package = open_package(path)
+    except PhiError:
+        return None
+    return package.path if package.format == "gguf" else None
 
 
 def _run(command: list[str]) -> list[Phase]:
@@ -51,7 +63,7 @@ ADAPTER = Adapter(
     packages=("llama_cpp_python",),
     install="phi-bench build llama.cpp",
     says="llama-bench -p P -n 0, then -p 0 -n N -d DEPTHS; -ngl 0 -r 1",
-    engines=lambda path: ("llama.cpp",) if path.suffix == ".gguf" and path.is_file() else (),
+    engines=lambda path: ("llama.cpp",) if _file(path) else (),
     measure=_measure,
     judge=lambda _: ("phi-run", "llama.cpp"),
     kv=lambda path, engine: "f16",

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from phi_bench.adapters import Adapter, Options
+from phi_runtime.backends import waiting
 
 
 class _Session:
     def __init__(self, path: Path, options: Options) -> None:
+        waiting.spin_briefly(waiting.TORCH)
         import torch
         from transformers import AutoModelForCausalLM
 

@@ -20,6 +20,8 @@ from phi_bench.measure.job import Event, Job
 from phi_bench.records import Checkpoints, Failure, Memory, Reason
 from phi_runtime.contract import decode
 
+WORKER = (sys.executable, "-m", "phi_bench.measure.worker")
+_GRACE_S = 5.0  # a process that has said its last may take to end
 _SAMPLE_S = 0.05
 _FAMILY_S = 0.5  # how often new children are looked for
 _SERIES = 200  # points of the memory over time that are kept
@@ -36,21 +38,25 @@ class Outcome:
     cpu_s: float
 
 
-def measure(job: Job, timeout_s: float, memory_limit: int | None = None) -> Outcome:
-    """Do a job in a process of its own; it is ended after `timeout_s`, and where it takes more than `memory_limit`."""
+def measure(job: Job, timeout_s: float, memory_limit: int | None = None, program: tuple[str, ...] = WORKER) -> Outcome:
+    """Do a job in a process of its own; it is ended after `timeout_s`, and where it takes more than `memory_limit`.
+
+    program: what speaks the worker's protocol; the number of the file descriptor for its events is its last argument.
+    """
     read_fd, write_fd = os.pipe()
     killed_before = host.oom_kills()
     with tempfile.TemporaryFile() as said:
-        command = [sys.executable, "-m", "phi_bench.measure.worker", str(write_fd)]
+        command = [*program, str(write_fd)]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=said, stderr=said, pass_fds=(write_fd,), start_new_session=True
         )
         os.close(write_fd)
-        watch = _Watch(process.pid)
+        watch, grace_s = _Watch(process.pid), 0.0
         try:
             result, ended = _converse(process, read_fd, job, watch, timeout_s, memory_limit)
+            grace_s = 0 if ended else _GRACE_S
         finally:
-            _end(process)
+            _end(process, grace_s)
             os.close(read_fd)
         failure = _failure(process.returncode, result, ended, _last_line(said), host.oom_kills() > killed_before)
     good = failure is None and result is not None
@@ -96,10 +102,10 @@ def _converse(
                 stdin.flush()
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], grace_s: float) -> None:
     """Wait a moment for a process that is done; end it and its children."""
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(2)
+        process.wait(grace_s)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     if process.stdin is not None:

@@ -5,7 +5,7 @@ from html import escape
 from phi_bench import figures
 from phi_bench.records import Benchmark
 from phi_bench.results.plots import all_plots, loss_curve
-from phi_bench.results.tables import cells, heading, machine_line, mb, method_line, used
+from phi_bench.results.tables import cells, failure_of, heading, machine_line, mb, method_line, used
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2330; --soft: #565f6e; --line: #d8dce3; --page: #ffffff; --card: #f6f7f9; }
@@ -30,7 +30,8 @@ th[scope=row], th:nth-child(2) { text-align: left; }
 td { white-space: nowrap; } td small { display: block; color: var(--soft); }
 td.words { white-space: normal; min-width: 16rem; text-align: left; }
 thead th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
-tbody th { font-weight: 600; }
+tbody th { font-weight: 600; min-width: 9rem; }
+@media (min-width: 44rem) { th[scope=row] { position: sticky; left: 0; background: var(--page); } }
 th button { all: unset; cursor: pointer; } th button::after { content: " \\2195"; opacity: .5; }
 th[aria-sort=ascending] button::after { content: " \\2191"; opacity: 1; }
 th[aria-sort=descending] button::after { content: " \\2193"; opacity: 1; }
@@ -77,12 +78,13 @@ def render(b: Benchmark) -> str:
         '<p class="soft">Rows are numbered as they stand in the table before it is sorted.</p>',
         '<div class="grid">',
     ]
-    for title, (svg, words) in all_plots(b).items():
+    pictures = all_plots(b)
+    if (c := b.checkpoint) and c.loss and c.training:
+        words = f"from {c.loss[0].loss:.2f} to {c.loss[-1].loss:.2f} nats per token in {c.loss[-1].step} steps"
+        pictures["Training loss"] = (loss_curve(c.loss, c.training), words)
+    for title, (svg, words) in pictures.items():
         picture = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}: {escape(words)}" ', 1)
         parts.append(f'<figure class="card" style="margin:0"><h3>{escape(title)}</h3>{picture}</figure>')
-    c = b.checkpoint
-    if c and c.loss and c.training:
-        parts.append(f'<div class="card"><h3>Training loss</h3>{loss_curve(c.loss, c.training)}</div>')
     parts += ["</div>", _samples(b), _software(b), f"</main><script>{_SCRIPT}</script></body></html>"]
     return "\n".join(parts) + "\n"
 
@@ -114,6 +116,9 @@ def _table(b: Benchmark) -> str:
     for i, row in enumerate(b.rows, 1):
         found = cells(row, b)
         line = [f'<td data-n="{i}">{i}</td>', f'<th scope="row">{escape(row.name)}</th>']
+        if failed := failure_of(row):
+            rows.append(f'<tr>{"".join(line)}<td class="words" colspan="{len(shown) - 1}">{escape(failed)}</td></tr>')
+            continue
         for key in shown[1:]:
             cell = found[key]
             number = "" if cell.number is None else f' data-n="{cell.number:.9g}"'

@@ -1,0 +1,101 @@
+"""`phi-bench compare`: planted changes are seen, noise and a drifting machine are not."""
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from support import run_here
+
+from phi_bench.records import read_benchmark
+from phi_bench.results.compare import compare
+from phi_bench.results.write import write_benchmark
+
+LAPTOP = read_benchmark(Path(__file__).parent / "golden" / "laptop.json")
+replace = msgspec.structs.replace
+
+
+def measured(seed, speed=1.0, drift=1.0, kld=1.0, peak=0, failed=False):
+    """The golden result with noise of 2 %; `drift` slows program and memory alike."""
+    rng = np.random.default_rng(seed)
+    row, runs = LAPTOP.rows[0], []
+    for r in row.runs:
+        noise = rng.normal(1, 0.02)
+        phases = tuple(
+            replace(
+                p,
+                first_token_ns=int(p.first_token_ns * noise * drift / speed),
+                token_ns=tuple(int(t * noise * drift / speed) for t in p.token_ns),
+            )
+            for p in r.phases
+        )
+        c = replace(r.conditions, bandwidth=r.conditions.bandwidth / drift * rng.normal(1, 0.01))
+        runs.append(
+            replace(r, phases=phases, conditions=c, memory=replace(r.memory, peak_rss=r.memory.peak_rss + peak))
+        )
+    if failed:
+        runs = [replace(runs[0], failure=LAPTOP.rows[1].runs[0].failure)]
+    q = replace(row.quality, kld_mean=row.quality.kld_mean * kld)
+    return replace(LAPTOP, rows=(replace(row, runs=tuple(runs), quality=q), LAPTOP.rows[1]))
+
+
+def verdicts(a, b):
+    return {c.what: c.verdict for c in compare(a, b) if c.row == LAPTOP.rows[0].name}
+
+
+def test_a_tenth_slower_is_seen():
+    found = verdicts(measured(1), measured(2, speed=0.9))
+    assert found["decode, tokens/s"] == "worse"
+    assert verdicts(measured(1), measured(2, speed=1.1))["decode, tokens/s"] == "better"
+
+
+def test_the_same_twice_is_the_same_in_twenty_tries():
+    for i in range(20):
+        assert "worse" not in verdicts(measured(10 + i), measured(40 + i)).values()
+
+
+def test_a_slower_machine_is_no_regression():
+    found = compare(measured(1), measured(2, drift=1.5))
+    speeds = [c for c in found if "tokens/s" in c.what and c.row == LAPTOP.rows[0].name]
+    assert {c.verdict for c in speeds} == {"undecided"}
+    assert all("the machine changed" in c.note for c in speeds)
+
+
+def test_quality_counts_beyond_its_error():
+    assert verdicts(measured(1), measured(2, kld=1.2))["KL divergence, nats"] == "worse"
+    assert verdicts(measured(1), measured(2, kld=1.05))["KL divergence, nats"] == "same"
+    assert verdicts(measured(1), measured(2, kld=0.8))["KL divergence, nats"] == "better"
+
+
+@pytest.mark.parametrize(("more", "verdict"), [(150_000_000, "same"), (205_000_000, "same"), (300_000_000, "worse")])
+def test_memory_counts_when_both_share_and_bytes_rise(more, verdict):
+    assert verdicts(measured(1), measured(2, peak=more))["peak memory"] == verdict
+
+
+def test_a_row_that_fails_now_is_worse():
+    assert verdicts(measured(1), measured(2, failed=True)) == {"runs": "worse"}
+    assert verdicts(measured(2, failed=True), measured(1)) == {"runs": "better"}
+
+
+def test_few_rounds_decide_nothing():
+    one, other = measured(1), measured(2, speed=0.5)
+    few = [replace(x, rows=(replace(x.rows[0], runs=x.rows[0].runs[:3]),)) for x in (one, other)]
+    assert verdicts(*few)["decode, tokens/s"] == "undecided"
+
+
+def test_other_texts_are_not_compared():
+    b = measured(2, kld=3)
+    b = replace(b, rows=(replace(b.rows[0], quality=replace(b.rows[0].quality, tokens=99)), b.rows[1]))
+    assert verdicts(measured(1), b)["KL divergence, nats"] == "undecided"
+
+
+def test_the_command_is_a_gate(tmp_path):
+    for name, b in (("a", measured(1)), ("same", measured(2)), ("slow", measured(2, speed=0.9))):
+        write_benchmark(tmp_path / f"{name}.json", b)
+    good = run_here("phi-bench", "compare", tmp_path / "a.json", tmp_path / "same.json")
+    assert good.returncode == 0, good.stderr
+    bad = run_here("phi-bench", "compare", tmp_path / "a.json", tmp_path / "slow.json")
+    assert bad.returncode == 1
+    assert "decode, tokens/s" in bad.stderr.splitlines()[-1]
+    other = run_here("phi-bench", "compare", tmp_path / "a.json", tmp_path / "none.json")
+    assert other.returncode == 2
