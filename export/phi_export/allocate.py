@@ -15,7 +15,8 @@ from phi_runtime.backends import choose_backend, kv_types
 from phi_runtime.errors import UsageError
 from phi_runtime.package.manifest import BundleFile, ExportOptions, Manifest, Source
 from phi_runtime.package.open import Package, staging
-from phi_runtime.planning.memory import MemoryPlan, available, predict
+from phi_runtime.planning.available import available
+from phi_runtime.planning.memory import MemoryPlan, predict
 from phi_runtime.planning.speed import Speeds
 
 # Expected loss of storing an item as a type, in any unit that adds up over items.

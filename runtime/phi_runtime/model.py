@@ -23,6 +23,7 @@ from phi_runtime.generation.config import GenerationConfig, Options
 from phi_runtime.generation.engine import Engine, FinishReason, Step
 from phi_runtime.package.manifest import Manifest
 from phi_runtime.package.open import Package, open_package
+from phi_runtime.planning.available import group_limit
 from phi_runtime.planning.memory import plan_package
 from phi_runtime.text.chat_templates import ChatFormat, Messages, get_format
 from phi_runtime.text.tokenizer import FILE as TOKENIZER
@@ -394,12 +395,13 @@ def load(
 
     Raises NotFoundError, BundleError, UnsupportedError, MissingExtraError, UsageError for a backend that does not run
     the format or a device that it cannot use, ContextError for a context beyond the model's, MemoryPlanError where
-    `memory` is too little.
+    `memory` is too little. Where a cgroup (a container) limits this process, that is the default of `memory`.
     """
     package = open_package(path)
     said = package.chat if chat is None else get_format(chat)
-    if memory is not None:
-        found = plan_package(package, context=context, memory=memory, kv=kv, backend=backend)
+    allowed = memory if memory is not None else group_limit()  # beyond which the kernel ends the process
+    if allowed is not None:
+        found = plan_package(package, context=context, memory=allowed, kv=kv, backend=backend)
         context, kv = found.context, found.kv
     tokenizer: TokenizerLike | None = None if package.folder is None else Tokenizer(package.folder)
     opened = open_backend(package, backend, context, threads, kv, device)

@@ -9,7 +9,8 @@ import pytest
 
 from phi_runtime.errors import ContextError, MemoryPlanError, UsageError
 from phi_runtime.package.open import open_package
-from phi_runtime.planning.memory import DEVICES, available, parse_size, plan, predict, resident
+from phi_runtime.planning.available import available
+from phi_runtime.planning.memory import DEVICES, parse_size, plan, predict, resident
 
 _CHILD = """
 import sys, phi_runtime

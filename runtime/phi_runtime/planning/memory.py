@@ -11,6 +11,7 @@ from pathlib import Path
 from phi_runtime.backends import DEFAULT_CONTEXT, choose_backend, kv_types, record
 from phi_runtime.errors import ContextError, MemoryPlanError, UsageError
 from phi_runtime.package.open import Package, open_package
+from phi_runtime.planning.available import available
 from phi_runtime.planning.speed import measured_speeds
 
 # What a process may take, bytes. Phones: what iOS allows an app of a device with 6 GB, without and with the entitlement
@@ -117,16 +118,6 @@ def _speed(package: Package, backend: str) -> float | None:
     speeds = measured_speeds(backend) if package.matrices else None
     milliseconds = speeds.milliseconds(list(package.matrices)) if speeds is not None else None
     return None if not milliseconds else 1000 / milliseconds
-
-
-def available() -> int:
-    """What this machine can still give, bytes."""
-    info = Path("/proc/meminfo")
-    if info.is_file():
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", info.read_text(), re.MULTILINE)
-        if found is not None:
-            return int(found[1]) * 1024
-    return int(0.75 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _bytes(size: int | str) -> int:

@@ -23,7 +23,7 @@ from phi_runtime.architecture.config import AnyConfig
 from phi_runtime.contract import encode, read_record
 from phi_runtime.errors import CheckpointError, PhiError, UsageError
 from phi_runtime.files import write_file
-from phi_runtime.planning.memory import available
+from phi_runtime.planning.available import available
 from phi_runtime.text.tokenizer import Tokenizer
 from phi_train.checkpoints.write import write_checkpoint
 from phi_train.data.batch import Batch, BatchStream
