@@ -92,14 +92,8 @@ def test_a_real_group(share, done, bundles):
     GROUP.mkdir(exist_ok=True)
     try:
         (GROUP / "memory.limit_in_bytes").write_text(str(int(share * plan.peak)))
-        command = [
-            sys.executable,
-            "-c",
-            IN_GROUP.replace("context=96", "context=96, kv='f16'"),
-            GROUP,
-            bundles / "gguf",
-        ]
-        ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        command = [sys.executable, "-c", IN_GROUP, str(GROUP), str(bundles / "gguf")]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
     finally:
         GROUP.rmdir()
     assert (ran.stdout.strip() == "done") == done, ran.stderr[-500:]
