@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from phi_runtime.cli import parser, positive, run
-from phi_runtime.errors import BenchmarkError, OutputExistsError, RegressionError, UsageError, missing_extra
+from phi_runtime.errors import (
+    BenchmarkError,
+    NotFoundError,
+    OutputExistsError,
+    RegressionError,
+    UsageError,
+    missing_extra,
+)
 from phi_runtime.files import write_file
 from phi_runtime.package.hub import local_checkpoint
 from phi_runtime.planning.memory import parse_size
@@ -46,6 +53,16 @@ def _main(argv: list[str]) -> None:
     i = commands.add_parser("import", help="another tool's result (llama-bench, mlx_lm.benchmark, PocketPal) as ours")
     i.add_argument("file", metavar="FILE", type=Path, help="what that tool wrote")
     i.add_argument("--out", type=Path, required=True, metavar="RESULT", help="JSON file to write")
+    d = commands.add_parser("devices", help="what devices can do at most with a model, by their memory")
+    d.add_argument("model", metavar="MODEL", type=Path, nargs="?", help="a model; without one, what others published")
+    d.add_argument("--depth", type=int, default=0, metavar="N", help="tokens in the KV cache (default 0)")
+    k = commands.add_parser("claim", help="each sentence said of size and speed, and the figure behind it")
+    k.add_argument("results", metavar="RESULT", type=Path, nargs="*", help="results of `phi-bench run` or a phone")
+    t = commands.add_parser("collect", help="take in a phone's result, from a file or over HTTP")
+    t.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to keep results in")
+    t.add_argument("--file", type=Path, metavar="FILE", help="the result; without it, wait for one")
+    t.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for a phone")
+    t.add_argument("--port", type=positive, default=8099, metavar="N", help="port to listen on (default %(default)s)")
     b = commands.add_parser("build", help="build llama-bench and llama-quantize against the installed llama.cpp")
     b.add_argument("tool", choices=["llama.cpp"], help="what to build")
     _add_quality(commands.add_parser("quality", help="measure how far models are from their checkpoint, on a text"))
@@ -258,6 +275,73 @@ def _build(args: argparse.Namespace) -> None:
     print(f"llama-bench and llama-quantize are in {folder}")
 
 
+def _devices(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from phi_bench.devices import devices, published, roof_tps
+    from phi_bench.measure.models import describe
+
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    if args.model is None:
+        table = Table("device", "model", "engine", "decode, tokens/s", "memory", "source", "note")
+        for p in published():
+            rate = "" if p.decode_tps is None else f"{p.decode_tps:g}"
+            memory = "" if p.memory_bytes is None else f"{p.memory_bytes / 1e9:.2f} GB"
+            table.add_row(p.device, p.model, p.engine, rate, memory, f"{p.source}, {p.date}", p.note)
+        out.print("Published by others; nobody here measured these.")
+        out.print(table)
+        return
+    model = describe(args.model, args.model.name)
+    table = Table("device", "chip", "bandwidth", "memory", "limit of an app", "at most, tokens/s", "the bandwidth is")
+    for d in devices():
+        roof = roof_tps(d, model, args.depth)
+        limits = [x for x in (d.app_limit, d.app_limit_increased) if x]
+        said = " / ".join(f"{x.value / 1e9:.2f}" for x in limits)
+        fast = "" if roof is None else f"{roof:.1f}"
+        memory = f"{d.memory.value / 1e9:.0f} GB"
+        table.add_row(d.name, d.chip, f"{d.bandwidth.value / 1e9:.1f} GB/s", memory, said, fast, d.bandwidth.basis)
+    out.print(table)
+    out.print(
+        f"Predicted: bandwidth / bytes read per token, {args.depth} tokens of float16 KV cache. Engines reach 45 to "
+        "90 % of it. Sources: bench/phi_bench/devices/profiles.json",
+        soft_wrap=True,
+    )
+
+
+def _claim(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from phi_bench.records import read_benchmark
+    from phi_bench.results.claims import claims
+
+    out = Console(highlight=False)
+    for claim in claims([read_benchmark(path) for path in args.results]):
+        out.print(f"{claim.sentence} [{claim.source}]", markup=False, soft_wrap=True)
+        for metric, value, by in claim.metrics:
+            out.print(f"  {metric}: {value}" + (f" ({by})" if by else ""), markup=False, soft_wrap=True)
+
+
+def _collect(args: argparse.Namespace) -> None:
+    from phi_bench.collect import MOST_BYTES, Door, take
+
+    if args.file is not None:
+        if not args.file.is_file():
+            raise NotFoundError(f"--file {args.file}: no such file")
+        with open(args.file, "rb") as f:
+            taken = take(f.read(MOST_BYTES + 1), args.out, str(args.file))
+    else:
+        door = Door(args.out)
+        print(f"POST the result to http://{args.host}:{args.port}/result with the code {door.code}", flush=True)
+        door.serve(args.host, args.port)
+        if door.taken is None:
+            raise BenchmarkError("no result came; start phi-bench collect again for a new code")
+        taken = door.taken
+    for row, why in taken.kept_out:
+        print(f"kept out: {row}: {why}")
+    print(f"wrote {taken.path}" + ("" if taken.known else f"; {taken.device} is not a known device: unverified"))
+
+
 def _error(of_mean: float) -> str:
     """The standard error over windows."""
     return " (one window: no standard error)" if math.isnan(of_mean) else f" +- {of_mean:.6f}"
@@ -300,5 +384,8 @@ _COMMANDS = {
     "report": _report,
     "import": _import,
     "build": _build,
+    "devices": _devices,
+    "claim": _claim,
+    "collect": _collect,
     "quality": _quality,
 }

@@ -79,6 +79,7 @@ class Model(StrictContract, frozen=True):
     format: str
     file_bytes: Count
     sha256: str
+    parameters: Count | None = None
     bits_per_weight: Amount | None = None
     read_bytes: Count | None = None
     kv_numbers: Count | None = None
@@ -278,6 +279,11 @@ def read_benchmark(path: Path) -> Benchmark:
         raw = path.read_bytes()
     except OSError:
         raise NotFoundError(f"{path}: no such file; give one that phi-bench run wrote") from None
+    return parse_benchmark(raw, str(path))
+
+
+def parse_benchmark(raw: bytes, path: str) -> Benchmark:
+    """The same from bytes; `path` names them in errors."""
     try:
         version = decode(raw, _Version).schema_version
         if version != VERSION:

@@ -72,6 +72,6 @@ def test_real_files_match_their_schemas(bundles, checkpoint):
         ("phi-bundle", bundles / "coreml" / "phi-bundle.json"),
         ("summary", checkpoint / "training" / "summary.json"),
         ("recipe", checkpoint / "training" / "recipe.json"),
-        ("report", ROOT / "docs" / "demo.json"),
+        ("benchmark", ROOT / "docs" / "demo.json"),
     ):
         jsonschema.validate(json.loads(path.read_text()), json.loads(schemas.schema_text(name)))

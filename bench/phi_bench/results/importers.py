@@ -65,7 +65,7 @@ def _llama_bench(v: list[dict[str, Any]], path: Path) -> Benchmark:
         model = Path(file).stem
         one = tests[0]
         bits = 8 * one["model_size"] / one["model_n_params"]
-        models[model] = Model(model, "gguf", one["model_size"], "", bits, one["model_size"])
+        models[model] = Model(model, "gguf", one["model_size"], "", one["model_n_params"], bits, one["model_size"])
         rounds = max(len(t["samples_ns"]) for t in tests)
         runs = tuple(
             Run(i + 1, t0, phases=tuple(_llama_phase(t, i) for t in tests if len(t["samples_ns"]) > i))

@@ -1,0 +1,87 @@
+"""Devices: what is known of them, with its source, and what follows from it for a model."""
+
+from functools import cache
+from importlib.resources import files
+from typing import Literal
+
+from phi_bench import figures
+from phi_bench.records import Benchmark, Host, Model
+from phi_runtime.contract import Amount, Count, StrictContract, decode
+
+
+class Sourced(StrictContract, frozen=True):
+    """A figure and where it is from. basis: `published` by the maker or repeated from it, `reported` by others,
+    `arithmetic` from the type of memory and the width of its bus, `measured` by somebody who says how.
+    """
+
+    value: Amount
+    basis: Literal["published", "reported", "arithmetic", "measured"]
+    source: str
+    date: str
+
+
+class Device(StrictContract, frozen=True):
+    """bandwidth: bytes per second. memory: bytes built in. app_limit: bytes that a process may take, without and with
+    an entitlement for more; None where nobody measured it. identifiers: what the system calls it.
+    """
+
+    name: str
+    kind: Literal["phone", "laptop"]
+    chip: str
+    identifiers: tuple[str, ...]
+    bandwidth: Sourced
+    memory: Sourced
+    app_limit: Sourced | None = None
+    app_limit_increased: Sourced | None = None
+
+
+class Published(StrictContract, frozen=True):
+    """A result that others published; nobody here measured it."""
+
+    device: str
+    model: str
+    engine: str
+    source: str
+    date: str
+    decode_tps: Amount | None = None
+    memory_bytes: Count | None = None
+    note: str = ""
+
+
+@cache
+def devices() -> tuple[Device, ...]:
+    """All that are known."""
+    return decode(files(__package__).joinpath("profiles.json").read_bytes(), tuple[Device, ...])
+
+
+@cache
+def published() -> tuple[Published, ...]:
+    """Third parties' results."""
+    return decode(files(__package__).joinpath("published.json").read_bytes(), tuple[Published, ...])
+
+
+def find_device(host: Host) -> Device | None:
+    """The profile of the machine that a result is from."""
+    said = host.device or host.cpu
+    return next((d for d in devices() if said in (*d.identifiers, d.name)), None)
+
+
+def roof_tps(device: Device, model: Model, depth: int = 0, kv_bits: float = 16) -> float | None:
+    """Tokens per second that the memory bandwidth allows at most."""
+    if model.read_bytes is None:
+        return None
+    return device.bandwidth.value / (model.read_bytes + depth * (model.kv_numbers or 0) * kv_bits / 8)
+
+
+def above_roof(b: Benchmark, device: Device) -> list[tuple[str, str]]:
+    """Rows that decoded faster than their device can read their weights, with the arithmetic in words."""
+    found = []
+    for row in b.rows:
+        model, rate = figures.model_of(row, b), figures.decode(row)
+        roof = roof_tps(device, model)
+        if rate is not None and roof is not None and rate.value > roof:
+            would, has = rate.value * (model.read_bytes or 0) / 1e9, device.bandwidth.value / 1e9
+            found.append(
+                (row.name, f"{rate.value:.1f} tokens/s would read {would:.1f} GB/s; {device.name} has {has:.1f} GB/s")
+            )
+    return found
