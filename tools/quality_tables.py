@@ -2,8 +2,8 @@
 
     python tools/quality_tables.py
 
-`NAME.json` is what bench/rivals/quality.py wrote for the checkpoint NAME, `ablation-NAME.json` what
-bench/rivals/ablation.py did.
+`NAME.json` is what `phi-bench suite quality` wrote for the checkpoint NAME, `ablation-NAME.json` what
+`phi-bench suite quality-ablation` did.
 """
 
 import json

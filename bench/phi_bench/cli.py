@@ -65,6 +65,9 @@ def _main(argv: list[str]) -> None:
     t.add_argument("--port", type=positive, default=8099, metavar="N", help="port to listen on (default %(default)s)")
     b = commands.add_parser("build", help="build llama-bench and llama-quantize against the installed llama.cpp")
     b.add_argument("tool", choices=["llama.cpp"], help="what to build")
+    s = commands.add_parser("suite", help="measurements with an input of their own", add_help=False)
+    s.add_argument("name", metavar="NAME", nargs="?", help="`phi-bench suite` lists them")
+    s.add_argument("arguments", metavar="…", nargs=argparse.REMAINDER, help="of that suite: `phi-bench suite NAME -h`")
     _add_quality(commands.add_parser("quality", help="measure how far models are from their checkpoint, on a text"))
     args = p.parse_args(argv)
     try:
@@ -342,6 +345,17 @@ def _collect(args: argparse.Namespace) -> None:
     print(f"wrote {taken.path}" + ("" if taken.known else f"; {taken.device} is not a known device: unverified"))
 
 
+def _suite(args: argparse.Namespace) -> None:
+    from phi_bench.suites import SUITES, run_suite
+
+    if args.name in (None, "-h", "--help"):
+        print("usage: phi-bench suite NAME …\n")
+        for name, (_, says) in SUITES.items():
+            print(f"  {name:18} {says}")
+        return
+    run_suite(args.name, args.arguments)
+
+
 def _error(of_mean: float) -> str:
     """The standard error over windows."""
     return " (one window: no standard error)" if math.isnan(of_mean) else f" +- {of_mean:.6f}"
@@ -387,5 +401,6 @@ _COMMANDS = {
     "devices": _devices,
     "claim": _claim,
     "collect": _collect,
+    "suite": _suite,
     "quality": _quality,
 }

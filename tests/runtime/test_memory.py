@@ -1,4 +1,4 @@
-"""What is predicted against what a process comes to. `bench/rivals/memory.py` does it for models of real size."""
+"""What is predicted against what a process comes to. `phi-bench suite memory` does it for models of real size."""
 
 import json
 import shutil

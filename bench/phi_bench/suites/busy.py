@@ -1,6 +1,6 @@
 """Training and decoding with and without one other busy process: with the libraries' own waiting, and with ours.
 
-    python bench/rivals/busy.py BUNDLES --out figures.json
+    phi-bench suite training-busy BUNDLES --out figures.json
 
 BUNDLES holds gguf and onnx bundles. Rounds are interleaved, each run a process of its own; rates are tokens per second.
 "before" is what libgomp and onnxruntime do by themselves, "after" what `phi_runtime.backends.waiting` makes them do.
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from runs import log, train
+from phi_bench.suites.runs import log, train
 
 BEFORE = {"OMP_WAIT_POLICY": ""}  # nothing chosen, by the user either
 TRAIN = {"schedule.steps": 12, "schedule.warmup_steps": 2, "samples": 0, "save_every": 1000}
@@ -61,16 +61,16 @@ def decoding(path: Path, before: bool, tokens: int) -> float:
     return float(done.stdout)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """All cells of the table, round by round."""
-    p = argparse.ArgumentParser()
+    p = argparse.ArgumentParser("phi-bench suite training-busy", description=(__doc__ or "").splitlines()[0])
     p.add_argument("bundles", type=Path)
     p.add_argument("--training", type=Path, required=True, help="a folder with tokenizer and shards")
     p.add_argument("--tokens", type=int, default=64)
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--only", default="train,gguf,onnx")
     p.add_argument("--out", type=Path, required=True)
-    args = p.parse_args()
+    args = p.parse_args(argv)
     found: dict[str, list[float]] = {}
     for _ in range(args.rounds):
         for busy in (False, True):
@@ -93,7 +93,3 @@ def main() -> None:
     args.out.write_text(json.dumps(found, indent=1) + "\n")
     for name, rates in found.items():
         print(f"{name}: median {statistics.median(rates):.1f}, {min(rates):.1f} to {max(rates):.1f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Quality beside other exporters, all on one checkpoint, one calibration text and one held-out text.
 
-    python bench/rivals/quality.py CKPT --calibrate TEXT --text HELDOUT --work DIR --out figures.json \
+    phi-bench suite quality CKPT --calibrate TEXT --text HELDOUT --work DIR --out figures.json \
         --llama DIR --builder COMMAND
 
 Needs llama.cpp's tools (`--llama`, the folder of llama-imatrix and llama-quantize) and, for ONNX, a command that
@@ -252,9 +252,9 @@ def coremltools_arm(arms: Arms, name: str, config: Any, embedding: bool, kind: s
     return size
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(name: str) -> argparse.ArgumentParser:
     """What every comparison of this kind takes."""
-    p = argparse.ArgumentParser()
+    p = argparse.ArgumentParser(f"phi-bench suite {name}")
     p.add_argument("checkpoint", type=Path)
     p.add_argument("--calibrate", required=True)
     p.add_argument("--windows", type=int, default=64)
@@ -264,15 +264,15 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Make all models, then hold them to the checkpoint."""
-    p = parser()
+    p = parser("quality")
     p.add_argument("--work", type=Path, required=True)
     p.add_argument("--llama", type=Path)
     p.add_argument("--presets", default=",".join(PRESETS), help="of llama.cpp (default: %(default)s)")
     p.add_argument("--builder")
     p.add_argument("--coreml", action="store_true")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     checkpoint = open_checkpoint(args.checkpoint)
     text = CalibrationText(args.calibrate, args.windows)
@@ -325,7 +325,3 @@ def _figures(a: Agreement) -> dict[str, float]:
         "perplexity": a.perplexity_q,
         "checkpoint_perplexity": a.perplexity_p,
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """What fine-tuning, preferences and training on the exporter's grid change, over several seeds.
 
-    python bench/rivals/stages.py --tokenizer DIR --data SHARDS --out DIR [--seeds 3]
+    phi-bench suite training-stages --tokenizer DIR --data SHARDS --out DIR [--seeds 3]
 
 A small Phi-3 learns the standard library, then answers to questions about its functions (SFT), then not to say its own
 wrong answers (DPO); and goes on with and without its weights rounded to int4, the same steps and data.
@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from runs import phi, train
 
+from phi_bench.suites.runs import phi, train
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_train.data.conversations import Preferences, open_examples
 from phi_train.data.questions import write_questions
@@ -30,14 +30,14 @@ MODEL = {
 GRID = "int4-g256"
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Print a row a seed."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser("phi-bench suite training-stages", description=(__doc__ or "").splitlines()[0])
     p.add_argument("--tokenizer", type=Path, required=True)
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--seeds", type=int, default=3)
-    args = p.parse_args()
+    args = p.parse_args(argv)
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir()
     questions, asked = args.out / "questions.jsonl", args.out / "asked.jsonl"
@@ -105,7 +105,3 @@ def loss(checkpoint: Path, data: Path, grid: str | None) -> float:
     rows = torch.from_numpy(open_data(data).heldout_windows(256, 64))
     logits = model(rows[:, :-1])
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Step time beside transformers' model under its Trainer, same data and sizes; and the share of the machine's own rate.
 
-    PYTHONPATH=WHERE_ACCELERATE_IS python bench/rivals/trainer.py --tokenizer DIR --data SHARDS --out DIR [--rounds 3]
+    PYTHONPATH=WHERE_ACCELERATE_IS phi-bench suite training --tokenizer DIR --data SHARDS --out DIR [--rounds 3]
 
 Rounds are interleaved, each in a process of its own; the first steps do not count. Needs accelerate.
 """
@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import torch
-from runs import log, train
 
+from phi_bench.suites.runs import log, train
 from phi_train.recipes.catalogue import get_recipe
 from phi_train.recipes.estimate import plan
 
@@ -23,16 +23,16 @@ RECIPE = "phi3-proxy-small"  # 27 M parameters
 WARM, STEPS = 4, 16
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Print tokens per second of both, their ratio a round, and ours as a share of the matrix product's rate."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser("phi-bench suite training", description=(__doc__ or "").splitlines()[0])
     p.add_argument("--tokenizer", type=Path, required=True)
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--set", action="append", default=[], dest="settings")
     p.add_argument("--theirs", action="store_true", help=argparse.SUPPRESS)
-    args = p.parse_args()
+    args = p.parse_args(argv)
     settings = [
         f"schedule.steps={STEPS}",
         "samples=0",
@@ -52,7 +52,7 @@ def main() -> None:
     for n in range(args.rounds):
         peak = products()
         a = ours(args.out / str(n), settings, r.data.batch_size * r.data.sequence_length)
-        command = [sys.executable, __file__, *sys.argv[1:], "--theirs"]
+        command = [sys.executable, "-m", __spec__.name, *argv, "--theirs"]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         b = float(said.split()[-1])
         peak = (peak + products()) / 2
@@ -121,4 +121,4 @@ def theirs(settings: list[str], data: Path) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

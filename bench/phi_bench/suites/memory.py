@@ -1,6 +1,6 @@
 """What `phi_runtime.plan` predicts beside what a process that does it comes to, for models, contexts and caches.
 
-    python bench/rivals/memory.py MODEL [MODEL ...] --contexts 512,2048 --kv f16,q8_0 --out figures.json
+    phi-bench suite memory MODEL [MODEL ...] --contexts 512,2048 --kv f16,q8_0 --out figures.json
 
 Each measurement is a process of its own that loads the model, reads a prompt of 300 tokens (or what fits) and writes
 eight; its peak is the system's own figure (VmHWM, Linux).
@@ -23,14 +23,14 @@ with open("/proc/self/status") as f:
 """
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Predict, run, compare."""
-    p = argparse.ArgumentParser()
+    p = argparse.ArgumentParser("phi-bench suite memory", description=(__doc__ or "").splitlines()[0])
     p.add_argument("models", nargs="+")
     p.add_argument("--contexts", default="512,2048")
     p.add_argument("--kv", default="f16,q8_0", help="of GGUF files; others have one")
     p.add_argument("--out", type=Path)
-    args = p.parse_args()
+    args = p.parse_args(argv)
     from phi_runtime.backends import choose_backend, kv_types
     from phi_runtime.package.open import open_package
     from phi_runtime.planning.memory import predict
@@ -51,7 +51,3 @@ def main() -> None:
                 rows.append({"model": model, "context": context, "kv": kv, "predicted": said.peak, "measured": peak})
     if args.out is not None:
         args.out.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """A context eight times as long: loss by position, factors by rule and searched for, before and after training there.
 
-python bench/rivals/longrope.py --tokenizer DIR --data SHARDS --out DIR [--seeds 0 1]
+phi-bench suite training-longrope --tokenizer DIR --data SHARDS --out DIR [--seeds 0 1]
 """
 
 import argparse
@@ -9,8 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from runs import phi, train
 
+from phi_bench.suites.runs import phi, train
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_train.checkpoints.extend import METHODS
 from phi_train.data.shards import open_data
@@ -25,14 +25,14 @@ MODEL = {
 BINS = [0, 64, 128, 256, 512, 768, 1023]
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Print a row a way."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser("phi-bench suite training-longrope", description=(__doc__ or "").splitlines()[0])
     p.add_argument("--tokenizer", type=Path, required=True)
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
-    args = p.parse_args()
+    args = p.parse_args(argv)
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir()
     rows = torch.from_numpy(open_data(args.data).heldout_windows(LONG, 48))
@@ -75,7 +75,3 @@ def show(name: str, folder: Path, rows: torch.Tensor) -> None:
     bins = [float(by_position[a:b].mean()) for a, b in pairwise(BINS) if a < len(by_position)]
     said = " ".join(f"{x:.3f}" for x in bins)
     print(f"{name}: {said} | {float(by_position.mean()):.3f} | {float(short.mean()):.3f}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

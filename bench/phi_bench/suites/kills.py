@@ -1,6 +1,6 @@
 """Kill a training run at random points, again and again; it must end in the bytes of one that was never stopped.
 
-    python bench/rivals/kills.py --kills 50 --out DIR [--set key=value ...]
+    phi-bench suite training-kills --kills 50 --out DIR [--set key=value ...]
 
 After every fifth kill a byte of the newest state is flipped: a state that is not whole may not be continued from.
 After each kill the log so far is compared with the unbroken run's, loss by loss.
@@ -16,17 +16,18 @@ import time
 from pathlib import Path
 
 import numpy as np
-from runs import log
+
+from phi_bench.suites.runs import log
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Print how many of the kills left no trace."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser("phi-bench suite training-kills", description=(__doc__ or "").splitlines()[0])
     p.add_argument("--kills", type=int, default=50)
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--set", action="append", default=[], dest="settings")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     draw = np.random.default_rng(args.seed)
     shutil.rmtree(args.out, ignore_errors=True)
     command = [str(Path(sys.executable).parent / "phi-train"), "phi3-demo"]
@@ -80,7 +81,3 @@ def main() -> None:
 def losses(run: Path) -> list[float]:
     """Of the steps taken so far."""
     return [line["loss"] for line in log(run)]
-
-
-if __name__ == "__main__":
-    main()

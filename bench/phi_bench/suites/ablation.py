@@ -1,6 +1,6 @@
 """What each step from rounding to nearest onwards is worth: KL divergence and seconds, on ONNX's 4-bit grid.
 
-    python bench/rivals/ablation.py CKPT --calibrate TEXT --text HELDOUT --out figures.json
+    phi-bench suite quality-ablation CKPT --calibrate TEXT --text HELDOUT --out figures.json
 
 All arms are computed by the reference in float32, so that only the weights differ. The last one, tuning the scales
 and norms of each layer by gradient against the layer of the checkpoint, is not part of the exporter: this is where it
@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from quality import parser
 from torch import nn
 
 from phi_bench.quality import hold
+from phi_bench.suites.quality import parser
 from phi_export.allocate import Budget, plan_mix
 from phi_export.calibrate.calibration import CalibrationText, calibrate
 from phi_export.calibrate.text import calibration_windows
@@ -108,9 +108,9 @@ def tuned(checkpoint: Checkpoint, start: Weights, texts: list[list[int]]) -> Wei
     return out
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Make all arms, then hold them to the checkpoint."""
-    args = parser().parse_args()
+    args = parser("quality-ablation").parse_args(argv)
     checkpoint = open_checkpoint(args.checkpoint)
     began = time.perf_counter()
     calibration = calibrate(checkpoint, describe_source(checkpoint), CalibrationText(args.calibrate, args.windows))
@@ -170,7 +170,3 @@ def main() -> None:
         figures = {"kld_mean": a.kld_mean, "kld_error": a.kld_error, "top1_agreement": a.top1_agreement}
         rows.append({"name": name, "seconds": seconds} | figures)
     args.out.write_text(json.dumps({"calibration_s": calibrated, "arms": rows}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

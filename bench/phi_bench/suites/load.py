@@ -1,7 +1,7 @@
 """Hours of clients at a server: errors, latency and memory.
 
     phi-run serve MODEL --port 8080 &
-    python bench/rivals/load.py http://127.0.0.1:8080 --minutes 60 --clients 8
+    phi-bench suite load http://127.0.0.1:8080 --minutes 60 --clients 8
 
 Each client asks, one request after the other, for a chat whole, a chat streamed, a completion with a stop, an answer to
 a JSON schema, and every tenth time leaves in the middle of a stream. Latencies are of the whole requests of the first
@@ -79,13 +79,13 @@ class Load:
         return int(found[1])
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Run the clients, print each minute, sum up."""
-    p = argparse.ArgumentParser()
+    p = argparse.ArgumentParser("phi-bench suite load", description=(__doc__ or "").splitlines()[0])
     p.add_argument("address")
     p.add_argument("--minutes", type=float, default=60)
     p.add_argument("--clients", type=int, default=8)
-    args = p.parse_args()
+    args = p.parse_args(argv)
     load = Load(args.address)
     threads = [threading.Thread(target=load.client, args=(i,), daemon=True) for i in range(args.clients)]
     began = time.time()
@@ -107,7 +107,3 @@ def main() -> None:
     print(f"{sum(load.done.values())} requests, {len(load.errors)} errors {Counter(load.errors).most_common(3)}")
     print(f"p50 {p50:.3f} s, p99 {p99:.3f} s ({p99 / p50:.2f}x)")
     print(f"memory {now:,} bytes, {100 * (now / (warm or now) - 1):+.2f} % since warm")
-
-
-if __name__ == "__main__":
-    main()
