@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := out/demo
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: help env demo check test unit coverage docs test-clients test-page lint clean
+.PHONY: help env demo check test unit coverage docs test-clients test-page test-llama-bench lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make docs          the documentation site: out/site/index.html"
 	@echo "make test-clients  the bundles in optimum, in an environment of its own"
 	@echo "make test-page     the chat page in headless Chromium"
+	@echo "make test-llama-bench  llama-bench, built from its sources, beside ours"
 	@echo "make clean         remove out/; the environments stay"
 
 env:
@@ -87,16 +88,16 @@ $(DEMO)/answers.txt: | $(DEMO)/sample.html
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: env lint
-	$(PYTEST) -m "not clients and not browser"
+	$(PYTEST) -m "not clients and not browser and not llama_bench"
 
 check:
 	@$(MAKE) --no-print-directory -j 2 --output-sync=target lint unit
 
 unit: env
-	$(PYTEST) -m "not integration and not clients and not browser"
+	$(PYTEST) -m "not integration and not clients and not browser and not llama_bench"
 
 coverage: env
-	$(PYTEST) --cov -m "not clients and not browser" -k "not full_disk"  # coverage writes files of its own
+	$(PYTEST) --cov -m "not clients and not browser and not llama_bench" -k "not full_disk"  # coverage writes files of its own
 
 docs: env
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
@@ -112,6 +113,9 @@ lint: env
 test-clients: env
 	@$(PYTHON) tools/environment.py clients
 	PHI_EDGE_CLIENTS=.venv-clients/bin/python $(BIN)/python -m pytest -m clients
+
+test-llama-bench: env
+	$(BIN)/python -m pytest -m llama_bench
 
 test-page: env
 	$(BIN)/python -m pytest -m browser

@@ -69,6 +69,8 @@ def runs(page, desk, corpus, done=()):
         if given[0] == "phi-train" and given[1].endswith("-demo") and "--dry-run" not in given:
             small = (*TINY, f"data.corpus={corpus}") if given[1] == "phi3-demo" else ("data.sequence_length=160",)
             given += [part for s in (*small, "schedule.steps=2") for part in ("--set", s)]
+        if given[:2] == ["phi-bench", "run"]:
+            given += ["--rounds", "1"]
         if given[1] == "make-sft-data":
             given += ["--corpus", str(corpus)]
         if given[:2] == ["phi-run", "serve"]:

@@ -144,6 +144,41 @@ def test_what_was_measured_is_kept_and_gone_on_from(number, bundles, tmp_path):
     assert "--force" in again.stderr
 
 
+def test_other_engines_run_the_same_files(bundles, checkpoint, tmp_path):
+    """All that the environment has but llama-bench, which takes a compiler: `make test-llama-bench`."""
+    models = [
+        f"{bundles / 'onnx'}@genai",
+        f"{bundles / 'mlx'}@mlx-lm",
+        f"{checkpoint}@transformers",
+    ]
+    done = run("phi-bench", "run", *models, "--out", tmp_path / "r.json", "--rounds", 1, "--depths", 32, *QUICK)
+    assert done.returncode == 0, done.stderr
+    rows = read_benchmark(tmp_path / "r.json").rows
+    for row in rows:
+        (run_,) = row.runs
+        assert run_.failure is None, (row.name, run_.failure)
+        assert [figures.decode_depth(p) for p in run_.phases] == [1, 16, 32]
+        assert row.configuration.versions
+    assert rows[0].name.endswith("/onnx on genai")
+
+
+@pytest.mark.llama_bench
+def test_llama_bench_is_built_and_measures(bundles, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built = run("phi-bench", "build", "llama.cpp")
+    assert built.returncode == 0, built.stderr
+    done = run("phi-bench", "run", f"{bundles / 'gguf'}@llama-bench", "--out", tmp_path / "r.json", *QUICK)
+    assert done.returncode == 0, done.stderr
+    (row,) = read_benchmark(tmp_path / "r.json").rows
+    assert figures.decode(row).value > 1
+    assert figures.prefill(row).value > 1
+    tool = next(tmp_path.rglob("llama-quantize"))
+    quantised = subprocess.run(
+        [tool, "--allow-requantize", bundles / "gguf" / "model.gguf", tmp_path / "q.gguf", "Q8_0"], check=False
+    )
+    assert quantised.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [

@@ -14,6 +14,7 @@ from phi_bench.measure.job import Job
 from phi_bench.measure.process import measure
 from phi_bench.measure.worker import BadOutputError, _phase
 
+pytestmark = pytest.mark.integration
 JOB = Job("speed", "none", "phi-run", "llama.cpp", 1, 64, prompt_tokens=8, decode_tokens=2)
 
 

@@ -1,7 +1,7 @@
 """The suites: each imports what it uses and says what it takes; numbers of theirs stand in the documentation."""
 
 import pytest
-from support import ROOT, run, run_here
+from support import ROOT, run_here
 
 from phi_bench.suites import SUITES
 
@@ -9,7 +9,7 @@ from phi_bench.suites import SUITES
 @pytest.mark.integration
 @pytest.mark.parametrize("name", SUITES)
 def test_it_starts(name):
-    done = run("phi-bench", "suite", name, "--help")
+    done = run_here("phi-bench", "suite", name, "--help")
     assert done.returncode == 0 and f"phi-bench suite {name}" in done.stdout, done.stderr[-500:]
 
 
