@@ -166,6 +166,14 @@ def test_the_tables_of_quality_are_the_kept_figures():
     assert page.split(quality.BEGIN)[1].split(quality.END)[0].strip() == quality.figures().strip()
 
 
+def test_the_tables_of_the_benchmark_are_the_kept_results():
+    tables = tool("benchmark_tables")
+    page = tables.PAGE.read_text()
+    for path in tables.KEPT.glob("*.json"):
+        begin, end = tables.markers(path.stem)
+        assert page.split(begin)[1].split(end)[0].strip() == tables.table(path.stem).strip(), path
+
+
 def test_the_samples_figures_are_those_of_the_documentation():
     (table,) = re.findall(r"\| \| bytes \| perplexity .*?\n\n", README, re.DOTALL)
     assert table in (ROOT / "docs" / "explanation" / "quality.md").read_text()

@@ -219,8 +219,8 @@ class Prediction(StrictContract, frozen=True):
 
 
 class Row(StrictContract, frozen=True):
-    """A model on an engine. doubts: why its figures are not to be trusted. samples: what it writes after the prompts of
-    the settings.
+    """A model on an engine. build: what the engine says of how it was built. doubts: why its figures are not to be
+    trusted. samples: what it writes after the prompts of the settings.
     """
 
     name: str
@@ -231,6 +231,7 @@ class Row(StrictContract, frozen=True):
     quality_failure: Failure | None = None
     predicted: Prediction | None = None
     samples: tuple[str, ...] = ()
+    build: str = ""
     doubts: tuple[str, ...] = ()
 
 

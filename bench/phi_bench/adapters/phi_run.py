@@ -24,6 +24,7 @@ class _Session:
         self._phi.engine.stop_tokens = frozenset()  # the same number of tokens of all models
         self.vocab_size, self.context = self._phi.engine.backend.vocab_size, self._phi.context
         self._text: list[int] = []
+        self.build = _build(self._phi.backend)
 
     def generate(self, tokens: list[int], count: int) -> Iterator[int]:
         """What an app gets: the sampler and the text of each token are in its time. Guesses from the prompt (prompt
@@ -54,6 +55,19 @@ class _Session:
     def close(self) -> None:
         """Close the model."""
         self._phi.close()
+
+
+def _build(engine: str) -> str:
+    """How the engine was built, where it tells."""
+    if engine == "llama.cpp":
+        import llama_cpp
+
+        return str(llama_cpp.llama_print_system_info().decode("utf-8", "replace")).strip()
+    if engine == "onnxruntime":
+        import onnxruntime
+
+        return str(onnxruntime.get_build_info())
+    return ""
 
 
 def _package(path: Path) -> Package | None:

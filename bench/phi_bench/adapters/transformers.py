@@ -27,6 +27,7 @@ class _Session:
         self._unread: list[int] = []
         self.vocab_size = int(self._model.config.vocab_size)
         self.context = min(options.context, int(self._model.config.max_position_embeddings))
+        self.build = f"torch on {torch.backends.cpu.get_cpu_capability()}"
         self.reset()
 
     def generate(self, tokens: list[int], count: int) -> Iterator[int]:

@@ -41,5 +41,6 @@ class Event(Contract, frozen=True):
     energy_j: float | None = None
     quality: Quality | None = None
     samples: tuple[str, ...] = ()
+    build: str = ""
     reason: str = ""
     detail: str = ""

@@ -269,8 +269,8 @@ def _measure_all(request: Request, subjects: list[Subject], b: Benchmark, out: P
             row = growing.row(s.name)
             if not any(r.failure is not None or r.round == number for r in row.runs):
                 progress.step(done, steps, f"round {number} of {request.rounds}: {s.name}")
-                found = _run_once(s, request, number)
-                growing.change(s.name, runs=(*row.runs, found))
+                found, build = _run_once(s, request, number)
+                growing.change(s.name, runs=(*row.runs, found), build=build or row.build)
                 _check_swap(found.conditions, out, growing)
             done += 1
     if request.against is not None:
@@ -327,16 +327,17 @@ def _job(s: Subject, request: Request, mode: str, logits: str = "") -> Job:
     )
 
 
-def _run_once(s: Subject, request: Request, number: int) -> Run:
-    """One process; in the first round with the model's files out of the page cache, where the system allows that."""
-    found = files(s.path)
-    cold = number == 1 and host.drop_cached(found)
+def _run_once(s: Subject, request: Request, number: int) -> tuple[Run, str]:
+    """One process, and how its engine was built. In the first round the model's files are out of the page cache, where
+    the system allows that.
+    """
+    cold = number == 1 and host.drop_cached(files(s.path))
     began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     watch = host.Watch(s.configuration.threads)
     outcome: Outcome = measure(_job(s, request, "speed"), request.timeout_s + request.sustained_s, request.memory_limit)
     conditions = watch.conditions(outcome.cpu_s)
     r = outcome.result
-    return Run(
+    found = Run(
         round=number,
         began=began,
         cold=cold,
@@ -350,6 +351,7 @@ def _run_once(s: Subject, request: Request, number: int) -> Run:
         conditions=conditions,
         failure=outcome.failure,
     )
+    return found, r.build if r else ""
 
 
 def _judge_all(

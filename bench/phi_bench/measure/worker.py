@@ -126,6 +126,7 @@ def _speed(job: Job, known: Adapter, path: Path, options: Options, parent: Paren
     cancel_ns = _cancel(session, text, phases)
     sustained = _sustained(session, job.sustained_s, text)
     parent.say(Event("generated"), wait=True)
+    build = str(getattr(session, "build", ""))
     session.close()
     del session
     gc.collect()
@@ -138,6 +139,7 @@ def _speed(job: Job, known: Adapter, path: Path, options: Options, parent: Paren
         cancel_ns=cancel_ns,
         sustained=sustained,
         energy_j=energy_j,
+        build=build,
     )
 
 

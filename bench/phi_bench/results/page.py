@@ -175,6 +175,7 @@ def _software(b: Benchmark) -> str:
     parts = [f"<li>{escape(a)}: {escape(command)}</li>" for a, command in how.items()]
     files = {figures.model_of(r, b).name: figures.model_of(r, b).sha256 for r in b.rows}
     digests = [f"<li>{escape(name)}: sha256 {digest}</li>" for name, digest in files.items()]
+    parts += [f"<li>{escape(r.name)}: {escape(r.build)}</li>" for r in b.rows if r.build]
     revision = f"; revision {escape(b.software.revision)}" if b.software.revision else ""
     return (
         f'<h2>What ran</h2><p class="soft">{escape(", ".join(said))}{revision}</p>'

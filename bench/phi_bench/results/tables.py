@@ -145,9 +145,9 @@ def terminal_rows(b: Benchmark) -> tuple[list[str], list[list[str]], list[str]]:
     return [_TERMINAL[k] for k in shown], rows, notes
 
 
-def markdown(b: Benchmark) -> str:
-    """A table with the intervals in brackets, and below it what it was measured on."""
-    shown = used(b)
+def markdown(b: Benchmark, keys: tuple[str, ...] = KEYS) -> str:
+    """A table of the columns that hold something, intervals in brackets, and below it what it was measured on."""
+    shown = [key for key in used(b) if key in keys]
     lines = ["| " + " | ".join(heading(k) for k in shown) + " |", "|" + "---|" * len(shown)]
     for row in b.rows:
         found = cells(row, b)
