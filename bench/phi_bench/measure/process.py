@@ -30,7 +30,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a process said and took. result: None where it failed. cpu_s: of the process and its children."""
+    """What a process said and took. result: None where it failed. cpu_s: of the process, its children and us."""
 
     result: Event | None
     failure: Failure | None
@@ -44,6 +44,7 @@ def measure(job: Job, timeout_s: float, memory_limit: int | None = None, program
     program: what speaks the worker's protocol; the number of the file descriptor for its events is its last argument.
     """
     read_fd, write_fd = os.pipe()
+    cpu_before = _own_and_children_s()
     killed_before = host.oom_kills()
     with tempfile.TemporaryFile() as said:
         command = [*program, str(write_fd)]
@@ -60,7 +61,8 @@ def measure(job: Job, timeout_s: float, memory_limit: int | None = None, program
             os.close(read_fd)
         failure = _failure(process.returncode, result, ended, _last_line(said), host.oom_kills() > killed_before)
     good = failure is None and result is not None
-    return Outcome(result if good else None, failure, watch.checkpoints(), watch.cpu_s)
+    cpu_s = _own_and_children_s() - cpu_before
+    return Outcome(result if good else None, failure, watch.checkpoints(), cpu_s)
 
 
 def _converse(
@@ -148,7 +150,6 @@ class _Watch:
         self._points: dict[str, Memory] = {}
         self._series: list[tuple[int, int]] = []
         self.peak = 0
-        self.cpu_s = 0.0
 
     def sample(self) -> None:
         """Add up what is resident now."""
@@ -157,7 +158,6 @@ class _Watch:
             self._looked = now
             with contextlib.suppress(psutil.Error):
                 self._family = [self._root, *self._root.children(recursive=True)]
-                self.cpu_s = max(self.cpu_s, sum(map(_cpu_s, self._family)))
         rss = sum(map(_rss, self._family))
         self.peak = max(self.peak, rss)
         self._series.append((int(1000 * (now - self._began)), rss))
@@ -167,7 +167,6 @@ class _Watch:
         family = self._family
         with contextlib.suppress(psutil.Error):
             family = [self._root, *self._root.children(recursive=True)]
-            self.cpu_s = max(self.cpu_s, sum(map(_cpu_s, family)))
         found = [m for p in family if (m := _memory(p)) is not None]
         self._points[moment] = Memory(
             sum(m.rss for m in found),
@@ -216,12 +215,10 @@ def _high_water(pid: int) -> int:
     return 0
 
 
-def _cpu_s(p: psutil.Process) -> float:
-    try:
-        t = p.cpu_times()
-    except psutil.Error:
-        return 0.0
-    return float(t.user + t.system + t.children_user + t.children_system)
+def _own_and_children_s() -> float:
+    """Processor seconds of this process and of all that it has waited for."""
+    t = os.times()
+    return t.user + t.system + t.children_user + t.children_system
 
 
 def _sum(values: list[int | None]) -> int | None:
