@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 import phi_runtime
+from phi_export.verify import subprocess_run
 from phi_export.verify.subprocess_run import Artifact
 from phi_runtime.errors import BundleError
 from phi_runtime.package.formats import FORMATS
+from phi_runtime.package.open import open_package
 from phi_runtime.text.tokenizer import Tokenizer
 
 
@@ -33,3 +35,11 @@ def test_an_engine_that_dies_is_named(bundles, tokens):
         artifact._process.kill()
         with pytest.raises(BundleError, match="the engine died"):
             artifact.logits(tokens[:10], 0)
+
+
+def test_verification_maps_where_there_is_no_room(bundles, monkeypatch):
+    package = open_package(bundles / "gguf")
+    monkeypatch.setattr(subprocess_run, "group_limit", lambda: None)
+    assert not subprocess_run._is_tight(package)
+    monkeypatch.setattr(subprocess_run, "group_limit", lambda: package.weights + 300_000_000)
+    assert subprocess_run._is_tight(package)

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import phi_runtime
+from phi_runtime.backends import open_backend
 from phi_runtime.errors import MemoryPlanError
+from phi_runtime.package.open import open_package
 from phi_runtime.planning import available as module
 from phi_runtime.planning.available import available, group_limit
 
@@ -100,3 +103,14 @@ def test_a_real_group(share, done, bundles):
     if not done:
         assert "MemoryPlanError" in ran.stderr
         assert ran.returncode == 1  # ours, not the kernel's signal
+
+
+@pytest.mark.parametrize("name", ["gguf", "onnx"])
+def test_mapped_weights_give_the_same_logits(name, bundles):
+    """What verification does where a cgroup leaves no room for a copy of the weights."""
+    package = open_package(bundles / name)
+    tokens = [5 + 7 * i for i in range(40)]
+    plain, mapped = (open_backend(package, None, 64, 1, mapped=m) for m in (False, True))
+    a, b = plain.forward(tokens, True), mapped.forward(tokens, True)
+    assert np.abs(a - b).mean() < 0.05 * a.std()
+    assert (a.argmax(-1) == b.argmax(-1)).mean() > 0.9

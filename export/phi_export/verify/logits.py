@@ -1,6 +1,8 @@
 """Compare the logits of an artifact in its own engine with the reference and with the checkpoint."""
 
+import os
 from pathlib import Path
+from tempfile import TemporaryFile, gettempdir
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.architecture.config import num_parameters
 from phi_runtime.architecture.decoder import F32, Decoder
 from phi_runtime.backends.reference import BatchSequence, ReadTensor, Reference
+from phi_runtime.files import disk_full_named
 from phi_runtime.package.manifest import Manifest
 
 WINDOW = 512  # tokens read from an empty context at a time, or as many
@@ -25,6 +28,21 @@ def _fed_singly(decoder: Decoder, length: int, singly: int) -> int:
     """How many tokens at a piece's end are fed one by one: none if LongRoPE would change its factors among them."""
     crosses = decoder.rope is not None and decoder.rope.long and length - singly <= decoder.rope.original < length
     return 0 if crosses or length <= 2 * singly else singly
+
+
+def _on_disk(rows: int, columns: int) -> F32:
+    """Room for float32 numbers [rows, columns] in a file that is gone with them. Raises DiskFullError."""
+    with TemporaryFile(prefix="phi-edge-") as file:
+        with disk_full_named(Path(gettempdir())):
+            if hasattr(os, "posix_fallocate"):  # writing into a hole of a full disk would end the process
+                os.posix_fallocate(file.fileno(), 0, 4 * rows * columns)
+            else:
+                os.truncate(file.fileno(), 4 * rows * columns)
+        return np.memmap(file, np.float32, "r+", shape=(rows, columns))
+
+
+def _where(i: int, length: int, piece: list[int]) -> str:
+    return f"tokens {i * length} to {i * length + len(piece)}"
 
 
 def compare_logits(
@@ -44,35 +62,38 @@ def compare_logits(
     layers = np.zeros((len(decoder.layers), 2))
     singly = _SINGLY if num_parameters(checkpoint.config) < LARGE else 2
     length = min(max(WINDOW, (decoder.window() or 0) + BEYOND), manifest.context)
-    ends = []
+    pieces = list(windows(tokens, length))
+    # First all that the engine says, then its process ends: a model is not held beside the reference's layers.
+    said = _on_disk(len(tokens), checkpoint.config.vocab_size)
     with Artifact(bundle) as artifact:
         check_tokenizer(artifact, checkpoint)
-        for i, piece in enumerate(windows(tokens, length)):
-            where = f"tokens {i * length} to {i * length + len(piece)}"
-            targets = piece[1:]
-            progress(f"the artifact, {where}")
-            logits = artifact.logits(piece, _fed_singly(decoder, len(piece), singly))
-            ends.append(logits[-_WATCHED:].copy())
-            rounded: list[F32] = []
+        for i, piece in enumerate(pieces):
+            progress(f"the artifact, {_where(i, length, piece)}")
+            given = artifact.logits(piece, _fed_singly(decoder, len(piece), singly))
+            said[i * length : i * length + len(piece)] = given
+    for i, piece in enumerate(pieces):
+        logits, targets, where = said[i * length : i * length + len(piece)], piece[1:], _where(i, length, piece)
+        rounded: list[F32] = []
 
-            def keep(n: int, sequences: list[BatchSequence], rounded: list[F32] = rounded) -> None:
-                rounded.append(sequences[0].x_TE[-_WATCHED:])
+        def keep(n: int, sequences: list[BatchSequence], rounded: list[F32] = rounded) -> None:
+            rounded.append(sequences[0].x_TE[-_WATCHED:])
 
-            def hold(n: int, sequences: list[BatchSequence], rounded: list[F32] = rounded) -> None:
-                exact = sequences[0].x_TE[-_WATCHED:]
-                layers[n] += np.square(rounded[n] - exact).sum(), np.square(exact).sum()
+        def hold(n: int, sequences: list[BatchSequence], rounded: list[F32] = rounded) -> None:
+            exact = sequences[0].x_TE[-_WATCHED:]
+            layers[n] += np.square(rounded[n] - exact).sum(), np.square(exact).sum()
 
-            progress(f"its weights in the reference, {where}")
-            both = Reference(decoder, read, 0, (lambda x: x, rounding), keep).forward(piece, True)
-            graph.add(both[0], logits, targets)
-            arithmetic.add(both[0], both[1], targets)
-            progress(f"the checkpoint, {where}")
-            exact = Reference(decoder, checkpoint.read, 0, watch=hold).forward(piece, True)[0]
-            quality.add(exact, logits, targets)
-    if manifest.options.int8_kv:  # in a process of its own, after the other's memory is free
+        progress(f"its weights in the reference, {where}")
+        both = Reference(decoder, read, 0, (lambda x: x, rounding), keep).forward(piece, True)
+        graph.add(both[0], logits, targets)
+        arithmetic.add(both[0], both[1], targets)
+        progress(f"the checkpoint, {where}")
+        exact = Reference(decoder, checkpoint.read, 0, watch=hold).forward(piece, True)[0]
+        quality.add(exact, logits, targets)
+    if manifest.options.int8_kv:
         progress("the cache of 8 bits")
         with Artifact(bundle, "int8") as artifact:
-            for piece, end in zip(windows(tokens, length), ends, strict=True):
+            for i, piece in enumerate(pieces):
+                end = said[i * length : i * length + len(piece)][-_WATCHED:]
                 logits = artifact.logits(piece, _fed_singly(decoder, len(piece), singly))[-_WATCHED:]
                 cache.add(end, logits, piece[1 - len(end) :])
     errors = np.sqrt(layers[:, 0] / np.maximum(layers[:, 1], 1e-30))

@@ -19,8 +19,10 @@ from phi_runtime.architecture.decoder import F32
 from phi_runtime.backends import open_backend, own_tokenizer
 from phi_runtime.errors import BundleError, PhiError
 from phi_runtime.package.manifest import read_manifest
-from phi_runtime.package.open import open_bundle
+from phi_runtime.package.open import Package, open_bundle
+from phi_runtime.planning.available import group_limit
 
+_BESIDE = 400_000_000  # bytes of the engine beside the weights, for the few tokens of a check
 _HEAD = struct.Struct("<QQ")  # rows and columns of what follows; no rows: a message of so many bytes
 
 
@@ -72,6 +74,12 @@ class Artifact:
         return out.reshape(rows, columns) if rows else np.zeros((1, 0), np.float32)
 
 
+def _is_tight(package: Package) -> bool:
+    """Whether a cgroup leaves no room for a copy of the weights."""
+    limit = group_limit()
+    return limit is not None and package.weights + _BESIDE > limit
+
+
 def _serve(bundle: Path, kv: str | None) -> None:
     out = sys.stdout.buffer
     manifest = read_manifest(bundle)
@@ -85,7 +93,7 @@ def _serve(bundle: Path, kv: str | None) -> None:
             if backend is None or (tokens and wanted != context):
                 if backend is not None:
                     backend.close()
-                backend, context = open_backend(package, None, wanted, None, kv), wanted
+                backend, context = open_backend(package, None, wanted, None, kv, mapped=_is_tight(package)), wanted
             if tokens:
                 backend.trim(0)
                 cut = len(tokens) - request["singly"]

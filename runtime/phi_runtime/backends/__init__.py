@@ -50,10 +50,12 @@ def open_backend(
     threads: int | None,
     kv: str | None = None,
     device: str = "cpu",
+    mapped: bool = False,
 ) -> Backend:
-    """Open a model's artifact. Raises UsageError for a backend that does not run its format, a cache of a type that
-    it does not have or a device that it cannot use, ContextError for a context beyond the model's, BundleError for a
-    damaged artifact.
+    """Open a model's artifact; mapped: see `EngineOptions`.
+
+    Raises UsageError for a backend that does not run its format, a cache of a type that it does not have or a device
+    that it cannot use, ContextError for a context beyond the model's, BundleError for a damaged artifact.
     """
     name = choose_backend(package, name)
     if context is not None and not 0 < context <= package.context:
@@ -65,7 +67,7 @@ def open_backend(
     opener = getattr(import_module(f"phi_runtime.backends.{module}"), function)
     tokens = context or min(package.context, DEFAULT_CONTEXT)
     device = choose_device(package, name, device)
-    return cast(Backend, opener(package, EngineOptions(tokens, threads or cores(), kv or kinds[0], device)))
+    return cast(Backend, opener(package, EngineOptions(tokens, threads or cores(), kv or kinds[0], device, mapped)))
 
 
 def own_tokenizer(package: Package, backend: Backend) -> TokenizerLike | None:

@@ -48,8 +48,8 @@ class IkLlamaCppBackend(LlamaCppBackend):
             raise MissingExtraError("ik_llama.cpp", "gguf-fast") from None
 
     def _set_model(self, params: Any) -> None:
-        params.use_mmap = False
-        params.repack_tensors = True  # rows interleaved, as its fastest kernels want them
+        params.use_mmap = self._mapped
+        params.repack_tensors = not self._mapped  # rows interleaved, as its fastest kernels want them
 
     def _set_context(self, params: Any) -> None:
         params.flash_attn = False

@@ -40,6 +40,7 @@ class LlamaCppBackend:
         self.library = self._library()
         self.context = context = options.context
         self._path, self._threads, self._kv, self._device = path, options.threads, options.kv, options.device
+        self._mapped = options.mapped
         # llama.cpp chooses LongRoPE's factors by the context that is reserved, not by the text's length: a text that
         # crosses over is read again in a context of the other size.
         self._crossover = crossover if crossover is not None and crossover < context else None
@@ -155,7 +156,7 @@ class LlamaCppBackend:
     def _set_model(self, params: Any) -> None:
         # GCC before 13 drops stores that ggml's AMX kernels need, and such a build dies at the first
         # token (ggml-org/llama.cpp#20824). The library does not tell its compiler: go without AMX.
-        if b"AMX_INT8 = 1" in self.library.llama_print_system_info():
+        if self._mapped or b"AMX_INT8 = 1" in self.library.llama_print_system_info():
             params.use_extra_bufts = False
         else:
             _read_not_map(params)

@@ -27,7 +27,9 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
 
-    def __init__(self, path: Path, model: CacheShape, context: int, threads: int, kv: str) -> None:
+    def __init__(
+        self, path: Path, model: CacheShape, context: int, threads: int, kv: str, mapped: bool = False
+    ) -> None:
         try:
             import onnxruntime
         except ImportError:
@@ -43,6 +45,8 @@ class OnnxRuntimeBackend:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        if mapped:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if waiting.ONNXRUNTIME:
             options.add_session_config_entry("session.intra_op.spin_duration_us", waiting.ONNXRUNTIME)
         self._chunk, self._slots = CHUNK, context
@@ -218,7 +222,8 @@ def _first_line(e: Exception) -> str:
 
 def open_package(package: Package, options: EngineOptions) -> OnnxRuntimeBackend:
     """For `RECORD`. The cache lies in the processor's memory and is written in place, so no other provider is used."""
-    return OnnxRuntimeBackend(package.path, package.shape, options.context, options.threads, options.kv)
+    o = options
+    return OnnxRuntimeBackend(package.path, package.shape, o.context, o.threads, o.kv, o.mapped)
 
 
 def _kv_types(package: Package, engine: str) -> tuple[str, ...]:

@@ -10,12 +10,17 @@ from phi_runtime.text.tokenizer import TokenizerLike
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How a package is opened. context: tokens to reserve. kv: type of the cache. device: `cpu` or `gpu`."""
+    """How a package is opened. context: tokens to reserve. kv: type of the cache. device: `cpu` or `gpu`.
+
+    mapped: weights stay in the mapped file instead of being laid out anew for the processor: slower, but the system can
+    take their pages back.
+    """
 
     context: int
     threads: int
     kv: str
     device: str = "cpu"
+    mapped: bool = False
 
 
 @dataclass(frozen=True)
