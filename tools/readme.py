@@ -66,7 +66,7 @@ def picture(b: Benchmark) -> str:
     drawing = Figure(figsize=(8.4, 1.9))
     named = {figures.model_of(row, b).format: row for row in b.rows}
     sizes = {"checkpoint": c.file_bytes / 1e6}
-    sizes |= {name: figures.model_of(row, b).file_bytes / 1e6 for name, row in named.items()}
+    sizes |= {name: (figures.model_of(row, b).file_bytes or 0) / 1e6 for name, row in named.items()}
     losses = {name: 1000 * row.quality.kld_mean for name, row in named.items() if row.quality}
     for place, title, values in (
         (0, "bytes on disk, MB", sizes),

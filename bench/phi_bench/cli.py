@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from phi_bench.measure.run import Progress, Request
     from phi_bench.records import Benchmark
 
+_WIDE = 140  # columns of a table that goes to a file or a log
 _MODELS = (
     "a bundle, a GGUF file, a folder of onnxruntime-genai, of MLX or of Hugging Face; with @ADAPTER or "
     "@ADAPTER:ENGINE to choose what runs it, such as model.gguf@llama-bench"
@@ -39,6 +41,9 @@ def main() -> NoReturn:
 
 
 def _main(argv: list[str]) -> None:
+    if argv[:1] == ["suite"]:  # its arguments are the suite's
+        _suite(argv[1:])
+        return
     p = parser("phi-bench", "Measure models: bytes, memory, speed and quality in one run, beside other engines.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands.add_parser("run", help="measure models and write a result"))
@@ -53,6 +58,7 @@ def _main(argv: list[str]) -> None:
     i = commands.add_parser("import", help="another tool's result (llama-bench, mlx_lm.benchmark, PocketPal) as ours")
     i.add_argument("file", metavar="FILE", type=Path, help="what that tool wrote")
     i.add_argument("--out", type=Path, required=True, metavar="RESULT", help="JSON file to write")
+    i.add_argument("--force", action="store_true", help="replace a file that is there")
     d = commands.add_parser("devices", help="what devices can do at most with a model, by their memory")
     d.add_argument("model", metavar="MODEL", type=Path, nargs="?", help="a model; without one, what others published")
     d.add_argument("--depth", type=int, default=0, metavar="N", help="tokens in the KV cache (default 0)")
@@ -65,9 +71,7 @@ def _main(argv: list[str]) -> None:
     t.add_argument("--port", type=positive, default=8099, metavar="N", help="port to listen on (default %(default)s)")
     b = commands.add_parser("build", help="build llama-bench and llama-quantize against the installed llama.cpp")
     b.add_argument("tool", choices=["llama.cpp"], help="what to build")
-    s = commands.add_parser("suite", help="measurements with an input of their own", add_help=False)
-    s.add_argument("name", metavar="NAME", nargs="?", help="`phi-bench suite` lists them")
-    s.add_argument("arguments", metavar="…", nargs=argparse.REMAINDER, help="of that suite: `phi-bench suite NAME -h`")
+    commands.add_parser("suite", help="measurements with an input of their own; `phi-bench suite` lists them")
     _add_quality(commands.add_parser("quality", help="measure how far models are from their checkpoint, on a text"))
     args = p.parse_args(argv)
     try:
@@ -104,7 +108,7 @@ def _add_run(r: argparse.ArgumentParser) -> None:
         "--timeout", type=positive, default=900, metavar="SECONDS", help="end a process after (default %(default)s)"
     )
     r.add_argument("--memory-limit", metavar="SIZE", help="end a process that takes more, such as 20GB")
-    r.add_argument("--force", action="store_true", help="replace a result that is there")
+    r.add_argument("--force", action="store_true", help="replace a complete result, or one of another command")
 
 
 def _add_quality(q: argparse.ArgumentParser) -> None:
@@ -136,16 +140,14 @@ def _run(args: argparse.Namespace) -> None:
     from phi_bench.results import page
     from phi_bench.results.tables import failure_of
 
-    for path in (args.out, args.html):
-        if path and path.is_dir():
-            raise OutputExistsError(f"{path}: is a folder; name the file to write")
+    _check_outputs(args.out, args.html)
     console = Console(stderr=True)
     against = None if args.against is None else local_checkpoint(args.against, console.print)
     try:
         b = measuring.run(_request(args, against), args.out, _progress(console))
     except KeyboardInterrupt:
         if args.out.is_file():
-            console.print(f"the runs so far are in {args.out}; the same command goes on from there")
+            console.print(f"the runs so far are in {args.out}; the same command goes on from there", markup=False)
         raise
     if args.html:
         write_file(args.html, page.render(b))
@@ -153,6 +155,18 @@ def _run(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}" + (f" and {args.html}" if args.html else ""))
     if not any(good_runs(row) for row in b.rows):
         raise BenchmarkError(f"nothing could be measured: {b.rows[0].name}: {failure_of(b.rows[0])}")
+
+
+def _check_outputs(*paths: Path | None) -> None:
+    """Raise for outputs that cannot be, before anything is measured."""
+    given = [p for p in paths if p is not None]
+    if len({os.path.realpath(p) for p in given}) < len(given):
+        raise UsageError("two outputs, or an input and an output, are the same file; name another")
+    for path in given:
+        if path.is_dir():
+            raise OutputExistsError(f"{path}: is a folder; name the file to write")
+        if not path.parent.is_dir():
+            raise NotFoundError(f"{path}: there is no folder {path.parent}; make it first")
 
 
 def _request(args: argparse.Namespace, against: Path | None) -> "Request":
@@ -177,28 +191,40 @@ def _request(args: argparse.Namespace, against: Path | None) -> "Request":
         threads=args.threads,
         kv=args.kv,
         timeout_s=args.timeout,
-        memory_limit=None if args.memory_limit is None else parse_size(args.memory_limit),
+        memory_limit=_memory_limit(args.memory_limit),
         force=args.force,
     )
+
+
+def _memory_limit(said: str | None) -> int | None:
+    try:
+        return None if said is None else parse_size(said)
+    except UsageError as e:
+        raise UsageError(str(e).replace("--memory ", "--memory-limit ")) from None
 
 
 def _progress(console: "Console") -> "Progress":
     """Lines, with what is left by what was done."""
     from phi_bench.measure.run import Progress, seconds_left
+    from phi_bench.results.tables import plain
 
     began = time.monotonic()
     started_at: list[int] = []
 
     def estimated(seconds: float, processes: int) -> None:
-        console.print(f"{processes} processes; their speed takes about {_minutes(seconds)}", highlight=False)
+        said = f"{processes} processes; speed takes about {_minutes(seconds)}, quality comes on top"
+        console.print(said, highlight=False)
 
     def step(done: int, of: int, what: str) -> None:
         started_at.append(done)
         left = seconds_left(began, done - started_at[0], of - started_at[0])
         rest = f", about {_minutes(left)} left" if left is not None else ""
-        console.print(f"{done + 1} of {of}{rest}: {what}", highlight=False, soft_wrap=True)
+        console.print(plain(f"{done + 1} of {of}{rest}: {what}"), highlight=False, soft_wrap=True, markup=False)
 
-    return Progress(estimated, step, lambda what: console.print(what, highlight=False, soft_wrap=True))
+    def note(what: str) -> None:
+        console.print(plain(what), highlight=False, soft_wrap=True, markup=False)
+
+    return Progress(estimated, step, note)
 
 
 def _minutes(seconds: float) -> str:
@@ -208,46 +234,52 @@ def _minutes(seconds: float) -> str:
 def _show(b: "Benchmark") -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    from phi_bench.results.tables import terminal_rows
+    from phi_bench.results.tables import plain, terminal_rows
 
     headings, rows, notes = terminal_rows(b)
     table = Table()
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "row" else "right")
     for row in rows:
-        table.add_row(*row)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+        table.add_row(*(Text(plain(cell)) for cell in row))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
     console.print(table)
     for note in notes:
-        console.print(note, soft_wrap=True, markup=False)
+        console.print(plain(note), soft_wrap=True, markup=False)
+    console.print("Intervals, latencies and loads: --html, or phi-bench report --markdown.")
 
 
 def _compare(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from phi_bench.records import read_benchmark
     from phi_bench.results.compare import compare
+    from phi_bench.results.tables import plain
 
     found = compare(read_benchmark(args.before), read_benchmark(args.after))
     table = Table("row", "figure", "before", "after", "ratio", "verdict", "")
     for c in found:
         ratio = "" if c.ratio is None else f"{c.ratio:.3f}"
-        table.add_row(c.row, c.what, c.before, c.after, ratio, c.verdict, c.note)
-    Console(highlight=False).print(table)
+        said = (c.row, c.what, c.before, c.after, ratio, c.verdict, c.note)
+        table.add_row(*(Text(plain(cell)) for cell in said))
+    Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE).print(table)
     worse = [c for c in found if c.verdict == "worse"]
     if worse:
-        said = "; ".join(f"{c.row}: {c.what} {c.before} -> {c.after}" for c in worse)
-        raise RegressionError(f"{len(worse)} figures are worse: {said}")
+        names = "; ".join(f"{c.row}: {c.what} {c.before} -> {c.after}" for c in worse)
+        raise RegressionError(plain(f"worse: {names}"))
     undecided = sum(c.verdict == "undecided" for c in found)
-    print("nothing is worse" + (f"; {undecided} figures are undecided" if undecided else ""))
+    print("nothing is worse" + (f"; undecided: {undecided}" if undecided else ""))
 
 
 def _report(args: argparse.Namespace) -> None:
     from phi_bench.records import read_benchmark
     from phi_bench.results import page, tables
 
+    _check_outputs(args.result, args.html, args.markdown, args.csv)
     b = read_benchmark(args.result)
     _show(b)
     for path, render in ((args.html, page.render), (args.markdown, tables.markdown), (args.csv, tables.csv_text)):
@@ -260,6 +292,9 @@ def _import(args: argparse.Namespace) -> None:
     from phi_bench.results.importers import import_file
     from phi_bench.results.write import write_benchmark
 
+    _check_outputs(args.file, args.out)
+    if args.out.exists() and not args.force:
+        raise OutputExistsError(f"{args.out}: is there already; name another file, or replace it with --force")
     b = import_file(args.file)
     write_benchmark(args.out, b)
     _show(b)
@@ -295,6 +330,8 @@ def _devices(args: argparse.Namespace) -> None:
         out.print("Published by others; nobody here measured these.")
         out.print(table)
         return
+    if args.depth < 0:
+        raise UsageError(f"--depth {args.depth}: is negative; give a number of tokens")
     model = describe(args.model, args.model.name)
     table = Table("device", "chip", "bandwidth", "memory", "limit of an app", "at most, tokens/s", "the bandwidth is")
     for d in devices():
@@ -335,8 +372,9 @@ def _collect(args: argparse.Namespace) -> None:
             taken = take(f.read(MOST_BYTES + 1), args.out, str(args.file))
     else:
         door = Door(args.out)
+        door.open(args.host, args.port)
         print(f"POST the result to http://{args.host}:{args.port}/result with the code {door.code}", flush=True)
-        door.serve(args.host, args.port)
+        door.serve()
         if door.taken is None:
             raise BenchmarkError("no result came; start phi-bench collect again for a new code")
         taken = door.taken
@@ -345,15 +383,18 @@ def _collect(args: argparse.Namespace) -> None:
     print(f"wrote {taken.path}" + ("" if taken.known else f"; {taken.device} is not a known device: unverified"))
 
 
-def _suite(args: argparse.Namespace) -> None:
+def _suite(argv: list[str]) -> None:
     from phi_bench.suites import SUITES, run_suite
 
-    if args.name in (None, "-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help"):
         print("usage: phi-bench suite NAME …\n")
         for name, (_, says) in SUITES.items():
             print(f"  {name:18} {says}")
         return
-    run_suite(args.name, args.arguments)
+    try:
+        run_suite(argv[0], argv[1:])
+    except ImportError as e:
+        raise missing_extra(e, "bench") from None
 
 
 def _error(of_mean: float) -> str:
@@ -401,6 +442,5 @@ _COMMANDS = {
     "devices": _devices,
     "claim": _claim,
     "collect": _collect,
-    "suite": _suite,
     "quality": _quality,
 }

@@ -7,6 +7,8 @@ memory are kept out and named, and a device that nobody knows goes into a folder
 import hmac
 import re
 import secrets
+import socket
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ import msgspec
 from phi_bench.devices import above_roof, find_device
 from phi_bench.records import Benchmark, Failure, parse_benchmark
 from phi_bench.results.write import write_benchmark
-from phi_runtime.errors import BenchmarkError, OutputExistsError
+from phi_runtime.errors import BenchmarkError, OutputExistsError, UsageError
 
 MOST_BYTES = 8 << 20
 _TRIES = 5  # wrong codes before the door is shut
@@ -44,7 +46,9 @@ def take(raw: bytes, folder: Path, said: str) -> Taken:
     device = find_device(b.host)
     kept_out = above_roof(b, device) if device else []
     b = _without(b, dict(kept_out))
-    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{b.host.device or b.host.cpu} {b.created}").strip("-").lower()[:100]
+    name = (
+        re.sub(r"[^A-Za-z0-9]+", "-", f"{b.host.device or b.host.cpu} {b.created}").strip("-").lower()[:100] or "result"
+    )
     target = (folder if device else folder / "unverified") / f"{name}.json"
     if target.exists():
         raise OutputExistsError(f"{target}: this result is there already")
@@ -112,13 +116,21 @@ class Door:
 
         return Starlette(routes=[Route("/result", result, methods=["POST"])])
 
-    def serve(self, host: str, port: int) -> None:
-        """Wait for one result."""
+    def open(self, host: str, port: int) -> None:
+        """Take the port and see that results can be kept. Raises UsageError."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+            self._socket = socket.create_server((host, port))
+        except (OSError, OverflowError) as e:
+            raise UsageError(f"cannot listen on {host}:{port} and write to {self.folder} ({e}); name others") from None
+
+    def serve(self) -> None:
+        """Wait for one result, on what was opened."""
         import uvicorn
 
-        config = uvicorn.Config(
-            self.app(), host=host, port=port, log_level="warning", limit_concurrency=8, timeout_keep_alive=5
-        )
+        config = uvicorn.Config(self.app(), log_level="warning", limit_concurrency=8, timeout_keep_alive=5)
         server = uvicorn.Server(config)
         self.shut = lambda: setattr(server, "should_exit", True)
-        server.run()
+        server.run([self._socket])

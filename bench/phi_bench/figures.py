@@ -11,7 +11,11 @@ import numpy as np
 from phi_bench.records import Benchmark, Model, Phase, Row, Run
 from phi_bench.stats import interval, spread
 
-KV_BITS = {"f32": 32.0, "f16": 16.0, "q8_0": 8.5, "int8": 8.0, "q5_1": 6.0, "q5_0": 5.5, "q4_1": 5.0, "q4_0": 4.5}
+# Bits of a number in the KV cache, by type.
+KV_BITS = {
+    "f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "int8": 8.0, "q5_1": 6.0, "q5_0": 5.5, "q4_1": 5.0,
+    "q4_0": 4.5, "iq4_nl": 4.5,
+}  # fmt: skip
 _MOST_SPREAD, _MOST_OTHERS, _MOST_STEAL = 0.10, 0.10, 0.02
 
 
@@ -114,12 +118,11 @@ def cancelled(row: Row) -> Figure | None:
 
 
 def read_per_token(row: Row, model: Model, depth: int) -> float | None:
-    """Bytes that decoding one token reads at this depth: weights and the KV cache."""
-    if model.read_bytes is None:
-        return None
+    """Bytes that decoding one token reads at this depth: weights and the KV cache. None where its type is not known."""
     bits = KV_BITS.get(row.configuration.kv or "")
-    cache = depth * (model.kv_numbers or 0) * bits / 8 if bits else 0
-    return model.read_bytes + cache
+    if model.read_bytes is None or bits is None or model.kv_numbers is None:
+        return None
+    return model.read_bytes + depth * model.kv_numbers * bits / 8
 
 
 def roof_share(row: Row, b: Benchmark) -> float | None:
@@ -142,13 +145,15 @@ def depths(b: Benchmark) -> list[int]:
     return sorted({decode_depth(p) for row in b.rows for run in good_runs(row) for p in run.phases if decode_rate(p)})
 
 
-def doubts(row: Row) -> tuple[str, ...]:
-    """Why a row's figures are not to be trusted: rounds that differ, other programs, a host that took the processor."""
+def doubts(row: Row, depths: tuple[int, ...] = ()) -> tuple[str, ...]:
+    """Why a row's figures are not to be trusted: rounds that differ, other programs, a host that took the processor;
+    and which of the wanted depths it does not have.
+    """
     found = []
-    rates = decode(row)
+    rates, runs = decode(row), good_runs(row)
     if rates and len(rates.rounds) > 1 and (apart := spread(rates.rounds)) > _MOST_SPREAD:
         found.append(f"the middle half of its rounds is {100 * apart:.0f} % apart")
-    conditions = [r.conditions for r in good_runs(row) if r.conditions]
+    conditions = [r.conditions for r in runs if r.conditions]
     if conditions:
         others = max(c.others for c in conditions)
         steal = max(c.steal for c in conditions)
@@ -156,8 +161,11 @@ def doubts(row: Row) -> tuple[str, ...]:
             found.append(f"other programs took up to {100 * others:.0f} % of the processors")
         if steal > _MOST_STEAL:
             found.append(f"the virtual machine's host took up to {100 * steal:.0f} %")
-    if rates and len(rates.rounds) < 2:
+    if runs and len(runs) < 2:
         found.append("measured once")
+    missing = [d for d in depths if d and runs and not any(at(run, d) for run in runs)]
+    if missing:
+        found.append(f"not measured after {', '.join(map(str, missing))} tokens: beyond its context")
     return tuple(found)
 
 
@@ -174,8 +182,9 @@ def ratio(row: Row, base: Row) -> Figure | None:
 
 
 def at(run: Run, depth: int | None) -> Phase | None:
-    """The phase after the prompt at an empty cache, or the one that decodes at a depth."""
+    """The phase that decodes at a depth (None: that of the prompt at an empty cache, or the first there is)."""
     timed = [p for p in run.phases if decode_rate(p)]
     if depth is not None:
         return next((p for p in timed if decode_depth(p) == depth), None)
-    return next((p for p in timed if p.depth == 0 and p.prompt_tokens > 1), timed[0] if timed else None)
+    prompt = next((p.prompt_tokens for p in run.phases if p.depth == 0 and p.prompt_tokens > 1), None)
+    return next((p for p in timed if decode_depth(p) == prompt), timed[0] if timed else None)

@@ -14,6 +14,7 @@ from phi_runtime.errors import BenchmarkError, NotFoundError
 from phi_train.trainer.summary import Summary
 
 VERSION = 1
+Positive = Annotated[float, msgspec.Meta(gt=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Reason = Literal[
     "not installed",
@@ -55,7 +56,7 @@ class Software(StrictContract, frozen=True):
 
 class Settings(StrictContract, frozen=True):
     """How it was measured. depths: tokens in the KV cache before the tokens that are timed. quality_tokens: of the
-    text, None without a checkpoint. memory_limit: bytes at which a process is ended.
+    text, None without a checkpoint; text_sha256: of the text. memory_limit: bytes at which a process is ended.
     """
 
     rounds: Count
@@ -65,19 +66,22 @@ class Settings(StrictContract, frozen=True):
     timeout_s: Amount
     sustained_s: Amount = 0
     quality_tokens: Size | None = None
+    text_sha256: str | None = None
     memory_limit: Count | None = None
     prompts: tuple[str, ...] = ()
 
 
 class Model(StrictContract, frozen=True):
-    """A model's files. sha256: of the file, or of the names and digests of a folder's files. read_bytes: of the weights
-    that decoding one token reads: all but tables of which it looks up a row. kv_numbers: that the KV cache holds per
-    token. random_weights: its quality means nothing.
+    """A model's files; None and "" where another tool did not tell.
+
+    sha256: of the file, or of the names and digests of a folder's files. read_bytes: of the weights that decoding one
+    token reads: all but tables of which it looks up a row. kv_numbers: that the KV cache holds per token.
+    random_weights: its quality means nothing.
     """
 
     name: str
     format: str
-    file_bytes: Count
+    file_bytes: Count | None
     sha256: str
     parameters: Count | None = None
     bits_per_weight: Amount | None = None
@@ -130,7 +134,7 @@ class Phase(StrictContract, frozen=True):
 class Window(StrictContract, frozen=True):
     """A part of a sustained run."""
 
-    seconds: Amount
+    seconds: Positive
     tokens: Count
     temperature_c: float | None = None
 
@@ -207,8 +211,8 @@ class Quality(StrictContract, frozen=True):
     kld_999: float
     kld_max: float
     top1_agreement: Share
-    perplexity: Amount
-    checkpoint_perplexity: Amount
+    perplexity: Positive
+    checkpoint_perplexity: Positive
 
 
 class Prediction(StrictContract, frozen=True):
@@ -231,8 +235,8 @@ class Row(StrictContract, frozen=True):
     quality_failure: Failure | None = None
     predicted: Prediction | None = None
     samples: tuple[str, ...] = ()
-    build: str = ""
     doubts: tuple[str, ...] = ()
+    build: str = ""
 
 
 class LossAt(StrictContract, frozen=True, array_like=True):
@@ -252,6 +256,7 @@ class CheckpointRow(StrictContract, frozen=True):
     perplexity: float | None
     training: Summary | None
     loss: tuple[LossAt, ...]
+    sha256: str = ""
 
 
 class Benchmark(StrictContract, frozen=True):
@@ -267,6 +272,11 @@ class Benchmark(StrictContract, frozen=True):
     checkpoint: CheckpointRow | None = None
     schema_version: Literal[1] = 1
 
+    @property
+    def checkpoint_sha256(self) -> str | None:
+        """Of the checkpoint's files; None without one."""
+        return None if self.checkpoint is None else self.checkpoint.sha256
+
 
 class _Version(Contract, frozen=True):
     schema_version: Count
@@ -278,8 +288,10 @@ def read_benchmark(path: Path) -> Benchmark:
     """
     try:
         raw = path.read_bytes()
-    except OSError:
+    except FileNotFoundError:
         raise NotFoundError(f"{path}: no such file; give one that phi-bench run wrote") from None
+    except OSError as e:
+        raise BenchmarkError(f"{path}: cannot be read ({e.strerror}); give a file that phi-bench run wrote") from None
     return parse_benchmark(raw, str(path))
 
 
@@ -302,9 +314,15 @@ def parse_benchmark(raw: bytes, path: str) -> Benchmark:
 def impossible(b: Benchmark) -> str | None:
     """What no machine could have measured, in words."""
     known = {m.name for m in b.models}
+    if len(known) < len(b.models):
+        return "two models have the same name"
     for row in b.rows:
         if row.model not in known:
             return f"the row {row.name!r} is of a model that is not listed"
+        if len({run.round for run in row.runs}) < len(row.runs):
+            return f"{row.name!r} has a round twice"
+        if row.quality is not None and row.quality.kld_mean < -1e-3:
+            return f"{row.name!r} has a negative KL divergence"
         for run in row.runs:
             m = run.memory
             if m is not None:

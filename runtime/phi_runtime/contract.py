@@ -11,8 +11,8 @@ import msgspec
 from phi_runtime.errors import PhiError
 
 T = TypeVar("T")
-Count = Annotated[int, msgspec.Meta(ge=1)]
-Size = Annotated[int, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
+Size = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Amount = Annotated[float, msgspec.Meta(ge=0)]  # finite, because JSON has no other numbers
 
 

@@ -10,6 +10,7 @@ from support import run_here
 from phi_bench.records import read_benchmark
 from phi_bench.results.compare import compare
 from phi_bench.results.write import write_benchmark
+from phi_runtime.errors import BenchmarkError
 
 LAPTOP = read_benchmark(Path(__file__).parent / "golden" / "laptop.json")
 replace = msgspec.structs.replace
@@ -99,3 +100,54 @@ def test_the_command_is_a_gate(tmp_path):
     assert "decode, tokens/s" in bad.stderr.splitlines()[-1]
     other = run_here("phi-bench", "compare", tmp_path / "a.json", tmp_path / "none.json")
     assert other.returncode == 2
+
+
+def changed(b, **fields):
+    return replace(b, rows=(replace(b.rows[0], **fields), *b.rows[1:]))
+
+
+def test_one_noisy_probe_hides_no_regression():
+    b = measured(2, speed=0.5)
+    runs = b.rows[0].runs
+    low = replace(runs[4], conditions=replace(runs[4].conditions, bandwidth=5e9))
+    assert verdicts(measured(1), changed(b, runs=(*runs[:4], low)))["decode, tokens/s"] == "worse"
+
+
+def test_another_way_of_measuring_is_not_compared():
+    b = measured(2, speed=0.5, peak=900_000_000)
+    for other in (
+        changed(b, configuration=replace(b.rows[0].configuration, threads=4)),
+        changed(b, configuration=replace(b.rows[0].configuration, kv="q8_0")),
+        replace(b, settings=replace(b.settings, prompt_tokens=99)),
+        replace(b, host=replace(b.host, cpu="another")),
+    ):
+        found = verdicts(measured(1), other)
+        assert found["decode, tokens/s"] == found["peak memory"] == "undecided"
+
+
+def test_quality_is_of_one_text_and_checkpoint():
+    b = replace(measured(2, kld=2), settings=replace(LAPTOP.settings, text_sha256="b" * 64))
+    assert verdicts(measured(1), b)["KL divergence, nats"] == "undecided"
+    assert verdicts(measured(1), changed(measured(2), quality=None))["quality"] == "worse"
+
+
+def test_what_is_not_measured_any_more_is_worse():
+    b = measured(2)
+    runs = tuple(replace(r, phases=()) for r in b.rows[0].runs)
+    assert verdicts(measured(1), changed(b, runs=runs))["decode, tokens/s"] == "worse"
+    late = (*b.rows[0].runs[:4], replace(b.rows[0].runs[4], failure=LAPTOP.rows[1].runs[0].failure))
+    assert verdicts(measured(1), changed(b, runs=late)) == {"runs": "worse"}
+    assert [c.verdict for c in compare(measured(1), replace(b, rows=()))] == ["worse", "worse"]
+
+
+def test_a_slower_row_on_a_busy_machine_is_undecided():
+    b = measured(2, speed=0.5)
+    runs = tuple(replace(r, conditions=replace(r.conditions, others=0.5)) for r in b.rows[0].runs)
+    (decode,) = [c for c in compare(measured(1), changed(b, runs=runs)) if c.what == "decode, tokens/s"]
+    assert decode.verdict == "undecided"
+    assert "other programs" in decode.note
+
+
+def test_an_incomplete_result_is_refused():
+    with pytest.raises(BenchmarkError, match="the second result is not complete"):
+        compare(measured(1), replace(measured(2), complete=False))

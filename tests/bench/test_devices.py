@@ -69,6 +69,11 @@ def test_a_figure_above_the_roof_is_kept_out_and_named(tmp_path):
     assert "above the roof" in kept.runs[0].failure.detail
 
 
+def test_a_small_number_of_bytes_does_not_raise_the_roof(tmp_path):
+    small = replace(PHONE.models[0], read_bytes=1)
+    assert take(encode(replace(faster(PHONE, 10), models=(small,))).encode(), tmp_path, "x").kept_out
+
+
 def test_an_unknown_device_stands_apart(tmp_path):
     other = replace(PHONE, host=replace(PHONE.host, device="iPhone99,9"))
     taken = take(encode(other).encode(), tmp_path, "x")
@@ -173,3 +178,5 @@ def test_the_commands(tmp_path):
     assert "not measured yet" in run_here("phi-bench", "claim").stdout
     assert "arXiv 2404.14219" in run_here("phi-bench", "devices").stdout
     assert run_here("phi-bench", "collect", "--out", tmp_path, "--file", tmp_path / "none").returncode == 2
+    assert run_here("phi-bench", "collect", "--out", tmp_path, "--port", 99999).returncode == 2
+    assert run_here("phi-bench", "collect", "--out", tmp_path / "phone.json").returncode == 2

@@ -71,6 +71,27 @@ def test_percentiles_are_over_all_rounds(laptop):
     assert figures.latencies(laptop.rows[0]) == pytest.approx(tuple(np.quantile(times, [0.5, 0.95, 0.99])))
 
 
+def test_an_unknown_cache_leaves_the_share_open(laptop):
+    row = laptop.rows[0]
+    other = msgspec.structs.replace(row, configuration=msgspec.structs.replace(row.configuration, kv=None))
+    assert figures.read_per_token(other, laptop.models[0], 256) is None
+    assert figures.roof_share(other, laptop) is None
+
+
+def test_a_program_that_tells_sums_is_read_at_the_depth_of_the_prompt():
+    bench = run(
+        Phase(0, 400, prefill_ns=1_000_000_000),
+        Phase(1, 0, decode_ns=1_000_000_000, decode_tokens=50),
+        Phase(400, 0, decode_ns=1_000_000_000, decode_tokens=40),
+    )
+    assert figures.decode_rate(figures.at(bench, None)) == pytest.approx(40)
+
+
+def test_a_depth_that_is_missing_is_said(laptop):
+    assert figures.doubts(laptop.rows[0], (256,)) == ()
+    assert "after 4096 tokens" in figures.doubts(laptop.rows[0], (256, 4096))[0]
+
+
 def test_a_ratio_is_of_rounds_that_both_have(laptop):
     slow = lambda n, ns: run(Phase(0, 8, first_token_ns=1, token_ns=(ns,)), number=n)  # noqa: E731
     a, b = row_of(laptop, slow(1, 10), slow(2, 40)), row_of(laptop, slow(1, 20), slow(2, 80), slow(3, 5))

@@ -64,6 +64,15 @@ def test_llama_bench(tmp_path):
     assert row.configuration.threads == 2
 
 
+def test_what_llama_bench_varied_makes_rows_of_their_own(tmp_path):
+    fast = [t | {"n_gpu_layers": 99, "samples_ns": [ns // 100 for ns in t["samples_ns"]]} for t in LLAMA_BENCH]
+    both = BENCH | {"n_prompt": 512, "n_gen": 128, "samples_ns": [10_000_000_000]}
+    slow = [t | {"n_gpu_layers": 0} for t in LLAMA_BENCH]
+    rows = imported(tmp_path, [*slow, *fast, both | {"n_gpu_layers": 0}]).rows
+    assert [figures.decode(r, 0).value for r in rows] == pytest.approx([15.9, 1590], rel=0.01)
+    assert "n_gpu_layers 99" in rows[1].name
+
+
 def test_mlx_lm(tmp_path):
     (row,) = imported(tmp_path, MLX).rows
     assert figures.decode(row).rounds == pytest.approx((108.2, 107.0))
@@ -85,6 +94,12 @@ def test_pocketpal(tmp_path):
     "content",
     ["", "{}", "[]", "[1]", "nonsense", json.dumps([BENCH | {"samples_ns": "x"}]), MLX.split("Trial")[0],
      json.dumps(POCKETPAL | {"bench": {"pp": 0}}), json.dumps(MEMORY | {"checkpoints": []}),
+     json.dumps([LLAMA_BENCH[0] | {"samples_ns": [-5]}]), json.dumps([LLAMA_BENCH[0] | {"samples_ns": ["abc"]}]),
+     json.dumps([LLAMA_BENCH[0] | {"model_size": 0}]), json.dumps([LLAMA_BENCH[0] | {"n_gen": 128}]),
+     MLX.replace("253.100", "0.000"), MLX.replace("2.310", "9" * 400),
+     json.dumps(POCKETPAL).replace("7.8,", "-5,"), json.dumps(POCKETPAL).replace("7.8,", "1e999,"),
+     json.dumps(POCKETPAL).replace("3706.35", "1e999"), json.dumps(POCKETPAL | {"runs": []}),
+     json.dumps(POCKETPAL | {"runs": POCKETPAL["runs"][:1] * 2}),
      json.dumps([BENCH | {"n_prompt": 1, "n_gen": 0, "samples_ns": [0], "model_n_params": 0}])],
 )  # fmt: skip
 def test_what_is_none_is_refused(content, tmp_path):
@@ -99,6 +114,12 @@ def test_the_command(tmp_path):
     done = run_here("phi-bench", "import", tmp_path / "theirs.json", "--out", tmp_path / "ours.json")
     assert done.returncode == 0, done.stderr
     assert read_benchmark(tmp_path / "ours.json").rows
+    again = run_here("phi-bench", "import", tmp_path / "theirs.json", "--out", tmp_path / "ours.json")
+    assert again.returncode == 2
+    assert "--force" in again.stderr
+    own = run_here("phi-bench", "import", tmp_path / "theirs.json", "--out", tmp_path / "theirs.json", "--force")
+    assert own.returncode == 2
+    assert json.loads((tmp_path / "theirs.json").read_text()) == LLAMA_BENCH
     shown = run_here(
         "phi-bench", "report", tmp_path / "ours.json", "--markdown", tmp_path / "t.md", "--csv", tmp_path / "t.csv"
     )

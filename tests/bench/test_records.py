@@ -45,6 +45,11 @@ RUN = ("rows", 0, "runs", 0)
         (("schema_version",), 2, "schema version 2"),
         (("schema_version",), "one", "schema_version"),
         (("rows", 0, "model"), "another", "not listed"),
+        ((*RUN, "round"), 2, "round twice"),
+        ((*RUN, "phases", 0, "token_ns"), [10**400], "token_ns"),
+        (("models", 0, "file_bytes"), 10**400, "file_bytes"),
+        (("rows", 0, "quality", "kld_mean"), -5, "negative KL"),
+        (("rows", 0, "quality", "checkpoint_perplexity"), 0, "checkpoint_perplexity"),
         (("rows", 1, "name"), "mini/gguf on phi-run (llama.cpp)", "same name"),
         ((*RUN, "memory", "peak_rss"), 30_000_000_000, "resident in"),
         ((*RUN, "memory", "peak_rss"), 1_000, "peak below"),
@@ -66,6 +71,8 @@ def test_what_cannot_be_is_refused_by_name(keys, to, says, tmp_path):
 def test_a_file_that_is_none(tmp_path):
     with pytest.raises(NotFoundError):
         read_benchmark(tmp_path / "none.json")
+    with pytest.raises(BenchmarkError, match="cannot be read"):
+        read_benchmark(tmp_path)
     (tmp_path / "half.json").write_text(GOLDEN[0].read_text()[:500])
     with pytest.raises(BenchmarkError, match="not valid JSON"):
         read_benchmark(tmp_path / "half.json")

@@ -4,7 +4,7 @@ An adapter imports its engine only when it opens a model: the list of them works
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -76,12 +76,24 @@ class Work:
     depths: tuple[int, ...]
 
 
+def no_choice(kind: str | None) -> Callable[[Path, str, str | None], str | None]:
+    """The KV cache of an engine that has one type."""
+
+    def known(path: Path, engine: str, wanted: str | None) -> str | None:
+        if wanted is not None:
+            raise UsageError(f"{engine} has no choice of KV cache; leave out --kv, or {path}")
+        return kind
+
+    return known
+
+
 @dataclass(frozen=True)
 class Adapter:
     """An engine. engines: those of its that run a model here, by path; none for a model that it does not run. packages:
     whose versions are recorded. install: the command that brings it. says: its fastest documented way, in words.
     open: a session; measure: instead, where a program measures itself. judge: the adapter and engine that give the
-    logits of the same file, None for none. kv: type of the cache by engine where nobody chose.
+    logits of the same file, None for none. kv: type of the cache by path, engine and what is wanted, an error for what
+    it does not have. on_request: engines that run only where they are named.
     """
 
     name: str
@@ -92,7 +104,8 @@ class Adapter:
     open: Callable[[Path, Options], Session] | None = None
     measure: Callable[[Path, Options, Work], list[Phase]] | None = None
     judge: Callable[[str], tuple[str, str] | None] = lambda _: None
-    kv: Callable[[Path, str], str | None] = lambda path, engine: None
+    kv: Callable[[Path, str, str | None], str | None] = field(default_factory=lambda: no_choice(None))
+    on_request: tuple[str, ...] = ()
     device: str = "cpu"
 
 
@@ -113,7 +126,7 @@ def choose(path: Path, wanted: str | None) -> list[tuple[str, str]]:
         known = adapter(name).engines(path)
         if not known:
             raise UsageError(f"{path}: {name} does not run it; leave out @{wanted}")
-        if engine and engine not in known and engine != "ik_llama.cpp":
+        if engine and engine not in known and engine not in adapter(name).on_request:
             raise UsageError(f"{path}: {name} has no engine {engine!r} for it; choose from {', '.join(known)}")
         return [(name, e) for e in ([engine] if engine else known)]
     for name in NAMES:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from phi_bench.adapters import Adapter, Options
+from phi_bench.adapters import Adapter, Options, no_choice
+from phi_bench.adapters.phi_run import kv_type
 
 
 class _Session:
@@ -42,6 +43,11 @@ class _Session:
         self._generator = self._model = None
 
 
+def _kv(path: Path, engine: str, wanted: str | None) -> str | None:
+    no_choice(None)(path, engine, wanted)
+    return kv_type(path, "onnxruntime", None)
+
+
 ADAPTER = Adapter(
     name="genai",
     packages=("onnxruntime-genai",),
@@ -50,4 +56,5 @@ ADAPTER = Adapter(
     engines=lambda path: ("onnxruntime-genai",) if (path / "genai_config.json").is_file() else (),
     open=_Session,
     judge=lambda _: ("phi-run", "onnxruntime"),
+    kv=_kv,
 )

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 from phi_bench.adapters import Adapter, Options, Work
+from phi_bench.adapters.phi_run import kv_type
 from phi_bench.llama_tools import find_tool
 from phi_bench.records import Phase
 from phi_runtime.errors import BenchmarkError, PhiError
@@ -66,5 +67,5 @@ ADAPTER = Adapter(
     engines=lambda path: ("llama.cpp",) if _file(path) else (),
     measure=_measure,
     judge=lambda _: ("phi-run", "llama.cpp"),
-    kv=lambda path, engine: "f16",
+    kv=lambda path, engine, wanted: kv_type(path, engine, wanted) or wanted or "f16",
 )

@@ -7,7 +7,7 @@ import numpy as np
 
 import phi_runtime
 from phi_bench.adapters import Adapter, Options
-from phi_runtime.backends import kv_types, record
+from phi_runtime.backends import choose_backend, kv_types, record
 from phi_runtime.errors import NotFoundError, UsageError
 from phi_runtime.package.open import Package, open_package
 
@@ -85,9 +85,13 @@ def _engines(path: Path) -> tuple[str, ...]:
     return tuple(name for name in known.engines if name not in known.on_request)
 
 
-def _kv(path: Path, engine: str) -> str | None:
+def kv_type(path: Path, engine: str, wanted: str | None) -> str | None:
+    """The KV cache that a model has where nobody chose, or what is wanted. Raises UsageError."""
     package = _package(path)
-    return None if package is None else kv_types(package, engine)[0]
+    if package is None:
+        return None
+    choose_backend(package, engine)
+    return wanted if wanted in kv_types(package, engine, wanted) else kv_types(package, engine)[0]
 
 
 ADAPTER = Adapter(
@@ -98,5 +102,6 @@ ADAPTER = Adapter(
     engines=_engines,
     open=_Session,
     judge=lambda engine: ("phi-run", engine),
-    kv=_kv,
+    kv=kv_type,
+    on_request=("ik_llama.cpp",),
 )

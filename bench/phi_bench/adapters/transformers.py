@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from phi_bench.adapters import Adapter, Options
+from phi_bench.adapters import Adapter, Options, no_choice
 from phi_runtime.backends import waiting
 
 
@@ -76,5 +76,5 @@ ADAPTER = Adapter(
     engines=_engines,
     open=_Session,
     judge=lambda engine: ("transformers", engine),
-    kv=lambda path, engine: "f16",
+    kv=no_choice("bf16"),
 )

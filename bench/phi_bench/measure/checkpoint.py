@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from phi_bench.measure.models import folder_digest
 from phi_bench.records import CheckpointRow, LossAt
 from phi_export.verify.text import sample_tokens
 from phi_runtime.architecture.checkpoint import Checkpoint
@@ -47,6 +48,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> CheckpointRow:
         perplexity=None,
         training=_read(training / "summary.json", Summary),
         loss=_losses(training / "log.jsonl"),
+        sha256=folder_digest(checkpoint.folder),
     )
 
 
@@ -74,7 +76,10 @@ def reference_logits(
         for start in range(0, len(tokens), length):
             piece = tokens[start : start + length]
             progress(f"the checkpoint's logits: token {start} of {len(tokens)}")
-            out[start : start + len(piece)] = Reference(decoder, checkpoint.read, 0).forward(piece, True)[0]
+            exact = Reference(decoder, checkpoint.read, 0).forward(piece, True)[0]
+            if not np.isfinite(exact).all():
+                raise CheckpointError(f"{checkpoint.folder}: its logits are no finite numbers; fetch or save it again")
+            out[start : start + len(piece)] = exact
         out.flush()
         del out
         yield folder

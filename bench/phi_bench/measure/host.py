@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 
 from phi_bench.records import Conditions, Host, Software
+from phi_runtime.backends import cores
 from phi_runtime.planning.machine import machine
 
 _SIMD = (
@@ -98,7 +99,7 @@ class Watch:
     """What goes on beside a run: made before it, asked after it."""
 
     def __init__(self, threads: int) -> None:
-        self._bandwidth = bandwidth(threads, 1)
+        self._bandwidth = bandwidth(min(threads, cores()), 3)
         self._cpu, self._swap, self._began = _cpu_seconds(), swapped(), time.monotonic()
 
     def conditions(self, own_seconds: float) -> Conditions:

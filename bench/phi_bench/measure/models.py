@@ -10,7 +10,7 @@ from phi_bench.records import Model
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.architecture.config import num_parameters
 from phi_runtime.backends.record import kv_numbers
-from phi_runtime.errors import BenchmarkError, NotFoundError, PhiError
+from phi_runtime.errors import BenchmarkError, BundleError, NotFoundError, PhiError
 from phi_runtime.files import sha256
 from phi_runtime.package.gguf_header import TYPE_SIZES, read_header
 from phi_runtime.package.manifest import MANIFEST, Manifest
@@ -46,7 +46,7 @@ def describe(path: Path, name: str) -> Model:
         package = None
     if package is not None and package.manifest is not None:
         return _bundle(package, package.manifest, path, name)
-    digest = sha256(path) if path.is_file() else _folder_digest(path, found)
+    digest = sha256(path) if path.is_file() else folder_digest(path)
     if package is not None and package.format == "gguf":
         return _gguf(package, name, size, digest)
     if package is not None:
@@ -57,6 +57,10 @@ def describe(path: Path, name: str) -> Model:
 def _bundle(package: Package, manifest: Manifest, path: Path, name: str) -> Model:
     decoder = manifest.config().decoder()
     looked_up = () if decoder.tied else (decoder.embedding,)
+    folder = path if path.is_dir() else path.parent
+    for f in manifest.files:
+        if not (folder / f.path).is_file() or sha256(folder / f.path) != f.sha256:
+            raise BundleError(f"{folder / f.path}: is not the file that the manifest lists; export the bundle again")
     listed = "".join(f"{f.sha256} {f.path}\n" for f in manifest.files)
     return Model(
         name=name,
@@ -133,6 +137,7 @@ def _safetensors_bytes(path: Path) -> list[int]:
         return []
 
 
-def _folder_digest(path: Path, found: list[Path]) -> str:
-    listed = "".join(f"{sha256(p)} {p.relative_to(path).as_posix()}\n" for p in found)
+def folder_digest(path: Path) -> str:
+    """Of the names and digests of a folder's files."""
+    listed = "".join(f"{sha256(p)} {p.relative_to(path).as_posix()}\n" for p in files(path))
     return hashlib.sha256(listed.encode()).hexdigest()

@@ -94,7 +94,10 @@ def _converse(
         pending += piece
         *lines, pending = pending.split(b"\n")
         for line in lines:
-            event = decode(line, Event)
+            try:
+                event = decode(line, Event)
+            except ValueError as e:
+                event = Event("failure", reason="bad output", detail=str(e))
             if event.kind in ("result", "failure"):
                 result = event
                 continue
@@ -122,7 +125,7 @@ def _failure(status: int, event: Event | None, ended: str, line: str, kernel_kil
         return Failure(cast(Reason, reason), detail, None, "SIGKILL")
     if event is not None and event.kind == "failure":
         reason = event.reason if event.reason in get_args(Reason) else "crashed"
-        return Failure(cast(Reason, reason), event.detail, status if status >= 0 else None)
+        return Failure(cast(Reason, reason), event.detail, status if status > 0 else None)
     if event is not None:
         return None
     if status < 0:

@@ -4,6 +4,8 @@ The result file is written after each process. One that a kill left incomplete i
 """
 
 import datetime
+import hashlib
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -46,6 +48,7 @@ PROMPTS = (
     "import os\nimport sys\n\n\ndef main(",
 )
 SAMPLE_TOKENS = 72
+_MOST_DEPTH = 1 << 20
 _MOST_SWAPPED = 64 << 20  # bytes in one run; a machine that swaps measures its disk
 _GUESS = {"start": 4.0, "read": 5e8, "prefill": 8.0}  # seconds, bytes per second, times decoding's speed
 
@@ -110,10 +113,22 @@ def run(request: Request, out: Path, progress: Progress | None = None) -> Benchm
         raise UsageError(f"--text {request.text}: is empty; give a text")
     if min(request.rounds, request.prompt_tokens - 1, request.decode_tokens) < 1:
         raise UsageError("a run needs a round, a prompt of two tokens and a token to generate at least")
+    _check_depths(request)
     subjects, models = _subjects(request)
     b = _begin(request, subjects, models, out, progress)
     write_benchmark(out, b)
     return _measure_all(request, subjects, b, out, progress)
+
+
+def _check_depths(request: Request) -> None:
+    at = request.prompt_tokens
+    for depth in request.depths:
+        if not at + request.decode_tokens < depth < _MOST_DEPTH:
+            raise UsageError(
+                f"--depths {depth}: each has to be more than {request.decode_tokens} tokens beyond the one before it, "
+                f"the first beyond the prompt of {request.prompt_tokens}, after which tokens are measured in any case"
+            )
+        at = depth
 
 
 def _subjects(request: Request) -> tuple[list[Subject], list[Model]]:
@@ -137,7 +152,7 @@ def _subjects(request: Request) -> tuple[list[Subject], list[Model]]:
                 device=known.device,
                 threads=threads,
                 context=_context(request),
-                kv=request.kv if request.kv is not None else known.kv(where, engine),
+                kv=known.kv(where, engine, request.kv),
                 command=known.says,
                 versions=host.versions(known.packages),
             )
@@ -148,12 +163,13 @@ def _subjects(request: Request) -> tuple[list[Subject], list[Model]]:
 
 
 def _context(request: Request) -> int:
-    return max(request.prompt_tokens, *request.depths, 0) + request.decode_tokens + 8
+    needed = max(request.prompt_tokens, *request.depths, 0) + request.decode_tokens + 8
+    return max(needed, 512) if request.sustained_s else needed
 
 
 def _unused_name(path: Path, taken: set[str]) -> str:
     """The last parts of a path, as many as tell it from the others."""
-    whole = path.resolve()
+    whole = Path(os.path.realpath(path))
     parts = (*whole.parts[1:-1], whole.stem if whole.suffix == ".gguf" else whole.name)
     first = 2 if parts[-1] in ("gguf", "onnx", "coreml", "mlx", "model", "checkpoint") else 1
     for count in range(first, len(parts) + 1):
@@ -178,6 +194,7 @@ def _begin(request: Request, subjects: list[Subject], models: list[Model], out: 
         timeout_s=request.timeout_s,
         sustained_s=request.sustained_s,
         quality_tokens=request.tokens if request.against is not None else None,
+        text_sha256=None if request.text is None else hashlib.sha256(request.text.read_bytes()).hexdigest(),
         memory_limit=request.memory_limit,
         prompts=PROMPTS,
     )
@@ -187,14 +204,19 @@ def _begin(request: Request, subjects: list[Subject], models: list[Model], out: 
     fresh = Benchmark(
         began, False, host.host(), host.software(sorted(packages)), settings, tuple(models), rows, checkpoint
     )
-    if not out.exists() or request.force:
+    if not out.exists():
         return fresh
     try:
         old = read_benchmark(out)
     except PhiError as e:
-        raise OutputExistsError(f"{e} --force replaces it") from None
+        if request.force:
+            return fresh
+        raise OutputExistsError(f"{e}; --force replaces it") from None
     same = (old.settings, old.models, old.host.cpu) == (fresh.settings, fresh.models, fresh.host.cpu)
     same = same and [(r.name, r.configuration) for r in old.rows] == [(r.name, r.configuration) for r in fresh.rows]
+    same = same and old.checkpoint_sha256 == fresh.checkpoint_sha256
+    if request.force and (old.complete or not same):
+        return fresh
     if old.complete or not same:
         what = "is a complete result" if old.complete else "was begun with other models, settings or versions"
         raise OutputExistsError(f"{out}: {what}; name another file, or replace it with --force")
@@ -228,10 +250,10 @@ def estimate(b: Benchmark) -> float:
     s, total = b.settings, 0.0
     for row in b.rows:
         m = figures.model_of(row, b)
-        one = (m.read_bytes or m.file_bytes) / bandwidth
+        one = (m.read_bytes or m.file_bytes or 0) / bandwidth
         stops = len({1, s.prompt_tokens, *s.depths})
         read = max(s.prompt_tokens, *s.depths, 0)
-        once = _GUESS["start"] + m.file_bytes / _GUESS["read"] + one * s.decode_tokens * stops
+        once = _GUESS["start"] + (m.file_bytes or 0) / _GUESS["read"] + one * s.decode_tokens * stops
         total += s.rounds * (once + one * read / _GUESS["prefill"] + s.sustained_s)
     return total
 
@@ -251,7 +273,8 @@ class _Bench:
         write_benchmark(self.out, self.b)
 
     def finish(self, **fields: object) -> Benchmark:
-        rows = tuple(msgspec.structs.replace(r, doubts=figures.doubts(r)) for r in self.b.rows)
+        depths = self.b.settings.depths
+        rows = tuple(msgspec.structs.replace(r, doubts=figures.doubts(r, depths)) for r in self.b.rows)
         self.b = msgspec.structs.replace(self.b, rows=rows, **fields)
         write_benchmark(self.out, self.b)
         return self.b
@@ -372,7 +395,7 @@ def _judge_all(
             progress.step(done + i, steps, f"quality: {s.name}")
             job = _job(s, request, "quality", str(folder))
             job = msgspec.structs.replace(job, context=512)
-            kv = job.kv or adapter(job.adapter).kv(s.path, job.engine)
+            kv = job.kv or adapter(job.adapter).kv(s.path, job.engine, None)
             key = (job.path, (job.adapter, job.engine), kv)
             if key not in known:
                 known[key] = measure(job, 10 * request.timeout_s, request.memory_limit)

@@ -8,6 +8,7 @@ import gc
 import math
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -34,11 +35,14 @@ class Parent:
     def __init__(self, fd: int) -> None:
         self._out = os.fdopen(fd, "w", encoding="utf-8")
         self._lines: queue.Queue[str] = queue.Queue()
+        self.loaded = False
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         for line in sys.stdin:
             self._lines.put(line)
+        if os.getpgid(0) == os.getpid():
+            os.killpg(0, signal.SIGKILL)  # with what an adapter has started
         os._exit(3)
 
     def job(self) -> Job:
@@ -47,6 +51,7 @@ class Parent:
 
     def say(self, event: Event, wait: bool = False) -> None:
         """Write an event, and wait until it has been looked at."""
+        self.loaded = self.loaded or event.kind == "loaded"
         self._out.write(msgspec.json.encode(event).decode() + "\n")
         self._out.flush()
         if wait:
@@ -65,10 +70,12 @@ def main() -> None:
         missing = adapter(job.adapter).install
         parent.say(Event("failure", reason="not installed", detail=f"{e.name} is not installed: {missing}"))
     except Exception as e:
-        parent.say(Event("failure", reason=_reason(e), detail=f"{e}" if isinstance(e, PhiError) else _said(e)))
+        parent.say(
+            Event("failure", reason=_reason(e, parent.loaded), detail=f"{e}" if isinstance(e, PhiError) else _said(e))
+        )
 
 
-def _reason(e: Exception) -> str:
+def _reason(e: Exception, loaded: bool) -> str:
     if isinstance(e, UnsupportedError):
         return "unsupported"
     if "not installed" in str(e):
@@ -77,7 +84,7 @@ def _reason(e: Exception) -> str:
         return "bad output"
     if "bad_alloc" in str(e) or "Failed to allocate" in str(e):
         return "out of memory"
-    return "could not load" if isinstance(e, PhiError) else "crashed"
+    return "could not load" if isinstance(e, PhiError) and not loaded else "crashed"
 
 
 def _said(e: Exception) -> str:
@@ -155,6 +162,10 @@ def _phases(session: Session, job: Job, text: list[int]) -> list[Phase]:
     is missing to each further depth, and tokens after each.
     """
     count = job.decode_tokens
+    if job.prompt_tokens + count + 1 > session.context:
+        raise UnsupportedError(
+            f"a prompt of {job.prompt_tokens} tokens and {count} after it do not fit its context of {session.context}"
+        )
     list(_tokens(session, text[:8], 3))  # what is done once: buffers, threads
     session.reset()
     found = [_phase(session, 0, text[:1], count)]
@@ -209,7 +220,7 @@ def _sustained(session: Session, seconds: float, text: list[int]) -> tuple[Windo
     tokens = 0
     while time.monotonic() - began < seconds:
         session.reset()
-        for _ in _tokens(session, text[:16], session.context - 17):
+        for _ in _tokens(session, text[:16], max(1, session.context - 18)):
             tokens += 1
             now = time.monotonic()
             if now - opened >= _WINDOW_S or now - began >= seconds:
@@ -245,6 +256,8 @@ def _quality(known: Adapter, path: Path, options: Options, reference: Path) -> Q
             raise BadOutputError("logits that are no finite numbers")
         found.add(np.asarray(exact_TV[start : start + length]), logits_TV, piece[1:])
     error = found.kld_error
+    if not all(map(math.isfinite, (found.kld_mean, found.perplexity_q, found.perplexity_p))):
+        raise BadOutputError("its divergence or perplexity is no finite number")
     return Quality(
         tokens=found.tokens,
         window=length,

@@ -30,7 +30,7 @@ def claims(results: list[Benchmark]) -> list[Claim]:
     mini = [(row, b) for b in results for row in b.rows if figures.good_runs(row) and _is_mini(row, b)]
     on_phone = [(row, b) for row, b in mini if (b.host.device or "") in _PHONE]
     laptop = [(row, b) for row, b in mini if b.host.device is None]
-    smallest = min(mini, key=lambda found: figures.model_of(*found).file_bytes, default=None)
+    smallest = min(mini, key=lambda found: figures.model_of(*found).file_bytes or 0, default=None)
     size = [
         _size("file", smallest and figures.model_of(*smallest).file_bytes, smallest),
         _size("physical: peak resident, laptop", _peak(laptop), _least(laptop)),
@@ -46,7 +46,7 @@ def claims(results: list[Benchmark]) -> list[Claim]:
     formats = {f: [(r, b) for r, b in laptop if figures.model_of(r, b).format == f] for f in ("gguf", "onnx", "coreml")}
     ours: list[tuple[str, str, str]] = []
     for name, rows in formats.items():
-        best = min(rows, key=lambda found: figures.model_of(*found).file_bytes, default=None)
+        best = min(rows, key=lambda found: figures.model_of(*found).file_bytes or 0, default=None)
         ours.append(_size(f"{name}: file", best and figures.model_of(*best).file_bytes, best))
         ours.append((f"{name}: decode, tokens/s", f"{_rate(best[0]):.1f}" if best else NOT_YET, _said(best)))
     sentence = "one phi-3-mini checkpoint as GGUF, ONNX and Core ML at about 1.8 GB, run on a laptop"
@@ -55,7 +55,8 @@ def claims(results: list[Benchmark]) -> list[Claim]:
 
 def _is_mini(row: Row, b: Benchmark) -> bool:
     """Our bundles of it: others' files at other sizes are no evidence for these sentences."""
-    parameters = figures.model_of(row, b).parameters
+    model = figures.model_of(row, b)
+    parameters = model.parameters if model.file_bytes is not None else None
     return row.configuration.adapter in ("phi-run", "phi-edge-swift") and parameters == MINI
 
 

@@ -5,6 +5,7 @@ What they do not tell stays empty: no digest, no memory before and after, sums o
 
 import datetime
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +24,20 @@ from phi_bench.records import (
     Run,
     Settings,
     Software,
+    parse_benchmark,
 )
+from phi_runtime.contract import encode
 from phi_runtime.errors import BenchmarkError
 from phi_runtime.files import read_text
 
+_DAMAGED = (
+    ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError, RecursionError
+)  # fmt: skip
+# What tells rows of one file apart: all else that llama-bench varies is the test itself.
+_LLAMA_BENCH_KEY = (
+    "model_filename", "n_threads", "backends", "type_k", "type_v", "n_gpu_layers", "n_batch", "n_ubatch", "flash_attn",
+    "devices", "no_kv_offload", "split_mode", "tensor_split",
+)  # fmt: skip
 _MLX_HEAD = re.compile(r"Timing with prompt_tokens=(\d+), generation_tokens=(\d+), batch_size=(\d+)")
 _MLX_TRIAL = re.compile(r"Trial \d+:\s+prompt_tps=([\d.]+), generation_tps=([\d.]+), peak_memory=([\d.]+)")
 
@@ -35,18 +46,30 @@ def import_file(path: Path) -> Benchmark:
     """Recognise a file and read it. Raises NotFoundError, BenchmarkError for what is none of these tools'."""
     text = read_text(path, "import")
     try:
-        if _MLX_HEAD.search(text):
-            return _mlx_lm(text, path)
-        value = json.loads(text)
-        for known, read in _JSON:
-            if known(value):
-                return read(value, path)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError, RecursionError) as e:
+        found = _read(text, path)
+        if found is not None and found.rows:
+            # What cannot be is refused here as anywhere.
+            return parse_benchmark(encode(found).encode(), f"{path}, read as ours")
+    except _DAMAGED as e:
         raise BenchmarkError(f"{path}: is damaged ({type(e).__name__}: {e}); run that tool again") from None
     raise BenchmarkError(
         f"{path}: is of no tool that we know; give what `llama-bench -o json`, `python -m mlx_lm.benchmark` or "
         "PocketPal wrote"
     )
+
+
+def _read(text: str, path: Path) -> Benchmark | None:
+    if _MLX_HEAD.search(text):
+        return _mlx_lm(text, path)
+    value = json.loads(text)
+    return next((read(value, path) for known, read in _JSON if known(value)), None)
+
+
+def _ns(tokens: int, rate: float) -> int:
+    """A rate turned back into the time of all tokens. Raises ValueError for what is no rate."""
+    if not (math.isfinite(rate) and rate > 0):
+        raise ValueError(f"{rate} tokens/s")
+    return max(1, round(1e9 * tokens / rate))
 
 
 def _is_llama_bench(v: Any) -> bool:
@@ -57,27 +80,33 @@ def _llama_bench(v: list[dict[str, Any]], path: Path) -> Benchmark:
     """One row for each model, backend and number of threads; a repetition is a round."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for test in v:
-        key = (test["model_filename"], test["backends"], test["n_threads"], test["type_k"], test["type_v"])
+        if test["n_prompt"] and test["n_gen"]:
+            continue  # -pg: one time of both
+        key = tuple(str(test.get(name)) for name in _LLAMA_BENCH_KEY)
         groups.setdefault(key, []).append(test)
     first = v[0]
-    models, rows = {}, []
-    for (file, backend, threads, key_type, value_type), tests in groups.items():
-        model = Path(file).stem
+    differs = [name for i, name in enumerate(_LLAMA_BENCH_KEY) if i and len({key[i] for key in groups}) > 1]
+    models: dict[str, Model] = {}
+    rows = []
+    for tests in groups.values():
         one = tests[0]
+        model = Path(one["model_filename"]).stem
+        if any(m.file_bytes != one["model_size"] for m in models.values() if m.name == model):
+            model = str(Path(one["model_filename"]))
         bits = 8 * one["model_size"] / one["model_n_params"]
         models[model] = Model(model, "gguf", one["model_size"], "", one["model_n_params"], bits, one["model_size"])
-        rounds = max(len(t["samples_ns"]) for t in tests)
         runs = tuple(
-            Run(i + 1, t0, phases=tuple(_llama_phase(t, i) for t in tests if len(t["samples_ns"]) > i))
-            for i in range(rounds)
-            for t0 in [one["test_time"]]
+            Run(i + 1, one["test_time"], phases=tuple(_llama_phase(t, i) for t in tests if len(t["samples_ns"]) > i))
+            for i in range(max(len(t["samples_ns"]) for t in tests))
         )
-        kv = key_type if key_type == value_type else f"{key_type}/{value_type}"
+        kv = one["type_k"] if one["type_k"] == one["type_v"] else f"{one['type_k']}/{one['type_v']}"
         device = one["gpu_info"] or one["cpu_info"]
         made = {"llama.cpp": f"{one['build_commit']} (build {one['build_number']})"}
-        c = Configuration("llama-bench", backend, device, threads, None, kv, 1, "llama-bench -o json", made)
-        name = f"{model} on llama-bench ({backend}, {threads} threads{'' if kv == 'f16' else ', ' + kv})"
-        rows.append(Row(name, model, c, runs))
+        c = Configuration(
+            "llama-bench", one["backends"], device, one["n_threads"], None, kv, 1, "llama-bench -o json", made
+        )
+        said = "".join(f", {name} {one.get(name)}" for name in differs)
+        rows.append(Row(f"{model} on llama-bench ({one['n_threads']} threads{said})", model, c, runs))
     prompts = [t["n_prompt"] for t in v if t["n_prompt"]]
     tokens = [t["n_gen"] for t in v if t["n_gen"]]
     depths = tuple(sorted({t.get("n_depth", 0) for t in v}))
@@ -107,15 +136,15 @@ def _mlx_lm(text: str, path: Path) -> Benchmark:
         phase = Phase(
             0,
             prompt,
-            prefill_ns=max(1, round(1e9 * prompt / float(prefill))),
-            decode_ns=max(1, round(1e9 * tokens / float(decode))),
+            prefill_ns=_ns(prompt, float(prefill)),
+            decode_ns=_ns(tokens, float(decode)),
             decode_tokens=tokens,
         )
         runs.append(Run(i, "", phases=(phase,), memory=Checkpoints(int(float(memory) * 1e9))))
     if not runs:
         raise BenchmarkError(f"{path}: holds no trial; let mlx_lm.benchmark come to its end")
     c = Configuration("mlx-lm", "mlx", "unknown", 1, None, None, 1, "python -m mlx_lm.benchmark")
-    model = Model(path.stem, "mlx", 1, "")
+    model = Model(path.stem, "mlx", None, "")
     settings = Settings(len(runs), prompt, tokens, (), 0)
     host = Host("unknown", "unknown", None, None, "unknown")
     row = Row(f"{path.stem} on mlx-lm", path.stem, c, tuple(runs))
@@ -135,7 +164,7 @@ def _pocketpal_bench(v: dict[str, Any], path: Path) -> Benchmark:
     for r in v["runs"]:
         model = f"{r['model_id']} {r['quant']}"
         mib = r.get("log_signals", {}).get("memory_buffers", {}).get("weights_total_mib")
-        models[model] = Model(model, "gguf", round((mib or 0) * 2**20) or 1, "")
+        models[model] = Model(model, "gguf", round((mib or 0) * 2**20) or None, "")
         init = r.get("init_settings", {})
         backend = str(r.get("effective_backend") or r["requested_backend"])
         c = Configuration(
@@ -161,8 +190,8 @@ def _pocketpal_run(r: dict[str, Any], pp: int, tg: int) -> Run:
     phase = Phase(
         depth=0,
         prompt_tokens=pp,
-        prefill_ns=max(1, round(1e9 * pp / r["pp_avg"])),
-        decode_ns=max(1, round(1e9 * tg / r["tg_avg"])),
+        prefill_ns=_ns(pp, r["pp_avg"]),
+        decode_ns=_ns(tg, r["tg_avg"]),
         decode_tokens=tg,
     )
     peak = r.get("peak_memory_mb")
@@ -187,7 +216,7 @@ def _pocketpal_memory(v: dict[str, Any], path: Path) -> Benchmark:
     model = v["model"]
     c = Configuration("pocketpal", "llama.rn", v["device"], 1, None, None, 1, "PocketPal's memory profile")
     row = Row(f"{model} on PocketPal", model, c, (run,))
-    return _pocketpal(v, Settings(1, 1, 1, (), 0), (Model(model, "gguf", 1, ""),), (row,), path)
+    return _pocketpal(v, Settings(1, 1, 1, (), 0), (Model(model, "gguf", None, ""),), (row,), path)
 
 
 def _pocketpal(

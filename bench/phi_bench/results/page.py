@@ -116,7 +116,7 @@ def _table(b: Benchmark) -> str:
     for i, row in enumerate(b.rows, 1):
         found = cells(row, b)
         line = [f'<td data-n="{i}">{i}</td>', f'<th scope="row">{escape(row.name)}</th>']
-        if failed := failure_of(row):
+        if (failed := failure_of(row)) and not figures.good_runs(row):
             rows.append(f'<tr>{"".join(line)}<td class="words" colspan="{len(shown) - 1}">{escape(failed)}</td></tr>')
             continue
         for key in shown[1:]:
@@ -174,7 +174,7 @@ def _software(b: Benchmark) -> str:
     how = {r.configuration.adapter: r.configuration.command for r in b.rows if r.configuration.command}
     parts = [f"<li>{escape(a)}: {escape(command)}</li>" for a, command in how.items()]
     files = {figures.model_of(r, b).name: figures.model_of(r, b).sha256 for r in b.rows}
-    digests = [f"<li>{escape(name)}: sha256 {digest}</li>" for name, digest in files.items()]
+    digests = [f"<li>{escape(name)}: sha256 {escape(digest) or 'not known'}</li>" for name, digest in files.items()]
     parts += [f"<li>{escape(r.name)}: {escape(r.build)}</li>" for r in b.rows if r.build]
     revision = f"; revision {escape(b.software.revision)}" if b.software.revision else ""
     return (

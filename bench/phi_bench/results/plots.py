@@ -27,9 +27,9 @@ def all_plots(b: Benchmark) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     numbered = [(i + 1, row) for i, row in enumerate(b.rows)]
     speed = [
-        (i, figures.model_of(r, b).file_bytes / 1e9, d.value, d.low, d.high)
+        (i, size / 1e9, d.value, d.low, d.high)
         for i, r in numbered
-        if (d := figures.decode(r))
+        if (d := figures.decode(r)) and (size := figures.model_of(r, b).file_bytes)
     ]
     if speed:
         text = "; ".join(f"row {i}: {y:.1f} tokens/s at {x:.3f} GB" for i, x, y, *_ in speed)
@@ -37,10 +37,10 @@ def all_plots(b: Benchmark) -> dict[str, tuple[str, str]]:
         found["Speed against bytes"] = (_scatter(speed, "tokens/s, decode", roof), text)
     kept = []
     for i, r in numbered:
-        if q := r.quality:
+        size = figures.model_of(r, b).file_bytes
+        if size and (q := r.quality):
             error = q.kld_error or 0
-            size = figures.model_of(r, b).file_bytes / 1e9
-            kept.append((i, size, q.kld_mean, q.kld_mean - error, q.kld_mean + error))
+            kept.append((i, size / 1e9, q.kld_mean, q.kld_mean - error, q.kld_mean + error))
     if kept:
         text = "; ".join(f"row {i}: {y:.4f} nats at {x:.3f} GB" for i, x, y, *_ in kept)
         found["Quality against bytes (lower is better)"] = (_scatter(kept, "KL divergence, nats", None, True), text)
@@ -124,7 +124,7 @@ def _latencies(rows: list[tuple[int, Row]]) -> str:
     figure = Figure(figsize=_SIZE)
     axes = _axes(figure, "ms between tokens", "share of tokens")
     for i, row in rows:
-        phases = [p for run in figures.good_runs(row) for p in run.phases if p.prompt_tokens > 1]
+        phases = [p for run in figures.good_runs(row) if (p := figures.at(run, None))]
         taken = sorted(t / 1e6 for p in phases for t in p.token_ns)
         if taken:
             _line(axes, i, taken, [(n + 1) / len(taken) for n in range(len(taken))])

@@ -2,7 +2,9 @@
 
 import csv
 import io
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from html import escape
 
 from phi_bench import figures
 from phi_bench.figures import Figure
@@ -24,7 +26,7 @@ COLUMNS = (
     ("size", "size", "bytes"),
     ("bits", "bits/weight", ""),
     ("decode", "decode", "tokens/s"),
-    ("ratio", "decode, of the first row", ""),
+    ("ratio", "decode, of row 1", ""),
     ("prefill", "prefill", "tokens/s"),
     ("ttft", "first token", "s"),
     ("p50", "between tokens, 50 %", "ms"),
@@ -47,7 +49,7 @@ _TERMINAL = {
     "row": "row",
     "size": "size",
     "decode": "decode tok/s",
-    "ratio": "of row 1",
+    "ratio": "decode of row 1",
     "prefill": "prefill tok/s",
     "peak": "peak memory",
     "roof": "of bandwidth",
@@ -60,6 +62,11 @@ KEYS = tuple(key for key, _, _ in COLUMNS)
 def mb(count: float) -> str:
     """Bytes in MB (1e6), or in GB (1e9) and GiB (2**30) from one on."""
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB ({count / 2**30:.2f} GiB)"
+
+
+def plain(text: str) -> str:
+    """Without what a terminal would obey: a result may come from anywhere."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]", " ", text)
 
 
 def failure_of(row: Row) -> str:
@@ -76,10 +83,14 @@ def cells(row: Row, b: Benchmark) -> dict[str, Cell]:
     m = figures.model_of(row, b)
     found = {key: Cell("") for key in KEYS}
     found["row"] = Cell(row.name)
-    found["size"] = Cell(mb(m.file_bytes), m.file_bytes)
+    if m.file_bytes is not None:
+        found["size"] = Cell(mb(m.file_bytes), m.file_bytes)
     if m.bits_per_weight is not None:
         found["bits"] = Cell(f"{m.bits_per_weight:.2f}", m.bits_per_weight)
     found["decode"] = _cell(figures.decode(row), 1)
+    phase = next((p for run in figures.good_runs(row) if (p := figures.at(run, None))), None)
+    if phase is not None and (depth := figures.decode_depth(phase)) != b.settings.prompt_tokens:
+        found["decode"] = replace(found["decode"], note=f"{found['decode'].note} after {depth} tokens".strip())
     if row is not b.rows[0]:
         found["ratio"] = _cell(figures.ratio(row, b.rows[0]), 2, "x")
     found["prefill"] = _cell(figures.prefill(row), 0)
@@ -99,12 +110,13 @@ def cells(row: Row, b: Benchmark) -> dict[str, Cell]:
         found["perplexity"] = Cell(f"{q.perplexity:.3f}", q.perplexity, f"{100 * rise:+.1f} %")
         found["kld"] = Cell(f"{q.kld_mean:.4f}", q.kld_mean, error)
         found["top1"] = Cell(f"{100 * q.top1_agreement:.1f} %", q.top1_agreement)
-    if p := row.predicted:
-        found["predicted_peak"] = _predicted(p.peak_bytes, mb(p.peak_bytes), found["peak"].number)
-        if p.tokens_per_second is not None:
-            said = p.tokens_per_second
+    if predicted := row.predicted:
+        most = predicted.peak_bytes
+        found["predicted_peak"] = _predicted(most, mb(most), found["peak"].number)
+        if predicted.tokens_per_second is not None:
+            said = predicted.tokens_per_second
             found["predicted_decode"] = _predicted(said, f"{said:.1f}", found["decode"].number)
-    notes = [failure_of(row), *row.doubts]
+    notes = [failure_of(row), *(row.doubts or figures.doubts(row, b.settings.depths))]
     if row.quality_failure:
         notes.append(f"quality: {row.quality_failure.reason}: {row.quality_failure.detail}")
     if m.random_weights:
@@ -152,7 +164,7 @@ def markdown(b: Benchmark, keys: tuple[str, ...] = KEYS) -> str:
     for row in b.rows:
         found = cells(row, b)
         said = [c.text + (f" ({c.note})" if c.note else "") for c in (found[k] for k in shown)]
-        lines.append("| " + " | ".join(t.replace("|", "\\|").replace("\n", " ") for t in said) + " |")
+        lines.append("| " + " | ".join(escape(plain(t), quote=False).replace("|", "\\|") for t in said) + " |")
     return "\n".join(lines) + f"\n\n{machine_line(b)}\n\n{method_line(b)}\n"
 
 
@@ -183,6 +195,7 @@ def machine_line(b: Benchmark) -> str:
 def method_line(b: Benchmark) -> str:
     """How it was measured, in a sentence."""
     s = b.settings
+    spread = "95 % bootstrap intervals" if s.rounds > 3 else "the range of the rounds"
     quality = (
         f" Quality: the first {s.quality_tokens:,} tokens of the text, read in windows from an empty context, against "
         "the checkpoint's weights in float32 arithmetic."
@@ -190,7 +203,7 @@ def method_line(b: Benchmark) -> str:
         else ""
     )
     return (
-        f"Medians of {s.rounds} rounds in turn, each in a process of its own, with 95 % bootstrap intervals: a prompt "
-        f"of {s.prompt_tokens} tokens, then {s.decode_tokens} generated, greedily. Peak memory is the whole process, "
+        f"Medians of {s.rounds} rounds in turn, each in a process of its own, with {spread}: a prompt of "
+        f" {s.prompt_tokens} tokens, then {s.decode_tokens} generated, greedily. Peak memory is the whole process, "
         f"seen from outside.{quality}"
     )
