@@ -72,6 +72,10 @@ def _main(argv: list[str]) -> None:
     b = commands.add_parser("build", help="build llama-bench and llama-quantize against the installed llama.cpp")
     b.add_argument("tool", choices=["llama.cpp"], help="what to build")
     commands.add_parser("suite", help="measurements with an input of their own; `phi-bench suite` lists them")
+    q = commands.add_parser("presets", help="llama.cpp's presets of a checkpoint, by its own llama-quantize")
+    q.add_argument("checkpoint", metavar="CKPT", help="the checkpoint: a folder or a published model's name")
+    q.add_argument("--types", default="Q4_K_M,Q4_0,Q3_K_M", metavar="T,T", help="presets (default %(default)s)")
+    q.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files")
     _add_quality(commands.add_parser("quality", help="measure how far models are from their checkpoint, on a text"))
     args = p.parse_args(argv)
     try:
@@ -383,6 +387,20 @@ def _collect(args: argparse.Namespace) -> None:
     print(f"wrote {taken.path}" + ("" if taken.known else f"; {taken.device} is not a known device: unverified"))
 
 
+def _presets(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from phi_bench.presets import make_presets
+
+    console = Console(stderr=True)
+    with console.status("quantising") as status:
+        say = status.update if console.is_terminal else (lambda _: None)
+        folder = local_checkpoint(args.checkpoint, console.print)
+        made = make_presets(folder, tuple(t for t in args.types.split(",") if t), args.out, say)
+    for path in made:
+        print(f"wrote {path}: {path.stat().st_size:,} bytes")
+
+
 def _suite(argv: list[str]) -> None:
     from phi_bench.suites import SUITES, run_suite
 
@@ -439,6 +457,7 @@ _COMMANDS = {
     "report": _report,
     "import": _import,
     "build": _build,
+    "presets": _presets,
     "devices": _devices,
     "claim": _claim,
     "collect": _collect,

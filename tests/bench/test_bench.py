@@ -9,13 +9,18 @@ import time
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from support import run, run_here
 
+import phi_runtime
 from phi_bench import figures
 from phi_bench.records import Failure, read_benchmark
 from phi_bench.results.page import render
 from phi_bench.results.tables import cells
+from phi_export.formats.gguf.unquantised import write_unquantised
+from phi_runtime.architecture.checkpoint import open_checkpoint
+from phi_runtime.backends.reference import Reference
 from phi_runtime.package.formats import FORMATS
 from phi_runtime.package.manifest import read_manifest
 
@@ -163,7 +168,7 @@ def test_other_engines_run_the_same_files(bundles, checkpoint, tmp_path):
 
 
 @pytest.mark.llama_bench
-def test_llama_bench_is_built_and_measures(bundles, tmp_path, monkeypatch):
+def test_llama_bench_is_built_and_measures(bundles, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built = run("phi-bench", "build", "llama.cpp")
     assert built.returncode == 0, built.stderr
@@ -172,11 +177,12 @@ def test_llama_bench_is_built_and_measures(bundles, tmp_path, monkeypatch):
     (row,) = read_benchmark(tmp_path / "r.json").rows
     assert figures.decode(row).value > 1
     assert figures.prefill(row).value > 1
-    tool = next(tmp_path.rglob("llama-quantize"))
-    quantised = subprocess.run(
-        [tool, "--allow-requantize", bundles / "gguf" / "model.gguf", tmp_path / "q.gguf", "Q8_0"], check=False
-    )
-    assert quantised.returncode == 0
+    made = run("phi-bench", "presets", checkpoint, "--types", "Q8_0", "--out", tmp_path / "presets")
+    assert made.returncode == 0, made.stderr
+    assert [p.name for p in (tmp_path / "presets").iterdir()] == ["Q8_0.gguf"]
+    refused = run("phi-bench", "presets", checkpoint, "--types", "nonsense", "--out", tmp_path / "other")
+    assert refused.returncode == 2
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(
@@ -201,6 +207,16 @@ def test_bad_input(args, says, bundles, checkpoint, text, tmp_path):
     assert done.returncode == 2
     assert says in done.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_unquantised_gguf_is_the_checkpoint(checkpoint, tmp_path, tokens):
+    """In stock llama.cpp: the reference's logits."""
+    write_unquantised(open_checkpoint(checkpoint), tmp_path / "base.gguf")
+    opened = open_checkpoint(checkpoint)
+    exact = Reference(opened.config.decoder(), opened.read, 0).forward(tokens[:40], True)[0]
+    with phi_runtime.load(tmp_path / "base.gguf") as phi:
+        logits = phi.logits(tokens[:40])
+    assert np.abs(logits - exact).max() < 0.02 * exact.std()
 
 
 def test_a_swapping_machine_is_named(bundles, tmp_path, monkeypatch):

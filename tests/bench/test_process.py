@@ -36,7 +36,7 @@ def program(tmp_path, body):
         ("raise MemoryError", "out of memory", 1, None, "MemoryError"),
         ("sys.exit(0)", "crashed", 0, None, "it said nothing"),
         ("x = b'x' * 300_000_000; time.sleep(60)", "out of memory", None, "SIGKILL", "limit of 200,000,000"),
-        ("say(kind='failure', reason='could not load', detail='is damaged')", "could not load", None, None, "is damaged"),
+        ("say(kind='failure', reason='unsupported', detail='is damaged')", "unsupported", None, None, "is damaged"),
     ],
 )  # fmt: skip
 def test_a_failure_has_its_reason(body, reason, status, signal, detail, tmp_path):

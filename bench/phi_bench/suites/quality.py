@@ -27,6 +27,7 @@ from phi_export.calibrate.calibration import CalibrationText, calibrate
 from phi_export.calibrate.text import calibration_windows
 from phi_export.defaults import WINDOW
 from phi_export.formats import SIDECAR_FILES, get_format, tensor_groups
+from phi_export.formats.gguf.unquantised import write_unquantised
 from phi_export.pipeline import export, plan
 from phi_export.verify.manifest import describe_source
 from phi_export.verify.metrics import Agreement
@@ -94,14 +95,11 @@ def llama_cpp(arms: Arms, tools: Path, windows: list[list[int]], presets: list[s
     """llama.cpp's presets with its own importance matrix from the same text; (name, bytes) of each."""
     checkpoint, work = arms.checkpoint, arms.work
     base = work / "base.gguf"
-    plain = work / "plain"
-    shutil.rmtree(plain, ignore_errors=True)
-    export(checkpoint.folder, plain, ("gguf",), tokens=64)
-    _unquantised(plain / "gguf" / "model.gguf", base, checkpoint)
-    arms.add("gguf", "float32, unquantised", base.stat().st_size, 0, _gguf(base, checkpoint))
+    write_unquantised(checkpoint, base)
+    arms.add("gguf", "unquantised", base.stat().st_size, 0, _gguf(base, checkpoint))
     for kv in KV_TYPES:  # what the cache costs by itself
         logits = open_model(base, checkpoint, WINDOW, kv)[1]
-        arms.add("kv", f"float32, cache in {kv}", base.stat().st_size, 0, logits)
+        arms.add("kv", f"unquantised, cache in {kv}", base.stat().st_size, 0, logits)
     tokenizer = Tokenizer(checkpoint.folder)
     said = work / "calibration.txt"
     said.write_text("".join(tokenizer.decode(w) for w in windows), encoding="utf-8")
@@ -132,31 +130,6 @@ def _tool(program: Path, *args: object) -> None:
     done = subprocess.run([program, *map(str, args)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{program.name}: {(done.stderr or done.stdout)[-600:]}")
-
-
-def _unquantised(ours: Path, out: Path, checkpoint: Checkpoint) -> None:
-    """Our GGUF's metadata around the checkpoint's own weights in float32."""
-    import gguf
-
-    from phi_export.formats.gguf.write import gguf_names
-
-    reader = gguf.GGUFReader(ours)
-    architecture = str(reader.fields["general.architecture"].contents())
-    writer = gguf.GGUFWriter(out, architecture)
-    for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name == "general.architecture":
-            continue
-        kind = field.types[0]
-        sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        value = 0 if field.name == "general.file_type" else field.contents()
-        writer.add_key_value(field.name, value, kind, sub_type=sub)
-    names = gguf_names(checkpoint.config)
-    for name in checkpoint.tensors:
-        writer.add_tensor(names[name][0], np.ascontiguousarray(checkpoint.read(name)))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def genai(arms: Arms, command: str) -> int:

@@ -138,7 +138,7 @@ def overhead(checkpoint: Checkpoint, options: ExportOptions) -> int:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """A tensor of the file: its GGUF name, ggml type, dimensions, place, and where its content comes from."""
 
     name: str
@@ -162,7 +162,7 @@ def write(
     """Write `model.gguf`."""
     c = checkpoint.config
     entries = _entries(c, plan, options)
-    head = _head(checkpoint, entries, _mostly(plan), checkpoint.folder.resolve().name)
+    head = head_of(checkpoint, entries, _mostly(plan), checkpoint.folder.resolve().name)
     base = len(head)
     with stream.file(folder / ARTIFACT, base + align(entries[-1].offset + entries[-1].nbytes, _ALIGN)) as file:
         file.write(0, head)
@@ -180,7 +180,7 @@ def _write_item(
     file: PlacedFile,
     place: int,
     checkpoint: Checkpoint,
-    entry: _Entry,
+    entry: Entry,
     stream: ParallelWriter,
     factor: HessianFactor | None,
 ) -> None:
@@ -236,7 +236,7 @@ def validate(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
         raise MissingExtraError("gguf", "export") from None
     except Exception as e:  # the library raises whatever its parsing meets
         raise BundleError(f"{path}: cannot be read ({e}); export the bundle again") from None
-    expected = _head(checkpoint, entries, file_type, name)
+    expected = head_of(checkpoint, entries, file_type, name)
     with open(path, "rb") as f:
         if f.read(len(expected)) != expected:
             raise BundleError(f"{path}: its metadata or tokenizer are not the checkpoint's; export the bundle again")
@@ -346,14 +346,14 @@ def gguf_names(config: Config) -> dict[str, tuple[str, tuple[str, ...]]]:
     return names
 
 
-def _entries(config: Config, plan: Quantization, options: ExportOptions) -> list[_Entry]:
+def _entries(config: Config, plan: Quantization, options: ExportOptions) -> list[Entry]:
     names = gguf_names(config)
-    entries: list[_Entry] = []
+    entries: list[Entry] = []
     offset = 0
 
     def add(name: str, ggml_type: int, shape: tuple[int, ...], nbytes: int, **rest: object) -> None:
         nonlocal offset
-        entries.append(_Entry(name, ggml_type, shape, offset, nbytes, **rest))  # type: ignore[arg-type]
+        entries.append(Entry(name, ggml_type, shape, offset, nbytes, **rest))  # type: ignore[arg-type]
         offset += align(nbytes, _ALIGN)
 
     rope = config.decoder().rope
@@ -380,7 +380,7 @@ def _entries(config: Config, plan: Quantization, options: ExportOptions) -> list
     return entries
 
 
-def _head(checkpoint: Checkpoint, entries: list[_Entry], file_type: int, name: str) -> bytes:
+def head_of(checkpoint: Checkpoint, entries: list[Entry], file_type: int, name: str) -> bytes:
     """All that stands before the tensors' content, padded."""
     metadata = _architecture(checkpoint.config, file_type) | tokenizer_metadata(checkpoint, name)
     parts = [b"GGUF" + struct.pack("<IQQ", 3, len(entries), len(metadata))]
