@@ -95,10 +95,10 @@ def _add_run(r: argparse.ArgumentParser) -> None:
     )
     r.add_argument("--rounds", type=positive, default=5, metavar="N", help="rounds of all rows (default %(default)s)")
     r.add_argument(
-        "--prompt-tokens", type=positive, default=256, metavar="N", help="tokens of the prompt (default %(default)s)"
+        "--prompt-tokens", type=positive, metavar="N", help="tokens of the prompt (default 256, or what contexts hold)"
     )
     r.add_argument(
-        "--decode-tokens", type=positive, default=64, metavar="N", help="tokens to generate (default %(default)s)"
+        "--decode-tokens", type=positive, metavar="N", help="tokens to generate (default 64, or what contexts hold)"
     )
     r.add_argument(
         "--depths", metavar="N,N", help="also decode after so many tokens, such as 1024,1920 (default: the prompt only)"

@@ -112,6 +112,20 @@ def test_a_row_that_fails_stays_and_the_others_are_measured(bundles, tmp_path, m
     assert len(figures.good_runs(onnx)) == 2
 
 
+def test_a_short_context_gets_a_shorter_prompt_unless_one_was_asked_for(bundles, tmp_path):
+    done = run("phi-bench", "run", bundles / "onnx", "--out", tmp_path / "r.json", "--rounds", 1)
+    assert done.returncode == 0, done.stderr
+    b = read_benchmark(tmp_path / "r.json")
+    context = read_manifest(bundles / "onnx").context
+    assert b.settings.prompt_tokens == context // 2
+    assert "tokens only" in done.stderr
+    assert figures.decode_depth(figures.at(b.rows[0].runs[0], None)) == context // 2
+    long = ["--prompt-tokens", context, "--decode-tokens", 4]
+    done = run("phi-bench", "run", bundles / "onnx", "--out", tmp_path / "long.json", "--rounds", 1, *long)
+    assert done.returncode == 2
+    assert "do not fit its context" in done.stderr
+
+
 def test_nothing_measured_is_an_error(bundles, tmp_path):
     limits = ["--memory-limit", "60MB"]
     done = run("phi-bench", "run", bundles / "gguf", "--out", tmp_path / "r.json", "--rounds", 1, *limits)

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -48,6 +48,7 @@ PROMPTS = (
     "import os\nimport sys\n\n\ndef main(",
 )
 SAMPLE_TOKENS = 72
+_PROMPT, _DECODE, _SPARE = 256, 64, 8  # tokens
 _MOST_DEPTH = 1 << 20
 _MOST_SWAPPED = 64 << 20  # bytes in one run; a machine that swaps measures its disk
 _GUESS = {"start": 4.0, "read": 5e8, "prefill": 8.0}  # seconds, bytes per second, times decoding's speed
@@ -82,15 +83,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be measured. models: paths, each with `@adapter` or `@adapter:engine` where one is wanted."""
+    """What is to be measured. models: paths, each with `@adapter` or `@adapter:engine` where one is wanted.
+
+    prompt_tokens, decode_tokens: 256 and 64 where nobody said, or fewer where a model's context holds no more.
+    """
 
     models: tuple[str, ...]
     against: Path | None = None
     text: Path | None = None
     tokens: int = 4096
     rounds: int = 5
-    prompt_tokens: int = 256
-    decode_tokens: int = 64
+    prompt_tokens: int | None = None
+    decode_tokens: int | None = None
     depths: tuple[int, ...] = ()
     sustained_s: float = 0
     threads: int | None = None
@@ -111,22 +115,40 @@ def run(request: Request, out: Path, progress: Progress | None = None) -> Benchm
         raise UsageError("quality needs both --against CKPT and --text FILE")
     if request.text is not None and request.text.is_file() and not request.text.stat().st_size:
         raise UsageError(f"--text {request.text}: is empty; give a text")
-    if min(request.rounds, request.prompt_tokens - 1, request.decode_tokens) < 1:
+    request, prompt_tokens, decode_tokens = _sized(request, progress)
+    if min(request.rounds, prompt_tokens - 1, decode_tokens) < 1:
         raise UsageError("a run needs a round, a prompt of two tokens and a token to generate at least")
-    _check_depths(request)
+    _check_depths(request, prompt_tokens, decode_tokens)
     subjects, models = _subjects(request)
     b = _begin(request, subjects, models, out, progress)
     write_benchmark(out, b)
     return _measure_all(request, subjects, b, out, progress)
 
 
-def _check_depths(request: Request) -> None:
-    at = request.prompt_tokens
+def _sized(request: Request, progress: Progress) -> tuple[Request, int, int]:
+    """With the numbers of tokens that were left to us."""
+    held = min((c for said in request.models if (c := _most(_split(said)[0]))), default=1 << 20)
+    prompt_tokens = request.prompt_tokens or min(_PROMPT, held // 2)
+    decode_tokens = request.decode_tokens or min(_DECODE, max(1, held - prompt_tokens - _SPARE))
+    if None in (request.prompt_tokens, request.decode_tokens) and held < _PROMPT + _DECODE + _SPARE:
+        progress.note(f"a context holds {held} tokens only: prompts of {prompt_tokens}, {decode_tokens} generated")
+    sized = replace(request, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens)
+    return sized, prompt_tokens, decode_tokens
+
+
+def _split(said: str) -> tuple[Path, str | None]:
+    """A path, and the adapter that is wanted for it."""
+    path, _, wanted = said.rpartition("@") if "@" in said and not Path(said).exists() else (said, "", "")
+    return Path(path), wanted or None
+
+
+def _check_depths(request: Request, prompt_tokens: int, decode_tokens: int) -> None:
+    at = prompt_tokens
     for depth in request.depths:
-        if not at + request.decode_tokens < depth < _MOST_DEPTH:
+        if not at + decode_tokens < depth < _MOST_DEPTH:
             raise UsageError(
-                f"--depths {depth}: each has to be more than {request.decode_tokens} tokens beyond the one before it, "
-                f"the first beyond the prompt of {request.prompt_tokens}, after which tokens are measured in any case"
+                f"--depths {depth}: each has to be more than {decode_tokens} tokens beyond the one before it, "
+                f"the first beyond the prompt of {prompt_tokens}, after which tokens are measured in any case"
             )
         at = depth
 
@@ -137,14 +159,13 @@ def _subjects(request: Request) -> tuple[list[Subject], list[Model]]:
     models: list[Model] = []
     threads = request.threads or cores()
     for said in request.models:
-        path, _, wanted = said.rpartition("@") if "@" in said and not Path(said).exists() else (said, "", "")
-        where = Path(path)
+        where, wanted = _split(said)
         if str(where) not in paths.values():
             name = _unused_name(where, set(paths))
             paths[name] = str(where)
             models.append(describe(where, name))
         name = next(n for n, p in paths.items() if p == str(where))
-        for adapter_name, engine in choose(where, wanted or None):
+        for adapter_name, engine in choose(where, wanted):
             known = adapter(adapter_name)
             configuration = Configuration(
                 adapter=adapter_name,
@@ -163,7 +184,7 @@ def _subjects(request: Request) -> tuple[list[Subject], list[Model]]:
 
 
 def _context(request: Request) -> int:
-    needed = max(request.prompt_tokens, *request.depths, 0) + request.decode_tokens + 8
+    needed = max(request.prompt_tokens or 0, *request.depths, 0) + (request.decode_tokens or 0) + _SPARE
     return max(needed, 512) if request.sustained_s else needed
 
 
@@ -188,8 +209,8 @@ def _begin(request: Request, subjects: list[Subject], models: list[Model], out: 
         checkpoint = describe_checkpoint(opened)
     settings = Settings(
         rounds=request.rounds,
-        prompt_tokens=request.prompt_tokens,
-        decode_tokens=request.decode_tokens,
+        prompt_tokens=request.prompt_tokens or 1,
+        decode_tokens=request.decode_tokens or 1,
         depths=request.depths,
         timeout_s=request.timeout_s,
         sustained_s=request.sustained_s,
@@ -283,7 +304,7 @@ class _Bench:
 def _measure_all(request: Request, subjects: list[Subject], b: Benchmark, out: Path, progress: Progress) -> Benchmark:
     growing = _Bench(b, out)
     judged = sum(_judge(s) is not None for s in subjects) if request.against else 0
-    spoken = sum(1 for s in subjects if s.configuration.adapter == "phi-run")
+    spoken = sum(_speaks(s, b) for s in subjects)
     steps = len(subjects) * request.rounds + judged + spoken
     progress.estimated(estimate(b), steps)
     done = 0
@@ -301,13 +322,21 @@ def _measure_all(request: Request, subjects: list[Subject], b: Benchmark, out: P
     done += judged
     for s in subjects:
         row = growing.row(s.name)
-        if s.configuration.adapter == "phi-run" and not row.samples and figures.good_runs(row):
+        if not _speaks(s, b):
+            continue
+        if not row.samples and figures.good_runs(row):
             progress.step(done, steps, f"samples: {s.name}")
             outcome = measure(_job(s, request, "samples"), request.timeout_s, request.memory_limit)
             if outcome.result is not None:
                 growing.change(s.name, samples=outcome.result.samples)
-        done += spoken and s.configuration.adapter == "phi-run"
+        done += 1
     return growing.finish(complete=True)
+
+
+def _speaks(s: Subject, b: Benchmark) -> bool:
+    """Whether what a row's model writes is of interest: random weights write nothing."""
+    random = next(m.random_weights for m in b.models if m.name == s.model)
+    return s.configuration.adapter == "phi-run" and not random
 
 
 def _check_swap(conditions: Conditions | None, out: Path, growing: _Bench) -> None:
@@ -340,8 +369,8 @@ def _job(s: Subject, request: Request, mode: str, logits: str = "") -> Job:
         threads=c.threads,
         context=context,
         kv=c.kv if mode == "speed" or name == c.adapter else None,
-        prompt_tokens=request.prompt_tokens,
-        decode_tokens=request.decode_tokens,
+        prompt_tokens=request.prompt_tokens or 0,
+        decode_tokens=request.decode_tokens or 0,
         depths=request.depths,
         sustained_s=request.sustained_s,
         logits=logits,
@@ -413,9 +442,11 @@ def _judge_all(
 
 
 def _most(path: Path) -> int | None:
-    """The context of a bundle or file that we know."""
+    """The context of a bundle, file or checkpoint that we know."""
     with suppress(PhiError):
         return open_package(path).context
+    with suppress(PhiError):
+        return open_checkpoint(path).config.max_position_embeddings
     return None
 
 
