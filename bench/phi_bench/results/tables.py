@@ -30,8 +30,8 @@ COLUMNS = (
     ("prefill", "prefill", "tokens/s"),
     ("ttft", "first token", "s"),
     ("p50", "between tokens, 50 %", "ms"),
-    ("p95", "95 %", "ms"),
-    ("p99", "99 %", "ms"),
+    ("p95", "between tokens, 95 %", "ms"),
+    ("p99", "between tokens, 99 %", "ms"),
     ("cold", "load, cold", "s"),
     ("warm", "load, warm", "s"),
     ("cancel", "cancel", "s"),
@@ -204,6 +204,6 @@ def method_line(b: Benchmark) -> str:
     )
     return (
         f"Medians of {s.rounds} rounds in turn, each in a process of its own, with {spread}: a prompt of "
-        f" {s.prompt_tokens} tokens, then {s.decode_tokens} generated, greedily. Peak memory is the whole process, "
+        f"{s.prompt_tokens} tokens, then {s.decode_tokens} generated, greedily. Peak memory is the whole process, "
         f"seen from outside.{quality}"
     )
