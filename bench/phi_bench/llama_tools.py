@@ -17,7 +17,7 @@ from pathlib import Path
 
 from phi_runtime.backends import cores
 from phi_runtime.errors import BenchmarkError, MissingExtraError
-from phi_runtime.files import folder_beside
+from phi_runtime.files import cache_folder, folder_beside
 
 PACKAGE = "llama_cpp_python"
 _PROGRAMS = {
@@ -72,8 +72,7 @@ def _version() -> str:
 
 
 def _folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "phi-edge" / f"llama.cpp-{_version()}"
+    return cache_folder() / f"llama.cpp-{_version()}"
 
 
 def _sources(scratch: Path) -> Path:

@@ -33,6 +33,11 @@ def read_text(path: Path, option: str) -> str:
         raise UsageError(f"{option} {path}: cannot be read as UTF-8 text ({e}); give another") from None
 
 
+def cache_folder() -> Path:
+    """Where phi-edge keeps what it can make again; the user's cache folder names it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi-edge"
+
+
 @contextmanager
 def folder_beside(target: Path) -> Iterator[Path]:
     """A fresh folder beside `target`, gone again when the block ends, Ctrl-C included."""

@@ -5,13 +5,13 @@ says on what it was measured.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from phi_runtime.errors import UsageError
+from phi_runtime.files import cache_folder
 
 _SHIPPED = Path(__file__).with_name("speed.json")
 T = TypeVar("T")
@@ -19,8 +19,7 @@ T = TypeVar("T")
 
 def calibrated_path() -> Path:
     """Where `calibrate-speed` keeps what it measured."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "phi-edge" / "speed.json"
+    return cache_folder() / "speed.json"
 
 
 @dataclass(frozen=True)
