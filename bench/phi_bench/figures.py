@@ -10,12 +10,10 @@ import numpy as np
 
 from phi_bench.records import Benchmark, Model, Phase, Row, Run
 from phi_bench.stats import interval, spread
+from phi_runtime.backends.llama_cpp import KV_TYPES
 
 # Bits of a number in the KV cache, by type.
-KV_BITS = {
-    "f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "int8": 8.0, "q5_1": 6.0, "q5_0": 5.5, "q4_1": 5.0,
-    "q4_0": 4.5, "iq4_nl": 4.5,
-}  # fmt: skip
+KV_BITS = {"f32": 32.0, "bf16": 16.0, "int8": 8.0} | {name: bits for name, (_, bits) in KV_TYPES.items()}
 _MOST_SPREAD, _MOST_OTHERS, _MOST_STEAL = 0.10, 0.10, 0.02
 
 
@@ -118,11 +116,15 @@ def cancelled(row: Row) -> Figure | None:
 
 
 def read_per_token(row: Row, model: Model, depth: int) -> float | None:
-    """Bytes that decoding one token reads at this depth: weights and the KV cache. None where its type is not known."""
-    bits = KV_BITS.get(row.configuration.kv or "")
-    if model.read_bytes is None or bits is None or model.kv_numbers is None:
+    """Bytes that decoding one token of a row reads at this depth. None where its cache's type is not known."""
+    return bytes_per_token(model, depth, KV_BITS.get(row.configuration.kv or ""))
+
+
+def bytes_per_token(model: Model, depth: int, kv_bits: float | None) -> float | None:
+    """Bytes that decoding one token reads: weights, and the KV cache of `depth` tokens. None where one is not known."""
+    if model.read_bytes is None or kv_bits is None or model.kv_numbers is None:
         return None
-    return model.read_bytes + depth * model.kv_numbers * bits / 8
+    return model.read_bytes + depth * model.kv_numbers * kv_bits / 8
 
 
 def roof_share(row: Row, b: Benchmark) -> float | None:

@@ -20,6 +20,7 @@ from phi_bench.results.claims import MINI, NOT_YET, claims
 from phi_bench.results.write import write_benchmark
 from phi_runtime.contract import encode
 from phi_runtime.errors import BenchmarkError, OutputExistsError
+from phi_runtime.planning.memory import DEVICES
 
 GOLDEN = Path(__file__).parent / "golden"
 PHONE, LAPTOP = (read_benchmark(GOLDEN / f"{name}.json") for name in ("phone", "laptop"))
@@ -35,6 +36,12 @@ def test_every_figure_has_a_source_and_a_date():
     names = [i for d in devices() for i in (d.name, *d.identifiers)]
     assert len(names) == len(set(names))
     assert all(p.source and p.date for p in published())
+
+
+def test_the_limits_are_those_that_plan_holds_a_model_to():
+    (phone,) = [d for d in devices() if d.name == "iPhone 14 Pro"]
+    assert phone.app_limit.value == DEVICES["iphone-14-pro"]
+    assert phone.app_limit_increased.value == DEVICES["iphone-14-pro-increased"]
 
 
 def test_the_roof_is_bandwidth_over_bytes_read():

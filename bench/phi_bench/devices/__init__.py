@@ -68,9 +68,8 @@ def find_device(host: Host) -> Device | None:
 
 def roof_tps(device: Device, model: Model, depth: int = 0, kv_bits: float = 16) -> float | None:
     """Tokens per second that the memory bandwidth allows at most."""
-    if model.read_bytes is None:
-        return None
-    return device.bandwidth.value / (model.read_bytes + depth * (model.kv_numbers or 0) * kv_bits / 8)
+    read = figures.bytes_per_token(model, depth, kv_bits)
+    return None if read is None else device.bandwidth.value / read
 
 
 def above_roof(b: Benchmark, device: Device) -> list[tuple[str, str]]:
