@@ -3,12 +3,13 @@
 An adapter imports its engine only when it opens a model: the list of them works without any.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -107,6 +108,15 @@ class Adapter:
     kv: Callable[[Path, str, str | None], str | None] = field(default_factory=lambda: no_choice(None))
     on_request: tuple[str, ...] = ()
     device: str = "cpu"
+
+
+def folder_config(path: Path) -> dict[str, Any]:
+    """A model folder's config.json; nothing where there is none that can be read."""
+    try:
+        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @cache

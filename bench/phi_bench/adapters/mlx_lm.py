@@ -1,11 +1,10 @@
 """mlx-lm, on folders that mlx_lm.load opens; on a Linux machine it computes on the processor."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from phi_bench.adapters import Adapter, Options
+from phi_bench.adapters import Adapter, Options, folder_config
 
 
 class _Session:
@@ -15,7 +14,7 @@ class _Session:
 
         self._mx = mx
         self._model: Any = load_model(path)[0]
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = folder_config(path)
         self.vocab_size = int(config["vocab_size"])
         self.context = min(options.context, int(config["max_position_embeddings"]))
         self.reset()
@@ -40,11 +39,7 @@ class _Session:
 
 
 def _engines(path: Path) -> tuple[str, ...]:
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ()
-    return ("mlx-lm",) if isinstance(config, dict) and "quantization" in config else ()
+    return ("mlx-lm",) if "quantization" in folder_config(path) else ()
 
 
 ADAPTER = Adapter(

@@ -1,13 +1,12 @@
 """transformers in bfloat16, on a Hugging Face folder."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from phi_bench.adapters import Adapter, Options, no_choice
+from phi_bench.adapters import Adapter, Options, folder_config, no_choice
 from phi_runtime.backends import waiting
 
 
@@ -60,12 +59,9 @@ class _Session:
 
 
 def _engines(path: Path) -> tuple[str, ...]:
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ()
-    quantized = isinstance(config, dict) and ("quantization" in config or "quantization_config" in config)
-    return () if quantized or not list(path.glob("*.safetensors")) else ("transformers",)
+    config = folder_config(path)
+    quantized = "quantization" in config or "quantization_config" in config
+    return () if not config or quantized or not list(path.glob("*.safetensors")) else ("transformers",)
 
 
 ADAPTER = Adapter(

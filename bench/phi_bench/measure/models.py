@@ -4,8 +4,8 @@ import hashlib
 import json
 import struct
 from pathlib import Path
-from typing import Any
 
+from phi_bench.adapters import folder_config
 from phi_bench.records import Model
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.architecture.config import num_parameters
@@ -99,7 +99,11 @@ def _checkpoint(path: Path, name: str, size: int, digest: str) -> Model:
     except PhiError:
         stored = [n for p in path.glob("*.safetensors") for n in _safetensors_bytes(p)]
         return Model(
-            name, "mlx" if "quantization" in _config(path) else "folder", size, digest, read_bytes=sum(stored) or None
+            name,
+            "mlx" if "quantization" in folder_config(path) else "folder",
+            size,
+            digest,
+            read_bytes=sum(stored) or None,
         )
     decoder = checkpoint.config.decoder()
     shape = decoder.cache_shape()
@@ -115,14 +119,6 @@ def _checkpoint(path: Path, name: str, size: int, digest: str) -> Model:
         read_bytes=sum(n for t, n in stored_bytes.items() if t not in looked_up),
         kv_numbers=2 * shape.layers * shape.kv_heads * shape.head_dim,
     )
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _safetensors_bytes(path: Path) -> list[int]:
