@@ -15,6 +15,7 @@ from support import run, run_here
 
 import phi_runtime
 from phi_bench import figures
+from phi_bench.quality import quality
 from phi_bench.records import Failure, read_benchmark
 from phi_bench.results.page import render
 from phi_bench.results.tables import cells
@@ -67,6 +68,16 @@ def test_every_bundle_has_every_figure(report, bundles):
         empty = {"ratio"} if row is b.rows[0] else set()
         shown = {"decode", "ratio", "prefill", "ttft", "p99", "warm", "peak", "roof", "kld", "top1"} - empty
         assert all(found[k].text for k in shown), found
+
+
+def test_quality_is_what_phi_bench_quality_finds(report, bundles, checkpoint, text):
+    """Two ways to the same figures: a process over logits on disk, and one process for all."""
+    found = quality([bundles / name for name in FORMATS], checkpoint, text, 600)
+    for row, other in zip(read_benchmark(report / "report.json").rows, found, strict=True):
+        assert row.quality.kld_mean == pytest.approx(other.kld_mean, rel=1e-3)
+        assert row.quality.perplexity == pytest.approx(other.perplexity, rel=1e-4)
+        assert row.quality.checkpoint_perplexity == pytest.approx(other.checkpoint_perplexity, rel=1e-6)
+        assert row.quality.top1_agreement == pytest.approx(other.top1_agreement, abs=0.01)
 
 
 def test_the_page_stands_alone(report):

@@ -119,7 +119,7 @@ def run(request: Request, out: Path, progress: Progress | None = None) -> Benchm
     if min(request.rounds, prompt_tokens - 1, decode_tokens) < 1:
         raise UsageError("a run needs a round, a prompt of two tokens and a token to generate at least")
     _check_depths(request, prompt_tokens, decode_tokens)
-    subjects, models = _subjects(request)
+    subjects, models = _subjects(request, progress)
     b = _begin(request, subjects, models, out, progress)
     write_benchmark(out, b)
     return _measure_all(request, subjects, b, out, progress)
@@ -153,7 +153,7 @@ def _check_depths(request: Request, prompt_tokens: int, decode_tokens: int) -> N
         at = depth
 
 
-def _subjects(request: Request) -> tuple[list[Subject], list[Model]]:
+def _subjects(request: Request, progress: Progress) -> tuple[list[Subject], list[Model]]:
     paths: dict[str, str] = {}  # name -> path
     subjects: list[Subject] = []
     models: list[Model] = []
@@ -163,6 +163,7 @@ def _subjects(request: Request) -> tuple[list[Subject], list[Model]]:
         if str(where) not in paths.values():
             name = _unused_name(where, set(paths))
             paths[name] = str(where)
+            progress.note(f"digesting {name}")
             models.append(describe(where, name))
         name = next(n for n, p in paths.items() if p == str(where))
         for adapter_name, engine in choose(where, wanted):
@@ -204,6 +205,7 @@ def _begin(request: Request, subjects: list[Subject], models: list[Model], out: 
     checkpoint = None
     if request.against is not None:
         opened = open_checkpoint(request.against)
+        progress.note("digesting the checkpoint")
         _check_architecture(opened, subjects)
         sample_tokens(opened, request.text, request.tokens)  # raises for a text that gives none
         checkpoint = describe_checkpoint(opened)
