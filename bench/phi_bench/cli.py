@@ -371,7 +371,7 @@ def _collect(args: argparse.Namespace) -> None:
 
     if args.file is not None:
         if not args.file.is_file():
-            raise NotFoundError(f"--file {args.file}: no such file")
+            raise NotFoundError(f"--file {args.file}: no such file; give the result that the phone wrote")
         with open(args.file, "rb") as f:
             taken = take(f.read(MOST_BYTES + 1), args.out, str(args.file))
     else:

@@ -61,7 +61,10 @@ def import_file(path: Path) -> Benchmark:
 def _read(text: str, path: Path) -> Benchmark | None:
     if _MLX_HEAD.search(text):
         return _mlx_lm(text, path)
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
     return next((read(value, path) for known, read in _JSON if known(value)), None)
 
 
