@@ -17,7 +17,7 @@ help:
 	@echo "make test          the same with all tests (what CI runs)"
 	@echo "make coverage      make test with the lines that tests reach"
 	@echo "make docs          the documentation site: out/site/index.html"
-	@echo "make test-clients  the bundles in optimum, in an environment of its own"
+	@echo "make test-clients  optimum and OpenVINO, in environments of their own"
 	@echo "make test-page     the chat page in headless Chromium"
 	@echo "make test-llama-bench  llama-bench, built from its sources, beside ours"
 	@echo "make clean         remove out/; the environments stay"
@@ -111,8 +111,9 @@ lint: env
 
 # optimum wants an older transformers than we test with, so it lives apart.
 test-clients: env
-	@$(PYTHON) tools/environment.py clients
-	PHI_EDGE_CLIENTS=.venv-clients/bin/python $(BIN)/python -m pytest -m clients
+	$(BIN)/phi-bench build optimum
+	$(BIN)/phi-bench build openvino
+	$(BIN)/python -m pytest -m clients
 
 test-llama-bench: env
 	$(BIN)/python -m pytest -m llama_bench

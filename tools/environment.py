@@ -1,9 +1,8 @@
 """Create `.venv` with everything the project needs, or say that it is ready. Standard library only.
 
-    python3 tools/environment.py [clients]
+    python3 tools/environment.py
 
-`.venv` gets this project with its `dev` extra, under constraints.txt; `.venv-clients` gets optimum,
-which wants an older transformers, under constraints-clients.txt. A second call installs nothing.
+`.venv` gets this project with its `dev` extra, under constraints.txt. A second call installs nothing.
 """
 
 import hashlib
@@ -27,10 +26,8 @@ def main() -> None:
         sys.exit(
             f"phi-edge needs Python 3.11 or newer; this is {platform.python_version()}. Try make PYTHON=python3.12"
         )
-    clients = sys.argv[1:] == ["clients"]
-    folder = ROOT / (".venv-clients" if clients else ".venv")
-    constraints = ROOT / ("constraints-clients.txt" if clients else "constraints.txt")
-    wanted = ["optimum-onnx", "onnxruntime"] if clients else ["--editable", f"{ROOT}[dev]"]
+    folder, constraints = ROOT / ".venv", ROOT / "constraints.txt"
+    wanted = ["--editable", f"{ROOT}[dev]"]
     key = fingerprint(constraints, wanted)
     stamp = folder / STAMP
     if stamp.is_file() and stamp.read_text() == key:
@@ -47,8 +44,7 @@ def main() -> None:
     # torch goes first: other packages ask for it without a version.
     say("installing torch: some hundred MB, or some GB where pip takes the build for GPUs")
     pip("install", f"torch=={pinned(constraints, 'torch')}")
-    if not clients:
-        install_llama_cpp(pip)
+    install_llama_cpp(pip)
     say("installing the other packages, a minute or two")
     pip("install", *wanted)
     stamp.write_text(key)

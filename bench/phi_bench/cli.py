@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from phi_bench.environments import PACKAGES
 from phi_runtime.cli import parser, positive, run
 from phi_runtime.errors import (
     BenchmarkError,
@@ -69,8 +70,8 @@ def _main(argv: list[str]) -> None:
     t.add_argument("--file", type=Path, metavar="FILE", help="the result; without it, wait for one")
     t.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for a phone")
     t.add_argument("--port", type=positive, default=8099, metavar="N", help="port to listen on (default %(default)s)")
-    b = commands.add_parser("build", help="build llama-bench and llama-quantize against the installed llama.cpp")
-    b.add_argument("tool", choices=["llama.cpp"], help="what to build")
+    b = commands.add_parser("build", help="build llama.cpp's programs, or an environment for optimum or OpenVINO")
+    b.add_argument("tool", choices=["llama.cpp", *sorted(PACKAGES)], help="what to build")
     commands.add_parser("suite", help="measurements with an input of their own; `phi-bench suite` lists them")
     q = commands.add_parser("presets", help="llama.cpp's presets of a checkpoint, by its own llama-quantize")
     q.add_argument("checkpoint", metavar="CKPT", help="the checkpoint: a folder or a published model's name")
@@ -308,13 +309,16 @@ def _import(args: argparse.Namespace) -> None:
 def _build(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from phi_bench.llama_tools import build
+    from phi_bench import environments, llama_tools
 
     console = Console(stderr=True)
     with console.status("building") as status:
         say = status.update if console.is_terminal else (lambda _: None)
-        folder = build(say)
-    print(f"llama-bench and llama-quantize are in {folder}")
+        if args.tool in PACKAGES:
+            folder, programs = environments.build(args.tool, say) / "bin", "optimum-cli is"
+        else:
+            folder, programs = llama_tools.build(say), "llama-bench and llama-quantize are"
+    print(f"{programs} in {folder}")
 
 
 def _devices(args: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
 """Stock clients open the bundles and give the same greedy tokens as our runtime does."""
 
 import json
-import os
 import shutil
 import subprocess
 import warnings
@@ -11,6 +10,7 @@ import pytest
 from support import run, settings
 
 import phi_runtime
+from phi_bench.environments import python_of
 from phi_runtime.package.manifest import list_files
 from phi_runtime.text.tokenizer import Tokenizer
 
@@ -135,7 +135,7 @@ def test_optimum(checkpoint, prompt, tmp_path):
     assert run("phi-export", "--int4", "--fast", plain, "--out", tmp_path / "out", "--format", "onnx").returncode == 0
     bundle = tmp_path / "out" / "onnx"
 
-    arguments = [os.environ["PHI_EDGE_CLIENTS"], "-c", OPTIMUM, str(bundle), json.dumps(prompt), str(NEW)]
+    arguments = [str(python_of("optimum")), "-c", OPTIMUM, str(bundle), json.dumps(prompt), str(NEW)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     # min_new_tokens keeps the stop tokens from being chosen, as it must to go on to the end.

@@ -23,6 +23,8 @@ NAMES = {
     "genai": "genai",
     "mlx-lm": "mlx_lm",
     "transformers": "transformers",
+    "openvino": "openvino",
+    "optimum": "optimum",
 }
 
 
@@ -94,7 +96,8 @@ class Adapter:
     whose versions are recorded. install: the command that brings it. says: its fastest documented way, in words.
     open: a session; measure: instead, where a program measures itself. judge: the adapter and engine that give the
     logits of the same file, None for none. kv: type of the cache by path, engine and what is wanted, an error for what
-    it does not have. on_request: engines that run only where they are named.
+    it does not have. on_request: engines that run only where they are named. environment: the one of
+    environments.py that it runs in, None for ours.
     """
 
     name: str
@@ -108,6 +111,7 @@ class Adapter:
     kv: Callable[[Path, str, str | None], str | None] = field(default_factory=lambda: no_choice(None))
     on_request: tuple[str, ...] = ()
     device: str = "cpu"
+    environment: str | None = None
 
 
 def folder_config(path: Path) -> dict[str, Any]:

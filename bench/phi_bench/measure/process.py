@@ -15,12 +15,15 @@ from typing import IO, cast, get_args
 import msgspec
 import psutil
 
+from phi_bench.adapters import adapter
+from phi_bench.environments import environment_of, python_of
 from phi_bench.measure import host
 from phi_bench.measure.job import Event, Job
 from phi_bench.records import Checkpoints, Failure, Memory, Reason
 from phi_runtime.contract import decode
+from phi_runtime.errors import BenchmarkError
 
-WORKER = (sys.executable, "-m", "phi_bench.measure.worker")
+_WORKER = ("-m", "phi_bench.measure.worker")
 _GRACE_S = 5.0  # a process that has said its last may take to end
 _SAMPLE_S = 0.05
 _FAMILY_S = 0.5  # how often new children are looked for
@@ -38,18 +41,33 @@ class Outcome:
     cpu_s: float
 
 
-def measure(job: Job, timeout_s: float, memory_limit: int | None = None, program: tuple[str, ...] = WORKER) -> Outcome:
+def measure(
+    job: Job, timeout_s: float, memory_limit: int | None = None, program: tuple[str, ...] | None = None
+) -> Outcome:
     """Do a job in a process of its own; it is ended after `timeout_s`, and where it takes more than `memory_limit`.
 
-    program: what speaks the worker's protocol; the number of the file descriptor for its events is its last argument.
+    program: what speaks the worker's protocol, None for the worker in its adapter's environment; the number of the file
+    descriptor for its events is its last argument.
     """
+    variables = None
+    if program is None:
+        try:
+            program, variables = _worker(job.adapter)
+        except BenchmarkError as e:
+            return Outcome(None, Failure("not installed", str(e)), None, 0.0)
     read_fd, write_fd = os.pipe()
     cpu_before = _own_and_children_s()
     killed_before = host.oom_kills()
     with tempfile.TemporaryFile() as said:
         command = [*program, str(write_fd)]
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=said, stderr=said, pass_fds=(write_fd,), start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=said,
+            stderr=said,
+            pass_fds=(write_fd,),
+            start_new_session=True,
+            env=variables,
         )
         os.close(write_fd)
         watch, grace_s = _Watch(process.pid), 0.0
@@ -63,6 +81,14 @@ def measure(job: Job, timeout_s: float, memory_limit: int | None = None, program
     good = failure is None and result is not None
     cpu_s = _own_and_children_s() - cpu_before
     return Outcome(result if good else None, failure, watch.checkpoints(), cpu_s)
+
+
+def _worker(adapter_name: str) -> tuple[tuple[str, ...], dict[str, str] | None]:
+    """The command of the worker, and its variables where its environment is not ours. Raises BenchmarkError."""
+    name = adapter(adapter_name).environment
+    if name is None:
+        return (sys.executable, *_WORKER), None
+    return (str(python_of(name)), *_WORKER), environment_of(name)
 
 
 def _converse(

@@ -15,7 +15,8 @@ from pathlib import Path
 import msgspec
 
 from phi_bench import figures
-from phi_bench.adapters import adapter, choose
+from phi_bench.adapters import Adapter, adapter, choose
+from phi_bench.environments import versions_in
 from phi_bench.measure import host
 from phi_bench.measure.checkpoint import describe_checkpoint, reference_logits
 from phi_bench.measure.job import Job
@@ -176,12 +177,18 @@ def _subjects(request: Request, progress: Progress) -> tuple[list[Subject], list
                 context=_context(request),
                 kv=known.kv(where, engine, request.kv),
                 command=known.says,
-                versions=host.versions(known.packages),
+                versions=_versions(known),
             )
             subjects.append(Subject(where, name, configuration))
     if len({s.name for s in subjects}) < len(subjects):
         raise UsageError("a model is given twice for the same engine; give each once")
     return subjects, models
+
+
+def _versions(known: Adapter) -> dict[str, str]:
+    if known.environment is None:
+        return host.versions(known.packages)
+    return versions_in(known.environment, known.packages)
 
 
 def _context(request: Request) -> int:
