@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from phi_bench.environments import PACKAGES
+from phi_bench.peers.environments import PACKAGES
 from phi_runtime.cli import parser, positive, run
 from phi_runtime.errors import (
     BenchmarkError,
@@ -26,13 +26,13 @@ from phi_runtime.planning.memory import parse_size
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from phi_bench.measure.run import Progress, Request
+    from phi_bench.measure.request import Progress, Request
     from phi_bench.records import Benchmark
 
 _WIDE = 140  # columns of a table that goes to a file or a log
 _MODELS = (
-    "a bundle, a GGUF file, a folder of onnxruntime-genai, of MLX or of Hugging Face; with @ADAPTER or "
-    "@ADAPTER:ENGINE to choose what runs it, such as model.gguf@llama-bench"
+    "a bundle, a GGUF file, a folder of onnxruntime-genai, of MLX, of OpenVINO or of Hugging Face; with @ADAPTER or "
+    "@ADAPTER:ENGINE to choose what runs it and NAME= to name it, such as old=model.gguf@llama-bench"
 )
 
 
@@ -175,7 +175,7 @@ def _check_outputs(*paths: Path | None) -> None:
 
 
 def _request(args: argparse.Namespace, against: Path | None) -> "Request":
-    from phi_bench.measure.run import Request
+    from phi_bench.measure.request import Request
 
     try:
         depths = tuple(sorted({int(d) for d in (args.depths or "").split(",") if d}))
@@ -210,7 +210,8 @@ def _memory_limit(said: str | None) -> int | None:
 
 def _progress(console: "Console") -> "Progress":
     """Lines, with what is left by what was done."""
-    from phi_bench.measure.run import Progress, seconds_left
+    from phi_bench.measure.request import Progress
+    from phi_bench.measure.run import seconds_left
     from phi_bench.results.tables import plain
 
     began = time.monotonic()
@@ -309,7 +310,7 @@ def _import(args: argparse.Namespace) -> None:
 def _build(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from phi_bench import environments, llama_tools
+    from phi_bench.peers import environments, llama_tools
 
     console = Console(stderr=True)
     with console.status("building") as status:
@@ -394,7 +395,7 @@ def _collect(args: argparse.Namespace) -> None:
 def _presets(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from phi_bench.presets import make_presets
+    from phi_bench.peers.presets import make_presets
 
     console = Console(stderr=True)
     with console.status("quantising") as status:

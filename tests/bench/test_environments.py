@@ -6,8 +6,9 @@ import subprocess
 import pytest
 from support import run, settings
 
-from phi_bench import environments, figures
+from phi_bench import figures
 from phi_bench.adapters import NAMES, adapter
+from phi_bench.peers import environments
 from phi_bench.records import read_benchmark
 from phi_runtime.errors import BenchmarkError
 

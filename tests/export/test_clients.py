@@ -10,7 +10,7 @@ import pytest
 from support import run, settings
 
 import phi_runtime
-from phi_bench.environments import python_of
+from phi_bench.peers.environments import python_of
 from phi_runtime.package.manifest import list_files
 from phi_runtime.text.tokenizer import Tokenizer
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from phi_bench.adapters import Adapter, Options, Work
 from phi_bench.adapters.phi_run import kv_type
-from phi_bench.llama_tools import find_tool
+from phi_bench.peers.llama_tools import find_tool
 from phi_bench.records import Phase
 from phi_runtime.errors import BenchmarkError, PhiError
 from phi_runtime.package.open import open_package

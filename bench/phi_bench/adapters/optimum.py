@@ -25,7 +25,9 @@ class _Session:
         self.vocab_size = int(self._model.config.vocab_size)
         self.context = min(options.context, int(self._model.config.max_position_embeddings))
         self.build = str(onnxruntime.get_build_info())
-        self.reset()
+        self._cache: Any = None
+        self._read = 0  # tokens in the cache
+        self._unread: list[int] = []
 
     def generate(self, tokens: list[int], count: int) -> Iterator[int]:
         """The model's forward passes with its cache, as `generate` makes them, without its sampling."""
@@ -57,7 +59,7 @@ class _Session:
 
     def reset(self) -> None:
         """An empty cache."""
-        self._cache, self._read, self._unread = None, 0, []  # type: tuple[Any, int, list[int]]
+        self._cache, self._read, self._unread = None, 0, []
 
     def close(self) -> None:
         """Drop model and cache."""

@@ -1,9 +1,13 @@
 """What a measuring process is asked, and what it says back, as JSON lines."""
 
+from pathlib import Path
 from typing import Literal
 
-from phi_bench.records import Phase, Quality, Window
+from phi_bench.records import Configuration, Phase, Quality, Settings, Window
 from phi_runtime.contract import Contract, Count, Size
+
+Mode = Literal["speed", "quality", "samples"]
+_SAMPLE_TOKENS = 72
 
 
 class Job(Contract, frozen=True):
@@ -11,7 +15,7 @@ class Job(Contract, frozen=True):
     model writes after the prompts.
     """
 
-    mode: Literal["speed", "quality", "samples"]
+    mode: Mode
     path: str
     adapter: str
     engine: str
@@ -25,6 +29,25 @@ class Job(Contract, frozen=True):
     logits: str = ""
     prompts: tuple[str, ...] = ()
     sample_tokens: Size = 0
+
+
+def job(mode: Mode, path: Path, c: Configuration, s: Settings) -> Job:
+    """A model's, as a row has it configured."""
+    return Job(
+        mode=mode,
+        path=str(path),
+        adapter=c.adapter,
+        engine=c.engine,
+        threads=c.threads,
+        context=c.context or 1,  # of rows of ours it is always known
+        kv=c.kv,
+        prompt_tokens=s.prompt_tokens,
+        decode_tokens=s.decode_tokens,
+        depths=s.depths,
+        sustained_s=s.sustained_s,
+        prompts=s.prompts,
+        sample_tokens=_SAMPLE_TOKENS,
+    )
 
 
 class Event(Contract, frozen=True):

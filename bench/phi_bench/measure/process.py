@@ -16,9 +16,9 @@ import msgspec
 import psutil
 
 from phi_bench.adapters import adapter
-from phi_bench.environments import environment_of, python_of
 from phi_bench.measure import host
 from phi_bench.measure.job import Event, Job
+from phi_bench.peers.environments import environment_of, python_of
 from phi_bench.records import Checkpoints, Failure, Memory, Reason
 from phi_runtime.contract import decode
 from phi_runtime.errors import BenchmarkError

@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from phi_bench.llama_tools import find_tool
+from phi_bench.peers.llama_tools import find_tool
 from phi_export.formats.gguf.unquantised import write_unquantised
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.backends import cores

@@ -1,0 +1,1 @@
+"""Programs and files of other projects: how they are built, found and made."""
