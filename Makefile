@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := out/demo
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: help env demo check test unit coverage docs test-clients test-page test-llama-bench lint clean
+.PHONY: help env demo check test unit coverage docs test-clients test-page test-llama-bench test-mobile fuzz-mobile lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,8 @@ help:
 	@echo "make docs          the documentation site: out/site/index.html"
 	@echo "make test-clients  optimum and OpenVINO, in environments of their own"
 	@echo "make test-page     the chat page in headless Chromium"
+	@echo "make test-mobile   the Swift package, beside Python's runtime"
+	@echo "make fuzz-mobile   its readers of files against libFuzzer, 15 minutes"
 	@echo "make test-llama-bench  llama-bench, built from its sources, beside ours"
 	@echo "make clean         remove out/; the environments stay"
 
@@ -88,16 +90,16 @@ $(DEMO)/answers.txt: | $(DEMO)/sample.html
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: env lint
-	$(PYTEST) -m "not clients and not browser and not llama_bench"
+	$(PYTEST) -m "not clients and not browser and not llama_bench and not swift"
 
 check:
 	@$(MAKE) --no-print-directory -j 2 --output-sync=target lint unit
 
 unit: env
-	$(PYTEST) -m "not integration and not clients and not browser and not llama_bench"
+	$(PYTEST) -m "not integration and not clients and not browser and not llama_bench and not swift"
 
 coverage: env
-	$(PYTEST) --cov -m "not clients and not browser and not llama_bench" -k "not full_disk"  # coverage writes files of its own
+	$(PYTEST) --cov -m "not clients and not browser and not llama_bench and not swift" -k "not full_disk"  # coverage writes files of its own
 
 docs: env
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
@@ -117,6 +119,14 @@ test-clients: env
 
 test-llama-bench: env
 	$(BIN)/python -m pytest -m llama_bench
+
+test-mobile: env
+	$(BIN)/python -m pytest -m swift
+
+# Each of the readers of files from outside for FUZZ_SECONDS under AddressSanitizer; the corpus begins with real files.
+FUZZ_SECONDS := 300
+fuzz-mobile: env
+	$(BIN)/python tools/fuzz.py $(FUZZ_SECONDS)
 
 test-page: env
 	$(BIN)/python -m pytest -m browser

@@ -22,7 +22,7 @@ _REST = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _EDGE = r"[^\r\n\p{L}\p{N}]?"
 _PATTERNS = {
     f"{_CONTRACTIONS}|{_WORDS}": "dbrx",  # cl100k's, which phi-4 has
-    f"(?i:[sdmt]|ll|ve|re)|{_WORDS}": "dbrx",
+    f"'(?i:[sdmt]|ll|ve|re)|{_WORDS}": "dbrx",
     f"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|{_WORDS}": "dbrx",
     # o200k's, which phi-4-mini has; llama.cpp's has no combining marks, so a piece may end before one
     f"{_EDGE}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_EDGE}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|{_REST}": "gpt-4o",

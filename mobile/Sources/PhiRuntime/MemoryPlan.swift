@@ -1,0 +1,73 @@
+internal import PhiBundle
+
+/// Bytes of a model before it is loaded, as phi_runtime.planning has them: the peak is the sum of the parts.
+public struct MemoryPlan: Sendable, Equatable {
+    /// What a process may take, bytes: what iOS allows an app of a device with 6 GB, without and with the entitlement
+    /// com.apple.developer.kernel.increased-memory-limit. The same numbers as phi_runtime.planning.memory.DEVICES.
+    public static let devices = ["iphone-14-pro": 2_867_000_000, "iphone-14-pro-increased": 4_000_000_000]
+
+    public let context: Int
+    public let cacheType: CacheType
+    public let weights: Int
+    public let cache: Int
+    public let buffers: Int
+    public let process: Int
+
+    /// Bytes of Swift's runtime and llama.cpp's code before any model; measured on Linux, x86-64.
+    static let ownProcess = 25_000_000
+    private static let padded = 256  // llama.cpp's contexts are whole multiples of so many tokens
+
+    public var peak: Int { weights + cache + buffers + process }
+
+    /// The sum in one line, GB being 10^9 bytes.
+    public func arithmetic(limit: Int) -> String {
+        let parts = [
+            (weights, "weights"), (cache, "cache of \(context) tokens in \(cacheType.rawValue)"), (buffers, "buffers"),
+            (process, "process"),
+        ]
+        let said = parts.map { "\(Self.gigabytes($0.0)) (\($0.1))" }.joined(separator: " + ")
+        let outcome = peak <= limit ? "fits" : "does not fit"
+        return "\(said) = \(Self.gigabytes(peak)) GB; \(Self.gigabytes(limit)) GB allowed: \(outcome)"
+    }
+
+    private static func gigabytes(_ bytes: Int) -> String {
+        let thousandths = (bytes + 500_000) / 1_000_000
+        let rest = String(thousandths % 1000)
+        return "\(thousandths / 1000)." + String(repeating: "0", count: 3 - rest.count) + rest
+    }
+
+    init(_ manifest: Manifest, _ header: GGUFHeader, context: Int, cacheType: CacheType) throws(PhiError) {
+        func field(_ name: String, _ otherwise: Int? = nil) throws(PhiError) -> Int {
+            let architecture = header.text("general.architecture") ?? ""
+            guard let value = header.number("\(architecture).\(name)") ?? otherwise, (1...1 << 24).contains(value)
+            else {
+                throw PhiError(.bundle, "\(manifest.artifact): its \(name) is missing; export the bundle again")
+            }
+            return value
+        }
+        let heads = try field("attention.head_count")
+        let kvHeads = try field("attention.head_count_kv", heads)
+        let numbers = 2 * (try field("block_count")) * kvHeads * ((try field("embedding_length")) / heads)
+        let chunk = min(Engine.chunk, context)
+        let slots = (context + Self.padded - 1) / Self.padded * Self.padded
+        let scores = cacheType == .f16 ? 4 * heads * chunk * slots : 0  // flash attention keeps none
+        let logits = 4 * chunk * manifest.vocabularySize + (2 << 20) + 13 * chunk * slots
+        self.context = context
+        self.cacheType = cacheType
+        weights = manifest.weightBytes
+        cache = numbers * slots * cacheType.sixteenths / 128
+        buffers = max(logits, scores + (1 << 20)) + header.staging
+        process = Self.ownProcess
+    }
+}
+
+extension CacheType {
+    /// Bits of a number, times 16.
+    fileprivate var sixteenths: Int {
+        switch self {
+        case .f16: 256
+        case .q8_0: 136
+        case .q4_0: 72
+        }
+    }
+}

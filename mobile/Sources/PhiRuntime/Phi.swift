@@ -1,0 +1,185 @@
+public import Foundation
+public import PhiBundle
+
+/// How a model is opened. `context`: tokens to reserve, by default what the model has, up to 4,096.
+public struct LoadOptions: Sendable {
+    public var context: Int?
+    public var threads = max(1, ProcessInfo.processInfo.activeProcessorCount)
+    public var cache = CacheType.f16
+    /// Bytes that the process may take; what does not fit is refused before it is loaded. nil: no limit.
+    public var memory: Int?
+    /// Hold every file to its digest first. Reads the whole bundle.
+    public var checksFiles = false
+
+    public init() {}
+}
+
+/// How to generate.
+public struct GenerationOptions: Sendable {
+    public var sampling = Sampling()
+    public var maxTokens = 512
+    public var stop: [String] = []
+    public var policy = ContextPolicy.reject
+
+    public init() {}
+}
+
+/// One step of an answer: its token, and the text that became certain with it.
+public struct Chunk: Sendable {
+    public let text: String
+    public let token: Int
+    public let finishReason: FinishReason?
+}
+
+/// A finished answer. `reused`: tokens of the prompt that were still in the cache. `dropped`: tokens that the context policy
+/// took out. `finishReason`: nil where it was cancelled.
+public struct Completion: Sendable {
+    public let text: String
+    public let tokens: [Int]
+    public let finishReason: FinishReason?
+    public let promptTokens: Int
+    public let reused: Int
+    public let dropped: Int
+}
+
+/// A loaded model. It answers one call at a time; others wait for their turn.
+public final class Phi: Sendable {
+    public let manifest: Manifest
+    public let tokenizer: Tokenizer
+    /// Tokens that it has room for.
+    public let context: Int
+    /// What it takes.
+    public let plan: MemoryPlan
+
+    private let chat: ChatFormat?
+    private let bosToken: String
+    private let cancellation: Cancellation
+    private let turn = NSRecursiveLock()
+    nonisolated(unsafe) private let engine: Engine  // used by whoever has the turn
+    nonisolated(unsafe) private var isBusy = false  // the same
+
+    private static let defaultContext = 4096
+
+    /// Open a bundle that phi-export wrote. Throws notFound, bundle,
+    /// unsupported, context for more than the model has, or memoryPlan with the arithmetic.
+    public init(bundle folder: URL, options: LoadOptions = LoadOptions()) throws(PhiError) {
+        manifest = try Manifest(folder: folder)
+        guard manifest.format == "gguf" else {
+            throw PhiError(
+                .unsupported,
+                "\(folder.path): is a bundle for \(manifest.format); llama.cpp runs those of --format gguf")
+        }
+        if options.checksFiles { try manifest.checkFiles(folder: folder) }
+        let artifact = folder.appendingPathComponent(manifest.artifact)
+        guard FileManager.default.fileExists(atPath: artifact.path) else {
+            throw PhiError(.bundle, "\(artifact.path): is missing from the bundle; export it again")
+        }
+        let context = options.context ?? min(manifest.context, Self.defaultContext)
+        guard (1...manifest.context).contains(context) else {
+            throw PhiError(.context, "context \(context) is not between 1 and the model's \(manifest.context)")
+        }
+        guard options.threads >= 1 else { throw PhiError(.usage, "threads \(options.threads) is less than 1") }
+        tokenizer = try Tokenizer(folder: folder)
+        if let name = manifest.chat {
+            guard let found = ChatFormat.named(name) else {
+                throw PhiError(.bundle, "\(folder.path): its chat format '\(name)' is not known here; upgrade the app")
+            }
+            chat = found
+        } else {
+            chat = nil
+        }
+        bosToken = Self.bosToken(folder)
+        let header = try GGUFHeader(artifact)
+        plan = try MemoryPlan(manifest, header, context: context, cacheType: options.cache)
+        if let memory = options.memory, plan.peak > memory {
+            throw PhiError(
+                .memoryPlan, "\(artifact.path): \(plan.arithmetic(limit: memory)); export it smaller, or allow more")
+        }
+        let backend = try LlamaBackend(
+            path: artifact.path, context: context, threads: options.threads, cache: options.cache,
+            crossover: manifest.crossover)
+        guard backend.vocabularySize == manifest.vocabularySize else {
+            throw PhiError(
+                .bundle,
+                "\(artifact.path): has \(backend.vocabularySize) tokens, the manifest says "
+                    + "\(manifest.vocabularySize); export the bundle again")
+        }
+        self.context = context
+        let engine = Engine(backend, stopTokens: manifest.stopTokens, crossover: manifest.crossover)
+        cancellation = engine.cancellation
+        self.engine = engine
+    }
+
+    /// End what is being generated, within a token.
+    public func cancel() { cancellation.cancel() }
+
+    /// The tokens of a conversation up to the next reply. Throws chat where the model has no chat format.
+    public func chatPrompt(_ messages: [ChatFormat.Message]) throws(PhiError) -> [Int] {
+        guard let chat else {
+            throw PhiError(.chat, "\(manifest.name): has no chat format; write the prompt yourself")
+        }
+        return tokenizer.encode(try chat.render(messages, bosToken: bosToken))
+    }
+
+    /// Generate to the end, or until `each` returns false.
+    public func generate(
+        _ prompt: [Int], options: GenerationOptions = GenerationOptions(), each: (Chunk) -> Bool = { _ in true }
+    ) throws(PhiError) -> Completion {
+        var stop = try TextStop(options.stop)
+        var decoder = StreamDecoder(tokenizer, prompt: prompt)
+        var text = ""
+        var steps: [Step] = []
+        var reason: FinishReason?
+        turn.lock()
+        defer { turn.unlock() }
+        guard !isBusy else {
+            throw PhiError(.usage, "this model is generating in this very thread; let that end first")
+        }
+        isBusy = true
+        defer { isBusy = false }
+        try engine.stream(
+            prompt, maxTokens: options.maxTokens, sampling: options.sampling, policy: options.policy
+        ) { step in
+            steps.append(step)
+            var piece = step.finishReason == .stopToken ? "" : decoder.push(step.token)
+            if step.finishReason != nil { piece += decoder.flush() }
+            piece = stop.push(piece)
+            reason = stop.isFound ? .stopText : step.finishReason
+            if reason != nil, !stop.isFound { piece += stop.flush() }
+            text += piece
+            return each(Chunk(text: piece, token: step.token, finishReason: reason)) && reason == nil
+        }
+        return Completion(
+            text: text, tokens: steps.map(\.token), finishReason: reason, promptTokens: prompt.count,
+            reused: steps.first?.reused ?? 0, dropped: steps.reduce(0) { $0 + $1.dropped })
+    }
+
+    /// As `generate`, step by step, on a thread of its own. Leaving the loop ends it within a token.
+    public func stream(
+        _ prompt: [Int], options: GenerationOptions = GenerationOptions()
+    ) -> AsyncThrowingStream<Chunk, any Error> {
+        AsyncThrowingStream { continuation in
+            let left = Cancellation()
+            continuation.onTermination = { _ in left.cancel() }
+            Thread.detachNewThread { [self] in
+                do {
+                    _ = try generate(prompt, options: options) { chunk in
+                        continuation.yield(chunk)
+                        return !left.isCancelled
+                    }
+                    continuation.finish()
+                } catch {
+                    continuation.finish(throwing: error)
+                }
+            }
+        }
+    }
+
+    /// The spelling of the token that a text may begin with, "" where there is none.
+    private static func bosToken(_ folder: URL) -> String {
+        guard let data = try? Data(contentsOf: folder.appendingPathComponent("tokenizer_config.json")),
+            let said = JSON.parse([UInt8](data))?["bos_token"]
+        else { return "" }
+        return said.text ?? said["content"]?.text ?? ""
+    }
+}

@@ -1,0 +1,76 @@
+import Foundation
+import PhiBundle
+import PhiRuntime
+
+let usage = """
+    usage: phi-swift generate BUNDLE PROMPT [--max-tokens N] [--temperature T] [--seed N] [--context N] [--threads N]
+           phi-swift chat BUNDLE MESSAGE [the same options]
+           phi-swift tokens BUNDLE TEXT
+           phi-swift check BUNDLE
+    """
+
+struct Arguments {
+    var plain: [String] = []
+    var named: [String: String] = [:]
+
+    init(_ given: [String]) throws(PhiError) {
+        var at = 0
+        while at < given.count {
+            if given[at].hasPrefix("--") {
+                guard at + 1 < given.count else { throw PhiError(.usage, "\(given[at]) needs a value") }
+                named[String(given[at].dropFirst(2))] = given[at + 1]
+                at += 2
+            } else {
+                plain.append(given[at])
+                at += 1
+            }
+        }
+    }
+
+    mutating func take<T: LosslessStringConvertible>(_ name: String, _ kind: T.Type) throws(PhiError) -> T? {
+        guard let said = named.removeValue(forKey: name) else { return nil }
+        guard let value = T(said) else { throw PhiError(.usage, "--\(name) \(said) is no number") }
+        return value
+    }
+}
+
+func run() throws(PhiError) {
+    var arguments = try Arguments(Array(CommandLine.arguments.dropFirst()))
+    var load = LoadOptions()
+    var options = GenerationOptions()
+    load.context = try arguments.take("context", Int.self)
+    load.threads = try arguments.take("threads", Int.self) ?? load.threads
+    options.maxTokens = try arguments.take("max-tokens", Int.self) ?? options.maxTokens
+    options.sampling.temperature = try arguments.take("temperature", Double.self) ?? 0
+    options.sampling.seed = try arguments.take("seed", UInt64.self) ?? 0
+    if let unknown = arguments.named.keys.min() { throw PhiError(.usage, "no option --\(unknown)\n\(usage)") }
+    guard arguments.plain.count >= 2 else { throw PhiError(.usage, usage) }
+    let folder = URL(fileURLWithPath: arguments.plain[1])
+    switch (arguments.plain[0], arguments.plain.count) {
+    case ("check", 2):
+        try Manifest(folder: folder).checkFiles(folder: folder)
+        print("every file is the one that was verified")
+    case ("tokens", 3):
+        print(try Tokenizer(folder: folder).encode(arguments.plain[2]).map(String.init).joined(separator: " "))
+    case ("generate", 3), ("chat", 3):
+        let phi = try Phi(bundle: folder, options: load)
+        let isChat = arguments.plain[0] == "chat"
+        let prompt =
+            isChat
+            ? try phi.chatPrompt([ChatFormat.Message(role: "user", content: arguments.plain[2])])
+            : phi.tokenizer.encode(arguments.plain[2])
+        _ = try phi.generate(prompt, options: options) { chunk in
+            FileHandle.standardOutput.write(Data(chunk.text.utf8))
+            return true
+        }
+        print()
+    default: throw PhiError(.usage, usage)
+    }
+}
+
+do {
+    try run()
+} catch {
+    FileHandle.standardError.write(Data("error: \(error)\n".utf8))
+    exit(2)
+}

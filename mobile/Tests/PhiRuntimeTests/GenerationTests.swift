@@ -1,0 +1,153 @@
+import Foundation
+import PhiBundle
+import Testing
+
+@testable import PhiRuntime
+
+private func cases(_ name: String) throws -> JSON {
+    let folder = URL(fileURLWithPath: #filePath).deletingLastPathComponent().deletingLastPathComponent()
+    let data = try Data(contentsOf: folder.appendingPathComponent("Golden/\(name).json"))
+    return try #require(JSON.parse([UInt8](data)))
+}
+
+private func number(_ value: JSON?) -> Double? {
+    switch value {
+    case .integer(let x): Double(x)
+    case .number(let x): x
+    default: nil
+    }
+}
+
+/// As in tools/golden.py.
+private func logits(_ number: Int, _ size: Int) -> [Float] {
+    (0..<size).map { i in Float((i * 7919 + number * 104_729 + i * i % 911 * 31) % 65536) / 4096 - 8 }
+}
+
+/// A backend whose next token is the last one and one more.
+private final class Counting: Backend {
+    let vocabularySize = 100
+    let context: Int
+    var tokens: [Int] = []
+    var read: [Int] = []  // how many tokens each pass had
+    var position: Int { tokens.count }
+
+    init(context: Int) { self.context = context }
+
+    func forward(_ more: [Int]) throws(PhiError) -> [Float] {
+        tokens += more
+        read.append(more.count)
+        var out = [Float](repeating: 0, count: vocabularySize)
+        out[((more.last ?? 0) + 1) % vocabularySize] = 1
+        return out
+    }
+
+    func trim(_ position: Int) { tokens = Array(tokens.prefix(position)) }
+}
+
+@Suite struct GenerationTests {
+    @Test func numbersAreNumpys() {
+        // numpy.random.Generator(numpy.random.PCG64(seed)).random(), twice
+        for (seed, expected) in [
+            (UInt64(0), [0.6369616873214543, 0.2697867137638703]),
+            (12345, [0.22733602246716966, 0.31675833970975287]),
+        ] {
+            var random = PCG64(seed: seed)
+            #expect([random.random(), random.random()] == expected)
+        }
+    }
+
+    @Test func drawsArePythons() throws {
+        for (n, c) in try #require(try cases("sampler").items).enumerated() {
+            let given = c["sampling"] ?? .null
+            var sampling = Sampling()
+            sampling.temperature = number(given["temperature"]) ?? 0
+            sampling.topK = given["top_k"]?.int ?? 0
+            sampling.topP = number(given["top_p"]) ?? 1
+            sampling.minP = number(given["min_p"]) ?? 0
+            sampling.seed = number(given["seed"]).map { $0 >= 0x1p63 ? .max : UInt64($0) } ?? 0
+            sampling.repetitionPenalty = number(given["repetition_penalty"]) ?? 1
+            sampling.frequencyPenalty = number(given["frequency_penalty"]) ?? 0
+            sampling.presencePenalty = number(given["presence_penalty"]) ?? 0
+            for pair in given["logit_bias"]?.items ?? [] {
+                guard let two = pair.items, let token = two[0].int else { continue }
+                sampling.logitBias[token] = number(two[1])
+            }
+            var sampler = Sampler(sampling)
+            let seen = sampling.repetitionPenalty == 1 ? [] : Set(stride(from: 0, to: 1000, by: 3))
+            let drawn = (0..<12).map { sampler.draw(logits(100 * n + $0, 1000), seen: seen) }
+            #expect(drawn == c["tokens"]?.items?.compactMap(\.int), "\(given)")
+        }
+    }
+
+    @Test func promptsAreFittedAsInPython() throws {
+        for c in try #require(try cases("policies").items) {
+            let engine = Engine(Counting(context: 16), stopTokens: [])
+            let policy = try #require(ContextPolicy(rawValue: c["policy"]?.text ?? ""))
+            let tokens = Array(0..<(c["tokens"]?.int ?? 0))
+            do {
+                let (kept, cut) = try engine.fit(tokens, maxTokens: c["max_tokens"]?.int ?? 0, policy: policy)
+                #expect(kept.count == c["kept"]?.int && cut == c["cut"]?.int && c["error"] == nil)
+            } catch {
+                #expect(error.kind.rawValue == c["error"]?.text)
+            }
+        }
+    }
+
+    @Test func whatWasReadIsKept() throws {
+        let backend = Counting(context: 64)
+        let engine = Engine(backend, stopTokens: [9])
+        var steps: [Step] = []
+        try engine.stream([1, 2, 3], maxTokens: 3, sampling: Sampling(), policy: .reject) {
+            steps.append($0)
+            return true
+        }
+        #expect(steps.map(\.token) == [4, 5, 6] && steps.last?.finishReason == .maxTokens)
+        steps = []
+        try engine.stream([1, 2, 3, 4, 7], maxTokens: 9, sampling: Sampling(), policy: .reject) {
+            steps.append($0)
+            return true
+        }
+        #expect(steps.first?.reused == 4)
+        #expect(steps.map(\.token) == [8, 9] && steps.last?.finishReason == .stopToken)
+        #expect(backend.read == [3, 1, 1, 1, 1])
+    }
+
+    @Test func aFullContextEndsOrSlides() throws {
+        var steps: [Step] = []
+        let full = Engine(Counting(context: 6), stopTokens: [])
+        try full.stream([1, 2, 3], maxTokens: 50, sampling: Sampling(), policy: .reject) {
+            steps.append($0)
+            return true
+        }
+        #expect(steps.last?.finishReason == .context && steps.count == 4)
+        steps = []
+        let sliding = Engine(Counting(context: 6), stopTokens: [])
+        try sliding.stream([1, 2, 3], maxTokens: 50, sampling: Sampling(), policy: .slidingWindow) {
+            steps.append($0)
+            return true
+        }
+        #expect(steps.count == 50 && steps.map(\.token) == (4..<54).map { $0 % 100 })
+        #expect(steps.contains { $0.dropped == 3 })
+    }
+
+    @Test func cancellingEndsAPromptBetweenItsPieces() throws {
+        let backend = Counting(context: 4096)
+        let engine = Engine(backend, stopTokens: [])
+        var count = 0
+        try engine.stream(Array(repeating: 1, count: 10), maxTokens: 100, sampling: Sampling(), policy: .reject) { _ in
+            count += 1
+            if count == 3 { engine.cancellation.cancel() }
+            return true
+        }
+        #expect(count == 3)
+    }
+
+    @Test func wrongOptionsAreNamed() {
+        var sampling = Sampling()
+        sampling.temperature = -1
+        #expect(throws: PhiError.self) { try sampling.check(vocabularySize: 10) }
+        sampling = Sampling()
+        sampling.logitBias = [10: 1]
+        #expect(throws: PhiError.self) { try sampling.check(vocabularySize: 10) }
+    }
+}

@@ -1,0 +1,156 @@
+"""Run a command where Swift 6 is: `python tools/swift.py swift test`. Linux only; standard library only.
+
+Where Swift 6 is not installed, root gets a Debian 13 of its own in the cache folder (debootstrap, 2 minutes, 2.6 GB,
+once), and the command runs in there with the repository mounted at /mnt/repo. Others get exit code 3 and a line that
+says so. llama.cpp's libraries are those of the installed llama-cpp-python, its headers those of the very same source
+package: other packages install headers of the same name beside them.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "phi-edge"
+DEBIAN = CACHE / "swift-root"
+LLAMA = "llama_cpp_python"
+SUITE, PACKAGES = "trixie", "swiftlang libc6-dev libstdc++-14-dev"
+_GGML = ("ggml", "ggml-cpu", "ggml-backend", "ggml-alloc", "ggml-opt", "gguf")
+HEADERS = ("include/llama.h", *(f"ggml/include/{name}.h" for name in _GGML))
+MISSING = 3
+
+
+def main() -> None:
+    """Run the command; exit with its code."""
+    command = sys.argv[1:] or ["swift", "--version"]
+    if installed():
+        llama = llama_folder(CACHE / "swift-llama")
+        sys.exit(
+            subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **variables(llama)}, check=False).returncode
+        )
+    if sys.platform != "linux" or os.geteuid() != 0:
+        say("Swift 6 is not installed, and only root on Linux can make a system with it: nothing was run")
+        sys.exit(MISSING)
+    if not (DEBIAN / "phi-edge-ready").is_file():
+        make_debian()
+    llama_folder(DEBIAN / "opt/llama")
+    with mounted():
+        settings = {"HOME": "/root", "PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", **variables(Path("/opt/llama"))}
+        kept = {k: v for k, v in os.environ.items() if k.startswith("PHI_") or k == "OMP_NUM_THREADS"}
+        given = [f"{k}={v}" for k, v in {**settings, **kept}.items()]
+        inside = ["chroot", str(DEBIAN), "/usr/bin/env", "-i", "-C", "/mnt/repo", *given, *command]
+        sys.exit(subprocess.run(inside, check=False).returncode)
+
+
+def installed() -> bool:
+    """Whether a Swift 6 is on the PATH."""
+    if shutil.which("swift") is None:
+        return False
+    said = subprocess.run(["swift", "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"Swift version (\d+)", said)
+    return found is not None and int(found[1]) >= 6
+
+
+def variables(llama: Path) -> dict[str, str]:
+    """How SwiftPM finds llama.cpp, and how its threads wait beside others."""
+    return {
+        "PKG_CONFIG_PATH": str(llama),
+        "LD_LIBRARY_PATH": str(llama / "lib"),
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+
+
+def make_debian() -> None:
+    """A minimal Debian with Swift in the cache folder; nothing half-made stays."""
+    if shutil.which("debootstrap") is None:
+        say("installing debootstrap")
+        call("apt-get", "install", "-y", "-q", "--no-install-recommends", "debootstrap")
+    say(f"making a Debian with Swift in {DEBIAN}: about 3 minutes, once")
+    shutil.rmtree(DEBIAN, ignore_errors=True)
+    DEBIAN.mkdir(parents=True)
+    call("debootstrap", "--variant=minbase", "--include=ca-certificates", SUITE, DEBIAN, mirror())
+    shutil.copy("/etc/resolv.conf", DEBIAN / "etc/resolv.conf")
+    for settings in Path("/etc/apt/apt.conf.d").glob("*proxy*"):
+        shutil.copy(settings, DEBIAN / "etc/apt/apt.conf.d" / settings.name)
+    install = f"apt-get update -q && apt-get install -y -q --no-install-recommends {PACKAGES} && apt-get clean"
+    with mounted():
+        call("chroot", DEBIAN, "sh", "-c", f"export DEBIAN_FRONTEND=noninteractive LC_ALL=C; {install}")
+    (DEBIAN / "phi-edge-ready").touch()
+
+
+def mirror() -> str:
+    """Where this system's own packages come from."""
+    for path in [Path("/etc/apt/sources.list"), *Path("/etc/apt/sources.list.d").glob("*")]:
+        text = path.read_text(errors="replace") if path.is_file() else ""
+        if found := re.search(r"^(?:URIs:|deb(?: \[[^\]]*\])?)\s+(https?://\S+/debian/?)(?:\s|$)", text, re.MULTILINE):
+            return found[1]
+    sys.exit("no Debian mirror in /etc/apt; install Swift 6 yourself (swift.org)")
+
+
+@contextmanager
+def mounted() -> Iterator[None]:
+    """/proc, which Swift needs, and the repository, in the Debian, for as long as the command runs."""
+    places = [(DEBIAN / "proc", ["-t", "proc", "proc"]), (DEBIAN / "mnt/repo", ["--bind", str(REPOSITORY)])]
+    done = []
+    try:
+        for place, how in places:
+            place.mkdir(parents=True, exist_ok=True)
+            call("mount", *how, place)
+            done.append(place)
+        yield
+    finally:
+        for place in reversed(done):
+            subprocess.run(["umount", "--lazy", place], check=False)
+
+
+def llama_folder(folder: Path) -> Path:
+    """llama.cpp's headers, libraries and a file for pkg-config, of the installed llama-cpp-python."""
+    stamp, version = folder / "version", metadata.version(LLAMA)
+    if stamp.is_file() and stamp.read_text() == version:
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "include").mkdir(parents=True)
+    say(f"taking llama.cpp's headers from the sources of {LLAMA} {version}")
+    with tempfile.TemporaryDirectory() as scratch:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", LLAMA]
+        call(*pip, f"{LLAMA}=={version}", "--dest", scratch)
+        (archive,) = Path(scratch).glob("*.tar.gz")
+        with tarfile.open(archive) as tar:
+            for name in HEADERS:
+                member = tar.extractfile(f"{archive.name.removesuffix('.tar.gz')}/vendor/llama.cpp/{name}")
+                assert member is not None
+                (folder / "include" / Path(name).name).write_bytes(member.read())
+    spec = importlib.util.find_spec("llama_cpp")
+    assert spec is not None and spec.origin is not None
+    shutil.copytree(Path(spec.origin).parent / "lib", folder / "lib", symlinks=True)
+    prefix = "${pcfiledir}"
+    lines = ["Name: llama", "Description: llama.cpp as llama-cpp-python ships it", f"Version: {version}"]
+    lines += [f"Libs: -L{prefix}/lib -lllama -lggml -lggml-base", f"Cflags: -I{prefix}/include"]
+    (folder / "llama.pc").write_text("\n".join(lines) + "\n")
+    stamp.write_text(version)
+    return folder
+
+
+def call(*command: object) -> None:
+    """Run a program; its failure ends this one."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))}: failed ({(done.stderr or done.stdout).strip()[-400:]})")
+
+
+def say(text: str) -> None:
+    """One line about what is going on."""
+    print(f"==> {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
