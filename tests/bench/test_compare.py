@@ -151,3 +151,40 @@ def test_a_slower_row_on_a_busy_machine_is_undecided():
 def test_an_incomplete_result_is_refused():
     with pytest.raises(BenchmarkError, match="the second result is not complete"):
         compare(measured(1), replace(measured(2), complete=False))
+
+
+def beside(result, seed, machine=1.0):
+    """With a row of llama-bench, which a slow machine meets as the others."""
+    rng = np.random.default_rng(seed)
+    row = result.rows[0]
+    runs = tuple(
+        replace(
+            r,
+            phases=tuple(
+                replace(p, first_token_ns=None, token_ns=(), decode_tokens=8, decode_ns=int(1e8 * machine * noise))
+                for p in r.phases
+            ),
+        )
+        for r in row.runs
+        for noise in [rng.normal(1, 0.02)]
+    )
+    configuration = replace(row.configuration, adapter="llama-bench", engine="llama-bench")
+    control = replace(row, name="control", configuration=configuration, runs=runs, quality=None)
+    return replace(result, rows=(*result.rows, control))
+
+
+def test_a_row_of_another_engine_tells_the_machine_from_the_program():
+    found = compare(beside(measured(1), 3), beside(measured(2, drift=1.5), 4, 1.5))
+    (speed,) = [c for c in found if c.what == "decode, tokens/s" and c.row == LAPTOP.rows[0].name]
+    assert speed.verdict == "same" and "beside control" in speed.note
+    found = compare(beside(measured(1), 3), beside(measured(2, drift=1.5, speed=0.9), 4, 1.5))
+    (speed,) = [c for c in found if c.what == "decode, tokens/s" and c.row == LAPTOP.rows[0].name]
+    assert speed.verdict == "worse" and speed.ratio == pytest.approx(0.9, abs=0.03)
+
+
+def test_a_control_of_another_version_is_none():
+    after = beside(measured(2, drift=1.5), 4, 1.5)
+    control = after.rows[-1]
+    changed = replace(control, configuration=replace(control.configuration, versions={"llama.cpp": "other"}))
+    found = compare(beside(measured(1), 3), replace(after, rows=(*after.rows[:-1], changed)))
+    assert not any("beside" in c.note for c in found)

@@ -141,3 +141,13 @@ def test_a_planted_tenth_is_seen():
 def test_an_interval_is_the_same_every_time():
     assert stats.interval([1, 2, 3, 9], [2, 2, 4, 5]) == stats.interval([1, 2, 3, 9], [2, 2, 4, 5])
     assert stats.interval([5.0]) == (5.0, 5.0)
+
+
+def test_ranks_are_judged_as_the_tables_of_mann_and_whitney_have_it():
+    from phi_bench.stats import _critical, change
+
+    expected = {(3, 3): None, (4, 4): 0, (5, 5): 2, (5, 8): 6, (8, 8): 13, (10, 10): 23, (20, 20): 127}
+    assert {pair: _critical(*pair) for pair in expected} == expected
+    middle, low, high = change([10, 11, 12, 13, 14], [20, 22, 24, 26, 28])
+    assert low < middle < high and middle == pytest.approx(2, abs=0.1)
+    assert change([1, 2, 3], [1, 2, 3]) is None

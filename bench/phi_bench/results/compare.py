@@ -1,7 +1,8 @@
 """`phi-bench compare A B`: what changed from one result to another, as a gate.
 
-Speed counts when the interval of its ratio excludes 1. Machines drift, and a slow hour is no regression: where the
-memory bandwidth probed before each run changed as well, the ratio of its medians is taken off. Memory counts when it
+Speed counts when the interval of its ratio excludes 1. Machines drift, and a slow hour is no regression: rows of other
+projects' engines that are the same in both results say how the machine changed, and that is taken off. Without such
+rows the memory bandwidth that was probed before each run is asked. Memory counts when it
 rises by more than 10 % and 200 MB, quality when KL divergence rises by more than twice its standard error.
 """
 
@@ -14,9 +15,10 @@ from typing import Literal
 from phi_bench import figures
 from phi_bench.records import Benchmark, Row, Run
 from phi_bench.results.tables import failure_of, mb
-from phi_bench.stats import interval
+from phi_bench.stats import change
 from phi_runtime.errors import BenchmarkError
 
+Rate = Callable[[Run], float | None]
 Verdict = Literal["better", "same", "worse", "undecided"]
 LEAST_ROUNDS = 4  # fewer cannot tell: two sets of three fall apart by chance in one of ten cases
 _MEMORY_SHARE, _MEMORY_BYTES = 0.10, 200e6
@@ -42,6 +44,7 @@ def compare(a: Benchmark, b: Benchmark) -> list[Change]:
         if not result.complete:
             raise BenchmarkError(f"{name} result is not complete: the command that began it goes on with it")
     before, after = ({r.name: r for r in x.rows} for x in (a, b))
+    controls = Controls(a, b)
     found: list[Change] = []
     for name in dict.fromkeys([*before, *after]):
         x, y = before.get(name), after.get(name)
@@ -50,19 +53,19 @@ def compare(a: Benchmark, b: Benchmark) -> list[Change]:
         elif y is None:
             found.append(Change(name, "row", "measured", "", "worse", note="is gone"))
         else:
-            found += _row(x, y, a, b)
+            found += _row(x, y, a, b, controls)
     return found
 
 
-def _row(x: Row, y: Row, a: Benchmark, b: Benchmark) -> list[Change]:
+def _row(x: Row, y: Row, a: Benchmark, b: Benchmark, controls: "Controls") -> list[Change]:
     old, new = failure_of(x), failure_of(y)
     if bool(old) != bool(new) or not figures.good_runs(y) or not figures.good_runs(x):
         verdict: Verdict = "same" if bool(old) == bool(new) else "worse" if new else "better"
         return [Change(x.name, "runs", old or "measured", new or "measured", verdict)]
     other = _otherwise(x, y, a, b)
     found = [
-        _speed(x, y, "decode, tokens/s", _rate, other),
-        _speed(x, y, "prefill, tokens/s", _prefill, other),
+        _speed(x, y, "decode, tokens/s", _rate, controls, other),
+        _speed(x, y, "prefill, tokens/s", _prefill, controls, other),
         _memory(x, y, other),
         _quality(x, y, a, b),
         _size(x, y, a, b),
@@ -86,6 +89,10 @@ def _otherwise(x: Row, y: Row, a: Benchmark, b: Benchmark) -> str:
     return "; ".join(f"{what}: {p} and {q}" for what, (p, q) in pairs.items() if p != q)
 
 
+def _bandwidth(run: Run) -> float | None:
+    return run.conditions.bandwidth if run.conditions else None
+
+
 def _rate(run: Run) -> float | None:
     phase = figures.at(run, None)
     return figures.decode_rate(phase) if phase else None
@@ -96,33 +103,77 @@ def _prefill(run: Run) -> float | None:
     return figures.prefill_rate(phase, run) if phase else None
 
 
-def _speed(x: Row, y: Row, what: str, rate: Callable[[Run], float | None], other: str) -> Change | None:
-    old, new = ([(r, v) for run in figures.good_runs(row) for r, v in [(run, rate(run))] if v] for row in (x, y))
+def _speed(x: Row, y: Row, what: str, rate: Rate, controls: "Controls", other: str) -> Change | None:
+    old, new = rates(x, rate), rates(y, rate)
     if not old and not new:
         return None
-    before, after = (f"{median(v for _, v in side):,.1f}" if side else "not measured" for side in (old, new))
+    before, after = (f"{median(side.values()):,.1f}" if side else "not measured" for side in (old, new))
     if not old or not new:
         return Change(x.name, what, before, after, "worse" if old else "better")
-    was, now = [v for _, v in old], [v for _, v in new]
-    ratio = median(now) / median(was)
+    ratio = median(new.values()) / median(old.values())
     if other:
         return Change(x.name, what, before, after, "undecided", ratio, other)
-    if min(len(was), len(now)) < LEAST_ROUNDS:
+    found = change(list(old.values()), list(new.values()))
+    if found is None or min(len(old), len(new)) < LEAST_ROUNDS:
         return Change(x.name, what, before, after, "undecided", ratio, f"needs {LEAST_ROUNDS} rounds of each")
-    low, high = interval(now, was)
+    ratio, low, high = found
     note, verdict = f"{low:.3f} to {high:.3f}", _outside(low, high)
-    probes = [
-        [r.conditions.bandwidth for r, _ in side if r.conditions and r.conditions.bandwidth] for side in (old, new)
-    ]
-    if verdict != "same" and all(len(p) >= LEAST_ROUNDS for p in probes):
-        machine = median(probes[1]) / median(probes[0])
-        if _outside(*interval(probes[1], probes[0])) == verdict and _outside(low / machine, high / machine) != verdict:
-            note += f"; but the machine changed: its memory bandwidth is {machine:.2f} of before"
+    beside = controls.change(x, rate, old, new)
+    if beside is not None:
+        ratio, low, high = beside
+        note, verdict = f"{low:.3f} to {high:.3f} beside {controls.named(x)}", _outside(low, high)
+    elif verdict != "same":
+        machine = change(*(list(rates(row, _bandwidth).values()) for row in (x, y)))
+        if machine and _outside(*machine[1:]) == verdict and _outside(low / machine[0], high / machine[0]) != verdict:
+            note += f"; but the machine changed: its memory bandwidth is {machine[0]:.2f} of before"
             verdict = "undecided"
-    doubts = figures.doubts(x) + figures.doubts(y)
+    doubts = () if beside is not None else figures.doubts(x) + figures.doubts(y)
     if verdict == "worse" and doubts:
         note, verdict = f"{note}; not to be trusted: {doubts[0]}", "undecided"
     return Change(x.name, what, before, after, verdict, ratio, note)
+
+
+def rates(row: Row, rate: Rate) -> dict[int, float]:
+    """By round, of those that ended well."""
+    return {run.round: v for run in figures.good_runs(row) for v in [rate(run)] if v}
+
+
+class Controls:
+    """Rows of other projects' engines that are the same in both results, files and versions: what they say of the
+    machine is taken off, round by round, since rows take turns.
+    """
+
+    def __init__(self, a: Benchmark, b: Benchmark) -> None:
+        after = {row.name: row for row in b.rows}
+        self._pairs = [
+            (x, y)
+            for x in a.rows
+            if (y := after.get(x.name)) is not None
+            and x.configuration.adapter != "phi-run"
+            and x.configuration == y.configuration
+            and figures.good_runs(x)
+            and figures.good_runs(y)
+            and figures.model_of(x, a).sha256 == figures.model_of(y, b).sha256
+        ]
+
+    def named(self, row: Row) -> str:
+        """Those for a row."""
+        return ", ".join(x.name for x, _ in self._pairs if x.name != row.name)
+
+    def change(
+        self, row: Row, rate: Rate, old: dict[int, float], new: dict[int, float]
+    ) -> tuple[float, float, float] | None:
+        """As `stats.change`, of the rates over the controls' (geometric mean). None without a control."""
+        pairs = [(x, y) for x, y in self._pairs if x.name != row.name]
+        if not pairs:
+            return None
+        before, after = (_over(mine, [rates(pair[i], rate) for pair in pairs]) for i, mine in enumerate((old, new)))
+        return change(before, after) if min(len(before), len(after)) >= LEAST_ROUNDS else None
+
+
+def _over(mine: dict[int, float], others: list[dict[int, float]]) -> list[float]:
+    rounds = [n for n in mine if all(n in o for o in others)]
+    return [mine[n] / math.exp(sum(math.log(o[n]) for o in others) / len(others)) for n in rounds]
 
 
 def _outside(low: float, high: float) -> Verdict:
