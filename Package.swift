@@ -22,6 +22,7 @@ let package = Package(
     products: [
         .library(name: "PhiBundle", targets: ["PhiBundle"]),
         .library(name: "PhiRuntime", targets: ["PhiRuntime"]),
+        .library(name: "PhiBench", targets: ["PhiBench"]),
     ],
     targets: [
         llama,
@@ -29,8 +30,14 @@ let package = Package(
         .target(
             name: "PhiRuntime", dependencies: ["PhiBundle", .init(stringLiteral: llama.name)],
             path: "mobile/Sources/PhiRuntime", swiftSettings: strict),
+        .target(
+            name: "PhiAppCore", dependencies: ["PhiBundle"], path: "mobile/Sources/PhiAppCore", swiftSettings: strict),
+        .target(
+            name: "PhiBench", dependencies: ["PhiBundle", "PhiRuntime"], path: "mobile/Sources/PhiBench",
+            swiftSettings: strict),
         .executableTarget(
-            name: "phi-swift", dependencies: ["PhiBundle", "PhiRuntime"], path: "mobile/Sources/phi-swift",
+            name: "phi-swift", dependencies: ["PhiAppCore", "PhiBench", "PhiBundle", "PhiRuntime"],
+            path: "mobile/Sources/phi-swift",
             swiftSettings: strict),
         .testTarget(
             name: "PhiBundleTests", dependencies: ["PhiBundle"], path: "mobile/Tests/PhiBundleTests",

@@ -14,8 +14,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -43,12 +41,22 @@ def main() -> None:
     if not (DEBIAN / "phi-edge-ready").is_file():
         make_debian()
     llama_folder(DEBIAN / "opt/llama")
-    with mounted():
-        settings = {"HOME": "/root", "PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", **variables(Path("/opt/llama"))}
-        kept = {k: v for k, v in os.environ.items() if k.startswith("PHI_") or k == "OMP_NUM_THREADS"}
-        given = [f"{k}={v}" for k, v in {**settings, **kept}.items()]
-        inside = ["chroot", str(DEBIAN), "/usr/bin/env", "-i", "-C", "/mnt/repo", *given, *command]
-        sys.exit(subprocess.run(inside, check=False).returncode)
+    settings = {"HOME": "/root", "PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", **variables(Path("/opt/llama"))}
+    kept = {k: v for k, v in os.environ.items() if k.startswith("PHI_") or k == "OMP_NUM_THREADS"}
+    given = [f"{k}={v}" for k, v in {**settings, **kept}.items()]
+    sys.exit(subprocess.run(inside("/usr/bin/env", "-i", "-C", "/mnt/repo", *given, *command), check=False).returncode)
+
+
+def inside(*command: str) -> list[str]:
+    """A command in the Debian, with /proc, which Swift needs, and the repository; both are mounted for it alone. Exit
+    code 3 where this root may not mount.
+    """
+    (DEBIAN / "mnt/repo").mkdir(parents=True, exist_ok=True)
+    script = (
+        'mount -t proc proc "$1/proc" && mount --bind "$2" "$1/mnt/repo" || { echo "==> may not mount"; exit 3; }; '
+    )
+    script += 'root=$1; shift 2; exec chroot "$root" "$@"'
+    return ["unshare", "--mount", "sh", "-c", script, "sh", str(DEBIAN), str(REPOSITORY), *command]
 
 
 def installed() -> bool:
@@ -82,8 +90,7 @@ def make_debian() -> None:
     for settings in Path("/etc/apt/apt.conf.d").glob("*proxy*"):
         shutil.copy(settings, DEBIAN / "etc/apt/apt.conf.d" / settings.name)
     install = f"apt-get update -q && apt-get install -y -q --no-install-recommends {PACKAGES} && apt-get clean"
-    with mounted():
-        call("chroot", DEBIAN, "sh", "-c", f"export DEBIAN_FRONTEND=noninteractive LC_ALL=C; {install}")
+    call(*inside("sh", "-c", f"export DEBIAN_FRONTEND=noninteractive LC_ALL=C; {install}"))
     (DEBIAN / "phi-edge-ready").touch()
 
 
@@ -94,22 +101,6 @@ def mirror() -> str:
         if found := re.search(r"^(?:URIs:|deb(?: \[[^\]]*\])?)\s+(https?://\S+/debian/?)(?:\s|$)", text, re.MULTILINE):
             return found[1]
     sys.exit("no Debian mirror in /etc/apt; install Swift 6 yourself (swift.org)")
-
-
-@contextmanager
-def mounted() -> Iterator[None]:
-    """/proc, which Swift needs, and the repository, in the Debian, for as long as the command runs."""
-    places = [(DEBIAN / "proc", ["-t", "proc", "proc"]), (DEBIAN / "mnt/repo", ["--bind", str(REPOSITORY)])]
-    done = []
-    try:
-        for place, how in places:
-            place.mkdir(parents=True, exist_ok=True)
-            call("mount", *how, place)
-            done.append(place)
-        yield
-    finally:
-        for place in reversed(done):
-            subprocess.run(["umount", "--lazy", place], check=False)
 
 
 def llama_folder(folder: Path) -> Path:

@@ -1,41 +1,27 @@
 """`make test-mobile`: the Swift package on Linux, with real bundles beside Python's runtime."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from support import run
+from swift_here import FOLDER, ROOT, swift
 
 import phi_runtime
+from phi_bench import figures
+from phi_bench.measure.models import describe
+from phi_bench.records import read_benchmark
 from phi_runtime.package.open import open_package
 from phi_runtime.planning.memory import predict
 from phi_runtime.text.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.swift, pytest.mark.timeout(1800)]
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "out/test-mobile"  # where the Debian that Swift runs in sees it
 PROMPTS = [
     "def fibonacci(n):", "The capital of France is", "import os\n", "class Queue:", "Once upon a time", "1 + 1 =",
     "for i in range(", "日本の首都は", "Dear Sir or Madam,\n\n", "SELECT name FROM", "    return", "x", "It was a dark",
     "try:\n    ", "The three laws of", "def main():\n", "\t\t", "Question: why", "# TODO", "é",
 ]  # fmt: skip
-
-
-def swift(*command, **variables):
-    """Run a command where Swift is; its output is shown where it fails."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools/swift.py", *command],
-        capture_output=True, text=True, env={**os.environ, **variables}, check=False,
-    )  # fmt: skip
-    if done.returncode == 3:
-        pytest.skip(done.stdout.strip())
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +94,22 @@ def test_sources_hold_no_way_to_trap():
         for n, line in enumerate(path.read_text().splitlines(), 1):
             code = line.split("//")[0]
             assert not any(word in code for word in ("fatalError", "try!", "as!", "preconditionFailure")), f"{path}:{n}"
+
+
+def test_what_swift_measures_is_read_by_phi_bench(real):
+    out = FOLDER / "bench.json"
+    swift("swift", "build", "-c", "release")
+    relative = [str(p.relative_to(ROOT)) for p in (real[0], out)]
+    options = ["--rounds", "2", "--prompt-tokens", "32", "--decode-tokens", "8"]
+    swift(".build/release/phi-swift", "bench", relative[0], "--out", relative[1], *options)
+    b = read_benchmark(out)
+    (row,) = b.rows
+    assert b.complete and len(figures.good_runs(row)) == 2
+    assert [figures.decode_depth(p) for p in row.runs[0].phases] == [1, 32]
+    assert all(len(p.token_ns) == 8 for run_ in row.runs for p in run_.phases)
+    ours = describe(real[0], "x")
+    theirs = figures.model_of(row, b)
+    assert (theirs.sha256, theirs.file_bytes) == (ours.sha256, ours.file_bytes)
+    assert (theirs.read_bytes, theirs.kv_numbers) == (ours.read_bytes, ours.kv_numbers)
+    assert b.software.phi_edge == phi_runtime.__version__
+    assert run("phi-bench", "collect", "--file", out, "--out", FOLDER / "collected").returncode == 0

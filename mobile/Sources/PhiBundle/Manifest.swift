@@ -5,7 +5,7 @@ public import Foundation
 public struct Manifest: Sendable {
     public static let fileName = "phi-bundle.json"
     public static let newestVersion = 1
-    static let mostBytes = 16 << 20
+    public static let mostFileBytes = 16 << 20
     private static let formats = ["gguf", "onnx", "coreml", "mlx"]
 
     public struct File: Sendable, Equatable {
@@ -40,7 +40,7 @@ public struct Manifest: Sendable {
         guard FileManager.default.fileExists(atPath: path.path) else {
             throw PhiError(.notFound, "\(folder.path): holds no \(Self.fileName); give a bundle that phi-export wrote")
         }
-        try self.init(json: readFile(path, most: Self.mostBytes, what: "a manifest"), path: path.path)
+        try self.init(json: readFile(path, most: Self.mostFileBytes, what: "a manifest"), path: path.path)
     }
 
     /// From the bytes of a manifest; `path` is for messages.
@@ -135,6 +135,14 @@ public struct Manifest: Sendable {
             guard hash.hexDigest() == file.sha256 else {
                 throw broken(file.path, "differs from the file that was verified (sha256)")
             }
+        }
+    }
+
+    /// Give `stray` every file of a folder that the manifest does not list.
+    public func checkPaths(folder: URL, stray: (URL) throws(PhiError) -> Void) throws(PhiError) {
+        let recorded = Set(files.map(\.path))
+        for path in Self.paths(in: folder) where !recorded.contains(path) {
+            try stray(folder.appendingPathComponent(path))
         }
     }
 

@@ -3,6 +3,9 @@ public struct PhiError: Error, Equatable, Sendable, CustomStringConvertible {
     public enum Kind: String, Sendable {
         case usage = "UsageError"
         case notFound = "NotFoundError"
+        case download = "DownloadError"
+        case outputExists = "OutputExistsError"
+        case diskFull = "DiskFullError"
         case bundle = "BundleError"
         case unsupported = "UnsupportedError"
         case chat = "ChatError"

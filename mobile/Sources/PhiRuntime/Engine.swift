@@ -66,7 +66,8 @@ final class Engine {
     /// Generate after the prompt until a stop, or until `each` returns false. The cache keeps what was read, for the next
     /// call. Ends without a step where it is cancelled while it reads the prompt.
     func stream(
-        _ prompt: [Int], maxTokens: Int, sampling: Sampling, policy: ContextPolicy, each: (Step) -> Bool
+        _ prompt: [Int], maxTokens: Int, sampling: Sampling, policy: ContextPolicy, heedsStopTokens: Bool = true,
+        each: (Step) -> Bool
     ) throws(PhiError) {
         try sampling.check(vocabularySize: backend.vocabularySize)
         var (tokens, dropped) = try fit(prompt, maxTokens: maxTokens, policy: policy)
@@ -79,7 +80,8 @@ final class Engine {
         for n in 1...maxTokens {
             let token = sampler.draw(logits, seen: seen)
             let isFull = cached.count >= backend.context && policy != .slidingWindow
-            let reason = whyStop(token, n, maxTokens, isFull)
+            let isStop = heedsStopTokens && stopTokens.contains(token)
+            let reason: FinishReason? = isStop ? .stopToken : n == maxTokens ? .maxTokens : isFull ? .context : nil
             let goesOn = each(Step(token: token, finishReason: reason, reused: reused, dropped: dropped))
             if reason != nil || !goesOn || cancellation.isCancelled { return }
             (reused, dropped) = (0, 0)
@@ -88,6 +90,9 @@ final class Engine {
             logits = try forward([token])
         }
     }
+
+    /// Empty the cache.
+    func forget() { rewind(0) }
 
     /// The prompt, and how many tokens were cut from its beginning so that it and its answer fit.
     func fit(_ tokens: [Int], maxTokens: Int, policy: ContextPolicy) throws(PhiError) -> ([Int], Int) {
@@ -111,12 +116,6 @@ final class Engine {
                 "the prompt has \(tokens.count) tokens, the context holds \(backend.context); shorten it, or choose "
                     + "another context policy (truncate-left, sliding-window)")
         }
-    }
-
-    private func whyStop(_ token: Int, _ n: Int, _ maxTokens: Int, _ isFull: Bool) -> FinishReason? {
-        if stopTokens.contains(token) { return .stopToken }
-        if n == maxTokens { return .maxTokens }
-        return isFull ? .context : nil
     }
 
     /// Forget the older half and read the newer again, at the positions that it has then.

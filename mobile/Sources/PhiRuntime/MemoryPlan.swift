@@ -17,6 +17,11 @@ public struct MemoryPlan: Sendable, Equatable {
     static let ownProcess = 25_000_000
     private static let padded = 256  // llama.cpp's contexts are whole multiples of so many tokens
 
+    /// Bytes of the weights that one token reads: all but a table of which it looks up a row.
+    public let readPerToken: Int
+    /// Numbers that the cache holds per token.
+    public let cacheNumbersPerToken: Int
+
     public var peak: Int { weights + cache + buffers + process }
 
     /// The sum in one line, GB being 10^9 bytes.
@@ -52,6 +57,9 @@ public struct MemoryPlan: Sendable, Equatable {
         let slots = (context + Self.padded - 1) / Self.padded * Self.padded
         let scores = cacheType == .f16 ? 4 * heads * chunk * slots : 0  // flash attention keeps none
         let logits = 4 * chunk * manifest.vocabularySize + (2 << 20) + 13 * chunk * slots
+        let looksUp = header.tensors.contains { $0.name == "output.weight" }
+        readPerToken = header.tensors.filter { !looksUp || $0.name != "token_embd.weight" }.reduce(0) { $0 + $1.bytes }
+        cacheNumbersPerToken = numbers
         self.context = context
         self.cacheType = cacheType
         weights = manifest.weightBytes

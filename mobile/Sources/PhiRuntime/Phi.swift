@@ -20,6 +20,8 @@ public struct GenerationOptions: Sendable {
     public var maxTokens = 512
     public var stop: [String] = []
     public var policy = ContextPolicy.reject
+    /// Whether the model's own end of an answer ends it; a measurement wants a number of tokens.
+    public var heedsStopTokens = true
 
     public init() {}
 }
@@ -113,6 +115,13 @@ public final class Phi: Sendable {
     /// End what is being generated, within a token.
     public func cancel() { cancellation.cancel() }
 
+    /// Empty the cache, so that the next prompt is read from its beginning.
+    public func forget() {
+        turn.lock()
+        defer { turn.unlock() }
+        if !isBusy { engine.forget() }
+    }
+
     /// The tokens of a conversation up to the next reply. Throws chat where the model has no chat format.
     public func chatPrompt(_ messages: [ChatFormat.Message]) throws(PhiError) -> [Int] {
         guard let chat else {
@@ -138,7 +147,8 @@ public final class Phi: Sendable {
         isBusy = true
         defer { isBusy = false }
         try engine.stream(
-            prompt, maxTokens: options.maxTokens, sampling: options.sampling, policy: options.policy
+            prompt, maxTokens: options.maxTokens, sampling: options.sampling, policy: options.policy,
+            heedsStopTokens: options.heedsStopTokens
         ) { step in
             steps.append(step)
             var piece = step.finishReason == .stopToken ? "" : decoder.push(step.token)

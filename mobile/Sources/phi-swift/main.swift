@@ -1,4 +1,6 @@
 import Foundation
+import PhiAppCore
+import PhiBench
 import PhiBundle
 import PhiRuntime
 
@@ -6,7 +8,9 @@ let usage = """
     usage: phi-swift generate BUNDLE PROMPT [--max-tokens N] [--temperature T] [--seed N] [--context N] [--threads N]
            phi-swift chat BUNDLE MESSAGE [the same options]
            phi-swift tokens BUNDLE TEXT
+           phi-swift bench BUNDLE --out FILE [--rounds N] [--prompt-tokens N] [--decode-tokens N] [--threads N]
            phi-swift check BUNDLE
+           phi-swift fetch BUNDLE --from URL
     """
 
 struct Arguments {
@@ -43,6 +47,12 @@ func run() throws(PhiError) {
     options.maxTokens = try arguments.take("max-tokens", Int.self) ?? options.maxTokens
     options.sampling.temperature = try arguments.take("temperature", Double.self) ?? 0
     options.sampling.seed = try arguments.take("seed", UInt64.self) ?? 0
+    var settings = Settings()
+    settings.rounds = try arguments.take("rounds", Int.self) ?? settings.rounds
+    settings.promptTokens = try arguments.take("prompt-tokens", Int.self) ?? settings.promptTokens
+    settings.decodeTokens = try arguments.take("decode-tokens", Int.self) ?? settings.decodeTokens
+    let out = try arguments.take("out", String.self)
+    let from = try arguments.take("from", String.self)
     if let unknown = arguments.named.keys.min() { throw PhiError(.usage, "no option --\(unknown)\n\(usage)") }
     guard arguments.plain.count >= 2 else { throw PhiError(.usage, usage) }
     let folder = URL(fileURLWithPath: arguments.plain[1])
@@ -52,6 +62,19 @@ func run() throws(PhiError) {
         print("every file is the one that was verified")
     case ("tokens", 3):
         print(try Tokenizer(folder: folder).encode(arguments.plain[2]).map(String.init).joined(separator: " "))
+    case ("fetch", 2):
+        guard let from, let url = URL(string: from) else { throw PhiError(.usage, "fetch needs --from URL") }
+        try BundleDownload(from: url, to: folder).run()
+        print("wrote \(folder.path)")
+    case ("bench", 2):
+        guard let out else { throw PhiError(.usage, "bench needs --out FILE") }
+        let measured = try measure(bundle: folder, load: load, settings: settings)
+        do {
+            try encode(measured).write(to: URL(fileURLWithPath: out), options: .atomic)
+        } catch {
+            throw PhiError(.notFound, "\(out): cannot be written; check the folder")
+        }
+        print("wrote \(out)")
     case ("generate", 3), ("chat", 3):
         let phi = try Phi(bundle: folder, options: load)
         let isChat = arguments.plain[0] == "chat"
@@ -71,6 +94,6 @@ func run() throws(PhiError) {
 do {
     try run()
 } catch {
-    FileHandle.standardError.write(Data("error: \(error)\n".utf8))
+    FileHandle.standardError.write(Data("error: \(error.kind.rawValue): \(error)\n".utf8))
     exit(2)
 }
