@@ -313,6 +313,12 @@ def _mutated(good: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
         yield f"file {path[:20]!r}", changed(files=[{**file, "path": path}])
     for size in (-1, 1.5, "9", 1 << 63, None):
         yield f"a file of {size!r} bytes", changed(files=[{**file, "bytes": size}])
+    test = {"tokens": [1, 2], "expected": [{"tokens": [3, 4], "logprobs": [-0.5, -1]}]}
+    yield "with a self-test", changed(self_test=test)
+    for wrong in ({"tokens": []}, {"tokens": [-1, 2]}, {"expected": []}, {"expected": test["expected"] * 3}):
+        yield f"with a self-test of {wrong}", changed(self_test={**test, **wrong})
+    for wrong in ({"tokens": [3]}, {"logprobs": [-1, "x"]}, {"tokens": [], "logprobs": []}):
+        yield f"expecting {wrong}", changed(self_test={**test, "expected": [{**test["expected"][0], **wrong}]})
     yield "of no files", changed(files=[])
     yield "of no tensors", changed(quantization={})
     yield "with a negative stop token", changed(stop_tokens=[-1])

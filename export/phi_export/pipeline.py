@@ -217,7 +217,9 @@ class _Job:
             folder, manifest, self.source, self.sample, lambda what: step(f"verifying {what}"), True, self.held_out
         )
         parity = outcome.require(Path(planned.format))
-        manifest = msgspec.structs.replace(manifest, parity=parity, quality=outcome.quality)
+        manifest = msgspec.structs.replace(
+            manifest, parity=parity, quality=outcome.quality, self_test=outcome.self_test
+        )
         write_manifest(folder, manifest)
         stream.forget()
         self.progress(planned.format, "done", steps, steps)

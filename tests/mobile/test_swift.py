@@ -60,7 +60,15 @@ def golden(bundle):
                 }
             )
     plans = [plan(bundle, context, kv) for context in (1, 60, most) for kv in ("f16", "q8_0", "q4_0")]
-    return {"greedy": greedy, "texts": texts, "ids": [tokenizer.encode(t) for t in texts], "plans": plans}
+    with phi_runtime.load(bundle, context=most) as phi:
+        test = phi.self_test()
+    return {
+        "self_test": test,
+        "greedy": greedy,
+        "texts": texts,
+        "ids": [tokenizer.encode(t) for t in texts],
+        "plans": plans,
+    }
 
 
 def plan(bundle, context, kv):

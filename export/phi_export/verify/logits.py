@@ -1,6 +1,7 @@
 """Compare the logits of an artifact in its own engine with the reference and with the checkpoint."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
 
@@ -17,7 +18,8 @@ from phi_runtime.architecture.config import num_parameters
 from phi_runtime.architecture.decoder import F32, Decoder
 from phi_runtime.backends.reference import BatchSequence, ReadTensor, Reference
 from phi_runtime.files import disk_full_named
-from phi_runtime.package.manifest import Manifest
+from phi_runtime.package.manifest import Manifest, SelfTest
+from phi_runtime.package.self_test import make_self_test
 
 WINDOW = 512  # tokens read from an empty context at a time, or as many
 _SINGLY = 8  # tokens at the end of each piece that are fed one by one, as generation does; of a large model 2
@@ -45,6 +47,21 @@ def _where(i: int, length: int, piece: list[int]) -> str:
     return f"tokens {i * length} to {i * length + len(piece)}"
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """graph, arithmetic: of the artifact's logits, and of an imitation of its arithmetic, from the reference on the
+    bundle's own weights. quality: of the artifact's logits from the checkpoint's. cache: with a cache of 8 bits, if it
+    has one, from without. layer_errors: what the weights' rounding did to the activations after each layer.
+    """
+
+    graph: Agreement
+    arithmetic: Agreement
+    quality: Agreement
+    cache: Agreement
+    layer_errors: tuple[float, ...]
+    self_test: SelfTest
+
+
 def compare_logits(
     bundle: Path,
     manifest: Manifest,
@@ -52,17 +69,15 @@ def compare_logits(
     read: ReadTensor,
     tokens: list[int],
     progress: Progress,
-) -> tuple[Agreement, Agreement, Agreement, Agreement, tuple[float, ...]]:
-    """Against the reference on the bundle's own weights: its logits, and the imitation of its arithmetic; against the
-    checkpoint: its logits; against these: those with a cache of 8 bits, if it has one; and per layer what the weights'
-    rounding did.
-    """
+) -> Comparison:
+    """Run the artifact, the reference on its weights and the reference on the checkpoint's over the same tokens."""
     graph, arithmetic, quality, cache = Agreement(), Agreement(), Agreement(), Agreement()
     decoder, rounding = checkpoint.config.decoder(), get_format(manifest.format).rounding
     layers = np.zeros((len(decoder.layers), 2))
     singly = _SINGLY if num_parameters(checkpoint.config) < LARGE else 2
     length = min(max(WINDOW, (decoder.window() or 0) + BEYOND), manifest.context)
     pieces = list(windows(tokens, length))
+    self_test: SelfTest | None = None
     # First all that the engine says, then its process ends: a model is not held beside the reference's layers.
     said = _on_disk(len(tokens), checkpoint.config.vocab_size)
     with Artifact(bundle) as artifact:
@@ -85,6 +100,7 @@ def compare_logits(
         progress(f"its weights in the reference, {where}")
         both = Reference(decoder, read, 0, (lambda x: x, rounding), keep).forward(piece, True)
         graph.add(both[0], logits, targets)
+        self_test = self_test or make_self_test(piece, both[0])
         arithmetic.add(both[0], both[1], targets)
         progress(f"the checkpoint, {where}")
         exact = Reference(decoder, checkpoint.read, 0, watch=hold).forward(piece, True)[0]
@@ -97,4 +113,5 @@ def compare_logits(
                 logits = artifact.logits(piece, _fed_singly(decoder, len(piece), singly))[-_WATCHED:]
                 cache.add(end, logits, piece[1 - len(end) :])
     errors = np.sqrt(layers[:, 0] / np.maximum(layers[:, 1], 1e-30))
-    return graph, arithmetic, quality, cache, tuple(float(f"{e:.4g}") for e in errors)
+    assert self_test is not None
+    return Comparison(graph, arithmetic, quality, cache, tuple(float(f"{e:.4g}") for e in errors), self_test)

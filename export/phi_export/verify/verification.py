@@ -29,7 +29,7 @@ from phi_export.verify.text import sample_tokens
 from phi_export.verify.weights import check_weights
 from phi_runtime.architecture.checkpoint import ADAPTER, Checkpoint
 from phi_runtime.errors import BundleError, PhiError, UnsupportedError, UsageError, VerificationError
-from phi_runtime.package.manifest import HeldOut, Manifest, Parity, check_files, find_bundle, read_manifest
+from phi_runtime.package.manifest import HeldOut, Manifest, Parity, SelfTest, check_files, find_bundle, read_manifest
 
 MAX_KLD = 1.0
 MAX_KV_KLD = 0.02  # of a cache of 8 bits from the cache without
@@ -37,13 +37,14 @@ MAX_KV_KLD = 0.02  # of a cache of 8 bits from the cache without
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome: all checks, the agreement where the artifact could be run at all, and what it costs on held-out
-    text, where that was looked at.
+    """The outcome: all checks, the agreement where the artifact could be run at all, what it costs on held-out text,
+    where that was looked at, and the self-test for its manifest.
     """
 
     checks: tuple[Check, ...]
     parity: Parity | None
     quality: HeldOut | None = None
+    self_test: SelfTest | None = None
 
     @property
     def passed(self) -> bool:
@@ -115,15 +116,16 @@ def verify_manifest(
         checks += check_weights(read, manifest, checkpoint, progress)
         if not all(c.passed for c in checks):
             return Verification(tuple(checks), None)
-        graph, arithmetic, quality, cache, layers = compare_logits(bundle, manifest, checkpoint, read, tokens, progress)
+        found = compare_logits(bundle, manifest, checkpoint, read, tokens, progress)
     except (BundleError, UnsupportedError) as e:
         return _failed("files", str(e), checks)
     except (PhiError, AssertionError, AttributeError, NameError, TypeError):  # the last four are bugs of ours
         raise
     except Exception as e:  # whatever reading or running a broken artifact meets: it does not pass
         return _failed("files", f"the artifact cannot be read ({type(e).__name__}: {e})", checks)
+    graph, quality, cache = found.graph, found.quality, found.cache
     where = f"over {quality.tokens} tokens"
-    allowed = get_format(manifest.format).ROUNDING_MARGIN * arithmetic.logit_error
+    allowed = get_format(manifest.format).ROUNDING_MARGIN * found.arithmetic.logit_error
     checks.append(Check("graph", graph.logit_error, allowed, f"relative error of the logits {where}"))
     limit = math.inf if manifest.source.random else MAX_KLD  # what a random model says means nothing
     checks.append(Check("quality", quality.kld_mean, limit, f"mean KL divergence {where}, nats"))
@@ -144,7 +146,7 @@ def verify_manifest(
         top1_agreement=quality.top1_agreement,
         perplexity=quality.perplexity_q,
         checkpoint_perplexity=quality.perplexity_p,
-        layer_errors=layers,
+        layer_errors=found.layer_errors,
     )
     judged = None
     if held_out is not None and not manifest.source.random and all(c.passed for c in checks):
@@ -152,7 +154,7 @@ def verify_manifest(
         allowed = math.inf if held_out.accept_loss else REFUSED
         where = f"rise of the perplexity on {judged.tokens} held-out tokens"
         checks.append(Check("held-out text", judged.rise, allowed, where))
-    return Verification(tuple(checks), parity, judged)
+    return Verification(tuple(checks), parity, judged, found.self_test)
 
 
 def _failed(name: str, why: str, checks: list[Check] | None = None) -> Verification:

@@ -39,6 +39,14 @@ public enum JSON: Sendable, Equatable {
         return value
     }
 
+    public var double: Double? {
+        switch self {
+        case .integer(let value): Double(value)
+        case .number(let value): value
+        default: nil
+        }
+    }
+
     public var flag: Bool? {
         guard case .bool(let value) = self else { return nil }
         return value

@@ -15,6 +15,13 @@ public struct Manifest: Sendable {
         public let sha256: String
     }
 
+    /// A text, and at its last positions the likeliest next tokens with their natural-log probabilities, as the reference
+    /// computes them from the bundle's own weights.
+    public struct SelfTest: Sendable, Equatable {
+        public let tokens: [Int]
+        public let expected: [[Int: Double]]
+    }
+
     public let format: String
     public let artifact: String
     public let name: String
@@ -27,6 +34,8 @@ public struct Manifest: Sendable {
     public let files: [File]
     /// Bytes of the stored weights.
     public let weightBytes: Int
+    /// nil for a bundle of an older exporter.
+    public let selfTest: SelfTest?
     /// Tokens up to which LongRoPE's short factors hold, nil for a model without.
     public let crossover: Int?
 
@@ -85,6 +94,10 @@ public struct Manifest: Sendable {
                 sha256: try fields.text(file["sha256"], "files.sha256"))
         }
         guard !files.isEmpty else { throw fields.broken("files: is empty") }
+        switch root["self_test"] {
+        case nil, .null?: selfTest = nil
+        case let value?: selfTest = try fields.selfTest(value)
+        }
         guard let tensors = root["quantization"]?.fields, !tensors.isEmpty else {
             throw fields.broken("quantization: is missing")
         }
@@ -183,6 +196,29 @@ private struct Fields {
         var out: [T] = []
         for item in items { out.append(try read(item)) }
         return out
+    }
+
+    func selfTest(_ value: JSON) throws(PhiError) -> Manifest.SelfTest {
+        let tokens = try list(value["tokens"], "self_test.tokens") { token throws(PhiError) in
+            try count(token, "self_test.tokens", least: 0)
+        }
+        let expected = try list(value["expected"], "self_test.expected") { position throws(PhiError) in
+            let ids = try list(position["tokens"], "self_test.expected.tokens") { token throws(PhiError) in
+                try count(token, "self_test.expected.tokens", least: 0)
+            }
+            let logprobs = try list(position["logprobs"], "self_test.expected.logprobs") { x throws(PhiError) in
+                guard let value = x.double else { throw broken("self_test.expected.logprobs: is no number") }
+                return value
+            }
+            guard !ids.isEmpty, ids.count == logprobs.count else {
+                throw broken("self_test.expected: tokens and logprobs are not as many as each other")
+            }
+            return Dictionary(zip(ids, logprobs), uniquingKeysWith: { first, _ in first })
+        }
+        guard (1...256).contains(tokens.count), (1...tokens.count).contains(expected.count) else {
+            throw broken("self_test: expects more positions than there are tokens, or none")
+        }
+        return Manifest.SelfTest(tokens: tokens, expected: expected)
     }
 
     /// A path that stays inside the bundle, and that systems can open.

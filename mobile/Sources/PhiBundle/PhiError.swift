@@ -12,6 +12,7 @@ public struct PhiError: Error, Equatable, Sendable, CustomStringConvertible {
         case token = "TokenError"
         case context = "ContextError"
         case memoryPlan = "MemoryPlanError"
+        case verification = "VerificationError"
     }
 
     public let kind: Kind

@@ -94,6 +94,16 @@ final class Engine {
     /// Empty the cache.
     func forget() { rewind(0) }
 
+    /// The logits of the last positions of a text, each read one by one after what stands before, from an empty cache.
+    func lastLogits(of tokens: [Int], _ count: Int) throws(PhiError) -> [[Float]] {
+        try check(tokens)
+        forget()
+        var rows = [try forward(Array(tokens.prefix(tokens.count - count + 1)))]
+        for token in tokens.suffix(count - 1) { rows.append(try forward([token])) }
+        forget()
+        return rows
+    }
+
     /// The prompt, and how many tokens were cut from its beginning so that it and its answer fit.
     func fit(_ tokens: [Int], maxTokens: Int, policy: ContextPolicy) throws(PhiError) -> ([Int], Int) {
         guard maxTokens >= 1 else { throw PhiError(.usage, "maxTokens \(maxTokens) is less than 1") }

@@ -115,6 +115,16 @@ public final class Phi: Sendable {
     /// End what is being generated, within a token.
     public func cancel() { cancellation.cancel() }
 
+    /// The logits of the last positions of a text, read from an empty cache.
+    func lastLogits(of tokens: [Int], _ count: Int) throws(PhiError) -> [[Float]] {
+        turn.lock()
+        defer { turn.unlock() }
+        guard !isBusy else {
+            throw PhiError(.usage, "this model is generating in this very thread; let that end first")
+        }
+        return try engine.lastLogits(of: tokens, count)
+    }
+
     /// Empty the cache, so that the next prompt is read from its beginning.
     public func forget() {
         turn.lock()

@@ -58,8 +58,10 @@ func run() throws(PhiError) {
     let folder = URL(fileURLWithPath: arguments.plain[1])
     switch (arguments.plain[0], arguments.plain.count) {
     case ("check", 2):
-        try Manifest(folder: folder).checkFiles(folder: folder)
+        load.checksFiles = true
+        let phi = try Phi(bundle: folder, options: load)
         print("every file is the one that was verified")
+        print("self-test: KL divergence \(try phi.selfTest()) nats from the model that was exported")
     case ("tokens", 3):
         print(try Tokenizer(folder: folder).encode(arguments.plain[2]).map(String.init).joined(separator: " "))
     case ("fetch", 2):

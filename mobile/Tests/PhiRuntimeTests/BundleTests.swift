@@ -75,6 +75,22 @@ import Testing
         }
     }
 
+    @Test(arguments: bundles) func theSelfTestPassesAndFindsAnotherModel(folder: URL) throws {
+        var options = LoadOptions()
+        options.context = min(512, try Manifest(folder: folder).context)
+        let phi = try Phi(bundle: folder, options: options)
+        let found = try phi.selfTest()
+        let python = try golden(folder)["self_test"]?.double ?? -1
+        #expect(found >= 0 && found < 0.03 && abs(found - python) < 1e-3)
+        let test = try #require(phi.manifest.selfTest)
+        var logits = try phi.lastLogits(of: test.tokens, test.expected.count)
+        #expect(abs(test.divergence(logits) - found) < 1e-6)
+        logits = logits.map { $0.reversed() }
+        #expect(test.divergence(logits) > Manifest.SelfTest.mostKLD)
+        logits[0][5] = .nan
+        #expect(test.divergence(logits) == .infinity)
+    }
+
     @Test(arguments: bundles) func whatDoesNotFitIsRefused(folder: URL) throws {
         var options = LoadOptions()
         options.context = min(512, try Manifest(folder: folder).context)

@@ -111,10 +111,34 @@ class HeldOut(Contract, frozen=True):
         return self.perplexity / self.checkpoint_perplexity - 1
 
 
+class Likeliest(Contract, frozen=True):
+    """The likeliest next tokens at a position, and their natural-log probabilities."""
+
+    tokens: tuple[Size, ...]
+    logprobs: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.tokens or len(self.tokens) != len(self.logprobs):
+            raise ValueError("tokens and logprobs are not as many as each other")
+
+
+class SelfTest(Contract, frozen=True):
+    """A text, and what the reference computes of it from the bundle's own weights at its last positions: see
+    `phi_runtime.package.self_test`.
+    """
+
+    tokens: Annotated[tuple[Size, ...], msgspec.Meta(min_length=1, max_length=256)]
+    expected: Annotated[tuple[Likeliest, ...], msgspec.Meta(min_length=1, max_length=256)]
+
+    def __post_init__(self) -> None:
+        if len(self.expected) > len(self.tokens):
+            raise ValueError("more positions are expected than there are tokens")
+
+
 class Manifest(Contract, frozen=True):
     """Everything a client may want to know before it opens the artifact.
 
-    architecture: the checkpoint's `config.json`.
+    architecture: the checkpoint's `config.json`. self_test: for an engine on a device where nobody verified it.
     """
 
     format: Annotated[str, msgspec.Meta(extra_json_schema={"enum": list(FORMATS)})]
@@ -131,6 +155,7 @@ class Manifest(Contract, frozen=True):
     calibration: CalibratedOn | None = None
     parity: Parity | None = None
     quality: HeldOut | None = None
+    self_test: SelfTest | None = None
     version: Literal[1] = 1
 
     def __post_init__(self) -> None:
