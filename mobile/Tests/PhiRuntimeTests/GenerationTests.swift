@@ -25,13 +25,16 @@ private func logits(_ number: Int, _ size: Int) -> [Float] {
 
 /// A backend whose next token is the last one and one more.
 private final class Counting: Backend {
-    let vocabularySize = 100
+    let vocabularySize: Int
     let context: Int
     var tokens: [Int] = []
     var read: [Int] = []  // how many tokens each pass had
     var position: Int { tokens.count }
 
-    init(context: Int) { self.context = context }
+    init(context: Int, vocabularySize: Int = 100) {
+        self.context = context
+        self.vocabularySize = vocabularySize
+    }
 
     func forward(_ more: [Int]) throws(PhiError) -> [Float] {
         tokens += more
@@ -141,6 +144,26 @@ private final class Counting: Backend {
         }
         #expect(count == 3)
     }
+
+    #if !DEBUG
+        /// What a token costs beside the engine's pass: the copy of the logits, the sampler, the text.
+        @Test func aTokenCostsLessThanATenthOfAMillisecondBesideItsPass() throws {
+            let engine = Engine(Counting(context: 4096, vocabularySize: 51_200), stopTokens: [])
+            let folder = URL(fileURLWithPath: #filePath).deletingLastPathComponent().deletingLastPathComponent()
+            let tokenizer = try Tokenizer(folder: folder.appendingPathComponent("Golden/tokenizers/gpt2"))
+            var decoder = StreamDecoder(tokenizer, prompt: [1])
+            var stop = try TextStop(["never to be found"])
+            var stamps: [ContinuousClock.Instant] = []
+            try engine.stream([1], maxTokens: 2000, sampling: Sampling(), policy: .reject) { step in
+                _ = stop.push(decoder.push(step.token % 600))
+                stamps.append(.now)
+                return true
+            }
+            let times = zip(stamps, stamps.dropFirst()).map { $0.duration(to: $1) }.sorted()
+            print("beside its pass a token costs \(times[times.count / 2])")
+            #expect(times[times.count / 2] < .microseconds(100))
+        }
+    #endif
 
     @Test func wrongOptionsAreNamed() {
         var sampling = Sampling()
