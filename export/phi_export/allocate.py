@@ -80,8 +80,10 @@ class QuantizationPlan:
         """Bytes of the weights."""
         return sum(q.bytes for q in self.plan.values())
 
-    def memory(self, config: Config, context: int) -> MemoryPlan:
-        """What running it takes with so many tokens of context, in the type of cache that its engine prefers."""
+    def memory(self, config: Config, context: int, kv: str | None = None, limit: int | None = None) -> MemoryPlan:
+        """What running it takes with so many tokens of context. kv: type of the cache, None for the one that its engine
+        prefers. limit: bytes, None for what this machine has.
+        """
         manifest = Manifest(
             format=self.format,
             artifact=_UNWRITTEN,
@@ -111,7 +113,8 @@ class QuantizationPlan:
             manifest=manifest,
         )
         engine = choose_backend(package, None)
-        return predict(package, "this machine", context, kv_types(package, engine)[0], available())
+        kinds = kv_types(package, engine, kv)
+        return predict(package, "this machine", context, kv or kinds[0], available() if limit is None else limit)
 
     def milliseconds(self, speeds: Speeds) -> float | None:
         """Predicted time of the products of one token, None where a type was never measured."""

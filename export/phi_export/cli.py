@@ -1,6 +1,7 @@
 """`phi-export`."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -9,7 +10,7 @@ from phi_runtime.backends.waiting import TORCH, spin_briefly
 from phi_runtime.cli import parser, positive, run
 from phi_runtime.errors import UsageError, VerificationError, missing_extra
 from phi_runtime.package.formats import FORMATS
-from phi_runtime.planning.memory import parse_size
+from phi_runtime.planning.memory import DEVICES, parse_size
 
 
 def main() -> NoReturn:
@@ -32,8 +33,8 @@ def _main(argv: list[str]) -> None:
 def _export(argv: list[str]) -> None:
     p = parser("phi-export", "Export a Phi checkpoint to 4-bit-class bundles, each verified against it.")
     p.usage = (
-        "phi-export (--int4 | --memory SIZE) CKPT [--adapter DIR] --out DIR [--format gguf,onnx,coreml] [--dry-run]\n"
-        "                  [--force]\n"
+        "phi-export (--int4 | --memory SIZE | --for DEVICE) CKPT [--adapter DIR] --out DIR\n"
+        "                  [--format gguf,onnx,coreml] [--dry-run] [--force]\n"
         "       phi-export verify BUNDLE --against CKPT [--adapter DIR] [--text FILE] [--tokens N]\n"
         "       phi-export lint BUNDLE\n"
         "       phi-export calibrate-speed [--threads N]"
@@ -44,6 +45,12 @@ def _export(argv: list[str]) -> None:
         "--int4", action="store_true", help="4 bits or more, as few as keep the quality; at most Q4_K_M's bytes"
     )
     p.add_argument("--memory", metavar="SIZE", help="the best mix of types whose files fit, e.g. 1.8GB or 1.8GiB")
+    p.add_argument(
+        "--for",
+        dest="device",
+        metavar="DEVICE",
+        help=f"a GGUF bundle, its context and cache for what a device allows an app: {', '.join(DEVICES)}",
+    )
     p.add_argument(
         "--prefer",
         choices=PREFERENCES,
@@ -87,10 +94,12 @@ def _export(argv: list[str]) -> None:
         "--accept-loss", action="store_true", help="keep a bundle even if its perplexity rises by 25 %% or more"
     )
     args = p.parse_args(argv)
-    if args.int4 == (args.memory is not None):
+    if sum((args.int4, args.memory is not None, args.device is not None)) != 1:
         raise UsageError(
-            "say how to quantise: --int4, or --memory SIZE for the best mix that fits; one of them, not both"
+            "say how to quantise: --int4, --memory SIZE for the best mix that fits, or --for DEVICE; one of them"
         )
+    if args.device is not None and (args.format != p.get_default("format") or args.context or args.profile):
+        raise UsageError("--for chooses format and context, so it goes without --format, --context and --profile")
     if args.min_speed and (args.memory is None or args.prefer):
         raise UsageError("--min-speed chooses among mixes, so it goes with --memory SIZE, and without --prefer")
     if args.fast and (args.calibrate != BUILT_IN or args.windows != WINDOWS or args.cache):
@@ -98,13 +107,15 @@ def _export(argv: list[str]) -> None:
     if not args.out and not args.dry_run:
         raise UsageError("say where the bundles go: --out DIR")
     memory = parse_size(args.memory) if args.memory is not None else None
-    formats = tuple(dict.fromkeys(f.strip() for f in args.format.split(",")))
+    said = args.format if args.device is None else "gguf"
+    formats = tuple(dict.fromkeys(f.strip() for f in said.split(",")))
 
     try:
         from phi_export import console
         from phi_export.adapter import open_adapted
         from phi_export.allocate import Budget
         from phi_export.calibrate.calibration import CalibrationText, calibrate
+        from phi_export.for_device import plan_for, write_readme
         from phi_export.formats import get_format
         from phi_export.pipeline import export, plan
         from phi_export.verify.manifest import describe_source
@@ -123,6 +134,11 @@ def _export(argv: list[str]) -> None:
     text = None if args.fast else CalibrationText(args.calibrate, args.windows, args.cache)
     checkpoint = open_adapted(local_checkpoint(args.checkpoint, console.note), args.adapter)
     console.notes(checkpoint)
+    for_device = None
+    if args.device is not None:
+        for_device = plan_for(checkpoint, args.device)
+        budget = replace(budget, memory=for_device.budget.memory)
+        console.note(f"{args.device}: {for_device.memory.arithmetic()}")
     if args.dry_run:
         calibration = None
         if text is not None:
@@ -151,6 +167,8 @@ def _export(argv: list[str]) -> None:
             args.accept_loss,
         )
     console.exported(bundles)
+    if for_device is not None:
+        write_readme(args.out, for_device)
 
 
 def _adapter(p: argparse.ArgumentParser) -> None:
