@@ -73,7 +73,7 @@ def variables(llama: Path) -> dict[str, str]:
     return {
         "PKG_CONFIG_PATH": str(llama),
         "LD_LIBRARY_PATH": str(llama / "lib"),
-        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "300",  # as phi_runtime.backends.waiting has it for llama.cpp
     }
 
 
