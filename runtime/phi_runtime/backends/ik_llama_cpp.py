@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from phi_runtime.backends.huge_pages import when_allocated
 from phi_runtime.backends.llama_cpp import LlamaCppBackend
 from phi_runtime.backends.record import EngineOptions
 from phi_runtime.backends.waiting import LLAMA_CPP, short_spins
@@ -50,6 +51,8 @@ class IkLlamaCppBackend(LlamaCppBackend):
     def _set_model(self, params: Any) -> None:
         params.use_mmap = self._mapped
         params.repack_tensors = not self._mapped  # rows interleaved, as its fastest kernels want them
+        if not self._mapped:
+            self._progress = params.progress_callback = when_allocated(self.library.llama_progress_callback)
 
     def _set_context(self, params: Any) -> None:
         params.flash_attn = False

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from phi_runtime.architecture.decoder import F32
+from phi_runtime.backends.huge_pages import when_allocated
 from phi_runtime.backends.record import EngineOptions, Record, kv_numbers, logits_bytes
 from phi_runtime.backends.waiting import LLAMA_CPP, short_spins
 from phi_runtime.errors import BundleError, ContextError, MissingExtraError, UsageError
@@ -160,6 +161,7 @@ class LlamaCppBackend:
             params.use_extra_bufts = False
         else:
             _read_not_map(params)
+            self._progress = params.progress_callback = when_allocated(self.library.llama_progress_callback)
 
     def _set_context(self, params: Any) -> None:
         if self._kv == "f16" and self._device == "cpu":
