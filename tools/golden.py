@@ -313,8 +313,9 @@ def _mutated(good: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
         yield f"file {path[:20]!r}", changed(files=[{**file, "path": path}])
     for size in (-1, 1.5, "9", 1 << 63, None):
         yield f"a file of {size!r} bytes", changed(files=[{**file, "bytes": size}])
-    test = {"tokens": [1, 2], "expected": [{"tokens": [3, 4], "logprobs": [-0.5, -1]}]}
+    test: dict[str, Any] = {"tokens": [1, 2], "expected": [{"tokens": [3, 4], "logprobs": [-0.5, -1]}]}
     yield "with a self-test", changed(self_test=test)
+    wrong: dict[str, Any]
     for wrong in ({"tokens": []}, {"tokens": [-1, 2]}, {"expected": []}, {"expected": test["expected"] * 3}):
         yield f"with a self-test of {wrong}", changed(self_test={**test, **wrong})
     for wrong in ({"tokens": [3]}, {"logprobs": [-1, "x"]}, {"tokens": [], "logprobs": []}):
