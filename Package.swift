@@ -40,6 +40,9 @@ let package = Package(
             path: "mobile/Sources/phi-swift",
             swiftSettings: strict),
         .testTarget(
+            name: "PhiAppCoreTests", dependencies: ["PhiAppCore", "PhiBundle"], path: "mobile/Tests/PhiAppCoreTests",
+            swiftSettings: strict),
+        .testTarget(
             name: "PhiBundleTests", dependencies: ["PhiBundle"], path: "mobile/Tests/PhiBundleTests",
             swiftSettings: strict),
         .testTarget(

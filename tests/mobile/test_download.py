@@ -200,6 +200,15 @@ def test_a_disk_that_fills_up(program, place):
     assert holds_all(place)
 
 
+def test_a_stop_in_the_middle(program):
+    """In Swift's own test: stopped at the first bytes, then on to the end from there."""
+    server = Server()
+    with serving(server) as url:
+        swift("swift", "test", "-Xswiftc", "-warnings-as-errors", "--filter", "DownloadTests", PHI_TEST_URL=url)
+    first, second = [where for name, where, _ in server.asked if name == "model.gguf"]
+    assert first is None and second.startswith("bytes=")
+
+
 def test_no_server(program, place):
     assert fetch(program, place, "http://127.0.0.1:1/bundle") == "DownloadError"
     assert fetch(program, place, "file:///etc") == "UsageError"

@@ -30,11 +30,12 @@ struct Request {
         task.resume()
         var isAnswered = false
         while true {
-            switch events.next(wait: Self.poll) {
-            case nil:
-                if isCancelled() {
-                    throw PhiError(.download, "\(url.absoluteString): was stopped; it goes on when it is started again")
-                }
+            let event = events.next(wait: Self.poll)
+            if isCancelled() {
+                throw PhiError(.download, "\(url.absoluteString): was stopped; it goes on when it is started again")
+            }
+            switch event {
+            case nil: continue
             case .response(let response):
                 isAnswered = true
                 try head(response)
