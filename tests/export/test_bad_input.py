@@ -264,7 +264,7 @@ def test_an_output_that_exists(copy, tmp_path):
         (["--out", "x"], "--int4"),
         (["--int4"], "--out"),
         (["--int4", "--out", "x", "--format", "tflite"], "gguf, onnx, coreml"),
-        (["--int4", "--memory", "1GB", "--out", "x"], "--int4, or --memory SIZE"),
+        (["--int4", "--memory", "1GB", "--out", "x"], "or --for DEVICE"),
         (["--memory", "1.8", "--out", "x"], "GiB"),
         (["--memory", "1.8gb", "--out", "x"], "GiB"),
         (["--memory=-1GB", "--out", "x"], "GiB"),
