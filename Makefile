@@ -22,7 +22,7 @@ help:
 	@echo "make test-mobile   the Swift package, beside Python's runtime"
 	@echo "make fuzz-mobile   its readers of files against libFuzzer, 15 minutes"
 	@echo "make test-llama-bench  llama-bench, built from its sources, beside ours"
-	@echo "make clean         remove out/; the environments stay"
+	@echo "make clean         remove out/ and .build/; the environments stay"
 
 env:
 	@$(PYTHON) tools/environment.py
@@ -132,4 +132,4 @@ test-page: env
 	$(BIN)/python -m pytest -m browser
 
 clean:
-	rm -rf out
+	rm -rf out .build
