@@ -83,6 +83,14 @@ def test_package(real):
     assert "passed" in said
 
 
+def test_one_revision_of_llama_cpp():
+    """The header that Swift is compiled against, as the framework for Apple's systems has to have it; new with the pin of
+    llama-cpp-python.
+    """
+    said = swift("sh", "-c", "sha256sum $PKG_CONFIG_PATH/include/llama.h").split()[0]
+    assert said == (ROOT / "mobile/llama.h.sha256").read_text().strip()
+
+
 def test_style():
     swift("swift", "format", "lint", "--strict", "-r", "-p", "mobile/Sources", "mobile/Tests", "Package.swift")
 
