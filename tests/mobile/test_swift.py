@@ -84,9 +84,7 @@ def test_package(real):
 
 
 def test_one_revision_of_llama_cpp():
-    """The header that Swift is compiled against, as the framework for Apple's systems has to have it; new with the pin of
-    llama-cpp-python.
-    """
+    """The header that Swift is compiled against, which the framework for Apple's systems has to have too."""
     said = swift("sh", "-c", "sha256sum $PKG_CONFIG_PATH/include/llama.h").split()[0]
     assert said == (ROOT / "mobile/llama.h.sha256").read_text().strip()
 
