@@ -151,3 +151,17 @@ def test_ranks_are_judged_as_the_tables_of_mann_and_whitney_have_it():
     middle, low, high = change([10, 11, 12, 13, 14], [20, 22, 24, 26, 28])
     assert low < middle < high and middle == pytest.approx(2, abs=0.1)
     assert change([1, 2, 3], [1, 2, 3]) is None
+
+
+def test_a_tenth_is_seen_in_24_noisy_rounds_and_nothing_where_nothing_is():
+    from phi_bench.stats import change
+
+    seen = wrong = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        before, same, slower = (rng.normal(1, 0.1, 24) * speed for speed in (1, 1, 0.9))
+        seen += change(before, slower)[2] < 1
+        _, low, high = change(before, same)
+        wrong += not low < 1 < high
+    assert seen >= 16
+    assert wrong <= 2
