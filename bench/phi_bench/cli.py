@@ -314,7 +314,7 @@ def _build(args: argparse.Namespace) -> None:
 
     console = Console(stderr=True)
     with console.status("building") as status:
-        say = status.update if console.is_terminal else (lambda _: None)
+        say = status.update if console.is_terminal else console.print
         if args.tool in PACKAGES:
             folder, programs = environments.build(args.tool, say) / "bin", "optimum-cli is"
         else:
