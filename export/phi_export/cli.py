@@ -107,15 +107,13 @@ def _export(argv: list[str]) -> None:
     if not args.out and not args.dry_run:
         raise UsageError("say where the bundles go: --out DIR")
     memory = parse_size(args.memory) if args.memory is not None else None
-    said = args.format if args.device is None else "gguf"
-    formats = tuple(dict.fromkeys(f.strip() for f in said.split(",")))
 
     try:
         from phi_export import console
         from phi_export.adapter import open_adapted
         from phi_export.allocate import Budget
         from phi_export.calibrate.calibration import CalibrationText, calibrate
-        from phi_export.for_device import plan_for, write_readme
+        from phi_export.for_device import FORMAT, plan_for, write_readme
         from phi_export.formats import get_format
         from phi_export.pipeline import export, plan
         from phi_export.verify.manifest import describe_source
@@ -123,6 +121,7 @@ def _export(argv: list[str]) -> None:
         from phi_runtime.package.manifest import ExportOptions
     except ImportError as e:
         raise missing_extra(e, "export") from None
+    formats = tuple(dict.fromkeys(f.strip() for f in args.format.split(","))) if args.device is None else (FORMAT,)
     for name in formats:
         get_format(name)
     if args.profile and len(formats) > 1:
