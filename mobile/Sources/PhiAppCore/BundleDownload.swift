@@ -132,7 +132,7 @@ public final class BundleDownload: Sendable {
         guard (try? handle.synchronize()) != nil else {
             throw PhiError(.diskFull, "\(part.path): the disk is full; free some space and try again")
         }
-        guard digest(part) == file.sha256 else {
+        guard SHA256.hex(file: part) == file.sha256 else {
             try remove(part)
             throw PhiError(.bundle, "\(url.absoluteString): is not the file of the manifest (sha256); try again")
         }
@@ -153,7 +153,7 @@ public final class BundleDownload: Sendable {
     private func isWhole(_ file: Manifest.File) throws(PhiError) -> Bool {
         let path = whole(file)
         guard size(path) == file.bytes, FileManager.default.fileExists(atPath: path.path) else { return false }
-        if digest(path) == file.sha256 { return true }
+        if SHA256.hex(file: path) == file.sha256 { return true }
         try remove(path)
         return false
     }
@@ -190,14 +190,6 @@ extension BundleDownload {
     private func size(_ path: URL) -> Int {
         let attributes = try? FileManager.default.attributesOfItem(atPath: path.path)
         return (attributes?[.size] as? NSNumber)?.intValue ?? 0
-    }
-
-    private func digest(_ path: URL) -> String? {
-        guard let handle = try? FileHandle(forReadingFrom: path) else { return nil }
-        defer { try? handle.close() }
-        var hash = SHA256()
-        while let piece = try? handle.read(upToCount: 1 << 20), !piece.isEmpty { hash.update(piece) }
-        return hash.hexDigest()
     }
 
     private func make(_ folder: URL) throws(PhiError) {

@@ -133,19 +133,14 @@ public struct Manifest: Sendable {
         }
         for file in files {
             let path = folder.appendingPathComponent(file.path)
-            guard let handle = try? FileHandle(forReadingFrom: path) else {
+            let attributes = try? FileManager.default.attributesOfItem(atPath: path.resolvingSymlinksInPath().path)
+            guard let size = (attributes?[.size] as? NSNumber)?.intValue else {
                 throw broken(file.path, "is missing from the bundle")
             }
-            defer { try? handle.close() }
-            guard let size = try? handle.seekToEnd(), (try? handle.seek(toOffset: 0)) != nil else {
-                throw broken(file.path, "cannot be read")
-            }
-            guard size == UInt64(file.bytes) else {
+            guard size == file.bytes else {
                 throw broken(file.path, "has \(size) bytes, the manifest says \(file.bytes)")
             }
-            var hash = SHA256()
-            while let piece = try? handle.read(upToCount: 1 << 20), !piece.isEmpty { hash.update(piece) }
-            guard hash.hexDigest() == file.sha256 else {
+            guard SHA256.hex(file: path) == file.sha256 else {
                 throw broken(file.path, "differs from the file that was verified (sha256)")
             }
         }

@@ -1,3 +1,5 @@
+public import Foundation
+
 /// SHA-256 (FIPS 180-4), since CryptoKit is Apple's alone.
 public struct SHA256 {
     private static let k: [UInt32] = [
@@ -54,6 +56,19 @@ public struct SHA256 {
     public static func hex(_ bytes: some Sequence<UInt8>) -> String {
         var hash = SHA256()
         hash.update(bytes)
+        return hash.hexDigest()
+    }
+
+    /// Of a file, nil where it cannot be read.
+    public static func hex(file path: URL) -> String? {
+        guard let handle = try? FileHandle(forReadingFrom: path) else { return nil }
+        defer { try? handle.close() }
+        var hash = SHA256()
+        do {
+            while let piece = try handle.read(upToCount: 1 << 20), !piece.isEmpty { hash.update(piece) }
+        } catch {
+            return nil
+        }
         return hash.hexDigest()
     }
 

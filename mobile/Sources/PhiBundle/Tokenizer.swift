@@ -114,6 +114,15 @@ public struct Tokenizer: Sendable {
         }
     }
 
+    /// The spelling of the token that a text may begin with, by tokenizer_config.json; "" where there is none.
+    public static func bosToken(folder: URL) -> String {
+        let path = folder.appendingPathComponent("tokenizer_config.json")
+        guard let bytes = try? readFile(path, most: mostBytes, what: "a tokenizer's configuration"),
+            let said = JSON.parse(bytes)?["bos_token"]
+        else { return "" }
+        return said.text ?? said["content"]?.text ?? ""
+    }
+
     /// The id of a token by its spelling in the vocabulary.
     public func id(_ spelling: String) -> Int? {
         let bytes = Array(spelling.utf8)

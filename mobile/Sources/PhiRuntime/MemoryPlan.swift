@@ -2,10 +2,6 @@ internal import PhiBundle
 
 /// Bytes of a model before it is loaded, as phi_runtime.planning has them: the peak is the sum of the parts.
 public struct MemoryPlan: Sendable, Equatable {
-    /// What a process may take, bytes: what iOS allows an app of a device with 6 GB, without and with the entitlement
-    /// com.apple.developer.kernel.increased-memory-limit. The same numbers as phi_runtime.planning.memory.DEVICES.
-    public static let devices = ["iphone-14-pro": 2_867_000_000, "iphone-14-pro-increased": 4_000_000_000]
-
     public let context: Int
     public let cacheType: CacheType
     public let weights: Int

@@ -90,7 +90,7 @@ public final class Phi: Sendable {
         } else {
             chat = nil
         }
-        bosToken = Self.bosToken(folder)
+        bosToken = Tokenizer.bosToken(folder: folder)
         let header = try GGUFHeader(artifact)
         plan = try MemoryPlan(manifest, header, context: context, cacheType: options.cache)
         if let memory = options.memory, plan.peak > memory {
@@ -193,13 +193,5 @@ public final class Phi: Sendable {
                 }
             }
         }
-    }
-
-    /// The spelling of the token that a text may begin with, "" where there is none.
-    private static func bosToken(_ folder: URL) -> String {
-        guard let data = try? Data(contentsOf: folder.appendingPathComponent("tokenizer_config.json")),
-            let said = JSON.parse([UInt8](data))?["bos_token"]
-        else { return "" }
-        return said.text ?? said["content"]?.text ?? ""
     }
 }
