@@ -9,6 +9,7 @@ import hashlib
 import json
 import random
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HuggingFace
 
+from phi_export.formats.gguf.tokenizer import _PATTERNS
 from phi_runtime.errors import PhiError
 from phi_runtime.generation.engine import POLICIES, Engine
 from phi_runtime.generation.sampler import Sampler, Sampling
@@ -33,13 +35,7 @@ WORDS = [
     "'s", "'", "''", "\u01c5", "\u02b0a", "\u0301", "ß", "\u0149", "\ufffd", "//x",
 ]  # fmt: skip
 SPACES = [" ", "  ", "\n", "\r\n", "\n\n ", "\t", "\u00a0", "\u3000", "\u2581", " \n", "\x1f"]
-_EDGE, _UPPER, _LOWER = r"[^\r\n\p{L}\p{N}]?", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-CL100K = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-O200K = (
-    f"{_EDGE}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_EDGE}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|"
-    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+CL100K, O200K = next(iter(_PATTERNS)), list(_PATTERNS)[-1]
 
 
 def main() -> None:
@@ -275,8 +271,6 @@ def manifests() -> list[dict[str, Any]]:
 
 
 def _read(raw: bytes) -> dict[str, Any]:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / MANIFEST).write_bytes(raw)
         m = read_manifest(Path(folder))

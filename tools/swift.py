@@ -1,4 +1,4 @@
-"""Run a command where Swift 6 is: `python tools/swift.py swift test`. Linux only; standard library only.
+"""Run a command where Swift 6 is: `python tools/swift.py swift test`. Linux, with the environment's own Python.
 
 Where Swift 6 is not installed, root gets a Debian 13 of its own in the cache folder (debootstrap, 2 minutes, 2.6 GB,
 once), and the command runs in there with the repository mounted at /mnt/repo. Others get exit code 3 and a line that
@@ -12,15 +12,16 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from importlib import metadata
 from pathlib import Path
 
+from phi_bench.peers.llama_tools import PACKAGE, sources
+from phi_runtime.backends.waiting import LLAMA_CPP
+from phi_runtime.files import cache_folder
+
 REPOSITORY = Path(__file__).resolve().parent.parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "phi-edge"
-DEBIAN = CACHE / "swift-root"
-LLAMA = "llama_cpp_python"
+DEBIAN = cache_folder() / "swift-root"
 SUITE, PACKAGES = "trixie", "swiftlang libc6-dev libstdc++-14-dev"
 _GGML = ("ggml", "ggml-cpu", "ggml-backend", "ggml-alloc", "ggml-opt", "gguf")
 HEADERS = ("include/llama.h", *(f"ggml/include/{name}.h" for name in _GGML))
@@ -31,7 +32,7 @@ def main() -> None:
     """Run the command; exit with its code."""
     command = sys.argv[1:] or ["swift", "--version"]
     if installed():
-        llama = llama_folder(CACHE / "swift-llama")
+        llama = llama_folder(cache_folder() / "swift-llama")
         sys.exit(
             subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **variables(llama)}, check=False).returncode
         )
@@ -41,7 +42,7 @@ def main() -> None:
     if not (DEBIAN / "phi-edge-ready").is_file():
         make_debian()
     llama_folder(DEBIAN / "opt/llama")
-    settings = {"HOME": "/root", "PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", **variables(Path("/opt/llama"))}
+    settings = {"HOME": "/", "PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", **variables(Path("/opt/llama"))}
     kept = {k: v for k, v in os.environ.items() if k.startswith("PHI_") or k == "OMP_NUM_THREADS"}
     given = [f"{k}={v}" for k, v in {**settings, **kept}.items()]
     sys.exit(subprocess.run(inside("/usr/bin/env", "-i", "-C", "/mnt/repo", *given, *command), check=False).returncode)
@@ -73,7 +74,7 @@ def variables(llama: Path) -> dict[str, str]:
     return {
         "PKG_CONFIG_PATH": str(llama),
         "LD_LIBRARY_PATH": str(llama / "lib"),
-        "GOMP_SPINCOUNT": "300",  # as phi_runtime.backends.waiting has it for llama.cpp
+        "GOMP_SPINCOUNT": LLAMA_CPP,
     }
 
 
@@ -82,7 +83,7 @@ def make_debian() -> None:
     if shutil.which("debootstrap") is None:
         say("installing debootstrap")
         call("apt-get", "install", "-y", "-q", "--no-install-recommends", "debootstrap")
-    say(f"making a Debian with Swift in {DEBIAN}: about 3 minutes, once")
+    say(f"making a Debian with Swift in {DEBIAN}: about 2 minutes, once")
     shutil.rmtree(DEBIAN, ignore_errors=True)
     DEBIAN.mkdir(parents=True)
     call("debootstrap", "--variant=minbase", "--include=ca-certificates", SUITE, DEBIAN, mirror())
@@ -105,21 +106,16 @@ def mirror() -> str:
 
 def llama_folder(folder: Path) -> Path:
     """llama.cpp's headers, libraries and a file for pkg-config, of the installed llama-cpp-python."""
-    stamp, version = folder / "version", metadata.version(LLAMA)
+    stamp, version = folder / "version", metadata.version(PACKAGE)
     if stamp.is_file() and stamp.read_text() == version:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "include").mkdir(parents=True)
-    say(f"taking llama.cpp's headers from the sources of {LLAMA} {version}")
+    say(f"taking llama.cpp's headers from the sources of {PACKAGE} {version}")
     with tempfile.TemporaryDirectory() as scratch:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", LLAMA]
-        call(*pip, f"{LLAMA}=={version}", "--dest", scratch)
-        (archive,) = Path(scratch).glob("*.tar.gz")
-        with tarfile.open(archive) as tar:
-            for name in HEADERS:
-                member = tar.extractfile(f"{archive.name.removesuffix('.tar.gz')}/vendor/llama.cpp/{name}")
-                assert member is not None
-                (folder / "include" / Path(name).name).write_bytes(member.read())
+        tree = sources(Path(scratch))
+        for name in HEADERS:
+            shutil.copy(tree / name, folder / "include")
     spec = importlib.util.find_spec("llama_cpp")
     assert spec is not None and spec.origin is not None
     shutil.copytree(Path(spec.origin).parent / "lib", folder / "lib", symlinks=True)

@@ -56,8 +56,7 @@ def build(progress: Callable[[str], None] = lambda _: None) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="phi-edge-") as scratch, folder_beside(folder) as out:
         progress(f"downloading the sources of {PACKAGE} {_version()}")
-        sources = _sources(Path(scratch))
-        _compile(compiler, sources, Path(scratch), out, progress)
+        _compile(compiler, sources(Path(scratch)), Path(scratch), out, progress)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(out, folder)
         out.mkdir()  # what `folder_beside` takes away
@@ -75,8 +74,8 @@ def _folder() -> Path:
     return cache_folder() / f"llama.cpp-{_version()}"
 
 
-def _sources(scratch: Path) -> Path:
-    """llama.cpp's tree out of the source package."""
+def sources(scratch: Path) -> Path:
+    """llama.cpp's tree out of the source package, in a folder that is empty. Raises BenchmarkError."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--no-binary", PACKAGE, f"{PACKAGE}=={_version()}", "--dest", str(scratch)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
