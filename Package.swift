@@ -23,6 +23,7 @@ let package = Package(
         .library(name: "PhiBundle", targets: ["PhiBundle"]),
         .library(name: "PhiRuntime", targets: ["PhiRuntime"]),
         .library(name: "PhiBench", targets: ["PhiBench"]),
+        .library(name: "PhiAppCore", targets: ["PhiAppCore"]),
     ],
     targets: [
         llama,
@@ -31,7 +32,8 @@ let package = Package(
             name: "PhiRuntime", dependencies: ["PhiBundle", .init(stringLiteral: llama.name)],
             path: "mobile/Sources/PhiRuntime", swiftSettings: strict),
         .target(
-            name: "PhiAppCore", dependencies: ["PhiBundle"], path: "mobile/Sources/PhiAppCore", swiftSettings: strict),
+            name: "PhiAppCore", dependencies: ["PhiBench", "PhiBundle", "PhiRuntime"],
+            path: "mobile/Sources/PhiAppCore", swiftSettings: strict),
         .target(
             name: "PhiBench", dependencies: ["PhiBundle", "PhiRuntime"], path: "mobile/Sources/PhiBench",
             swiftSettings: strict),
@@ -40,8 +42,8 @@ let package = Package(
             path: "mobile/Sources/phi-swift",
             swiftSettings: strict),
         .testTarget(
-            name: "PhiAppCoreTests", dependencies: ["PhiAppCore", "PhiBundle"], path: "mobile/Tests/PhiAppCoreTests",
-            swiftSettings: strict),
+            name: "PhiAppCoreTests", dependencies: ["PhiAppCore", "PhiBench", "PhiBundle", "PhiRuntime"],
+            path: "mobile/Tests/PhiAppCoreTests", swiftSettings: strict),
         .testTarget(
             name: "PhiBundleTests", dependencies: ["PhiBundle"], path: "mobile/Tests/PhiBundleTests",
             swiftSettings: strict),

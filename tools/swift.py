@@ -30,7 +30,7 @@ MISSING = 3
 
 def main() -> None:
     """Run the command; exit with its code."""
-    command = sys.argv[1:] or ["swift", "--version"]
+    command = _linkable(sys.argv[1:] or ["swift", "--version"])
     if installed():
         llama = llama_folder(cache_folder() / "swift-llama")
         sys.exit(
@@ -46,6 +46,13 @@ def main() -> None:
     kept = {k: v for k, v in os.environ.items() if k.startswith("PHI_") or k == "OMP_NUM_THREADS"}
     given = [f"{k}={v}" for k, v in {**settings, **kept}.items()]
     sys.exit(subprocess.run(inside("/usr/bin/env", "-i", "-C", "/mnt/repo", *given, *command), check=False).returncode)
+
+
+def _linkable(command: list[str]) -> list[str]:
+    """On Linux, Swift 6.0's Observation lacks a symbol that only fatal errors want (swiftlang/swift#75670)."""
+    if sys.platform == "linux" and command[0] == "swift" and command[1] in ("build", "test"):
+        return [*command[:2], "-Xlinker", "--allow-shlib-undefined", *command[2:]]
+    return command
 
 
 def inside(*command: str) -> list[str]:

@@ -372,7 +372,7 @@ def _claim(args: argparse.Namespace) -> None:
 
 
 def _collect(args: argparse.Namespace) -> None:
-    from phi_bench.collect import MOST_BYTES, Door, take
+    from phi_bench.collect import MOST_BYTES, Door, drawn, take
 
     if args.file is not None:
         if not args.file.is_file():
@@ -382,7 +382,8 @@ def _collect(args: argparse.Namespace) -> None:
     else:
         door = Door(args.out)
         door.open(args.host, args.port)
-        print(f"POST the result to http://{args.host}:{args.port}/result with the code {door.code}", flush=True)
+        code, link = drawn(args.host, args.port, door.code)
+        print(code + f"scan, or POST the result to {link}", flush=True)
         door.serve()
         if door.taken is None:
             raise BenchmarkError("no result came; start phi-bench collect again for a new code")

@@ -5,6 +5,7 @@ memory are kept out and named, and a device that nobody knows goes into a folder
 """
 
 import hmac
+import io
 import re
 import secrets
 import socket
@@ -67,6 +68,29 @@ def _without(b: Benchmark, wrong: dict[str, str]) -> Benchmark:
             row = msgspec.structs.replace(row, runs=runs)
         rows.append(row)
     return msgspec.structs.replace(b, rows=tuple(rows))
+
+
+def drawn(host: str, port: int, code: str) -> tuple[str, str]:
+    """What the phone's camera reads, as a QR code for a terminal and as a link. For 0.0.0.0 the link names the address
+    that this machine has in its network.
+    """
+    import segno
+
+    link = f"phi-edge://collect?to={_reachable(host)}:{port}&code={code}"
+    out = io.StringIO()
+    segno.make(link, error="m", micro=False).terminal(out=out, compact=True)
+    return out.getvalue(), link
+
+
+def _reachable(host: str) -> str:
+    if host != "0.0.0.0":  # noqa: S104
+        return host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        try:
+            s.connect(("192.0.2.1", 9))  # sends nothing; the system chooses the address that it would send from
+        except OSError:
+            return "127.0.0.1"
+        return str(s.getsockname()[0])
 
 
 class Door:

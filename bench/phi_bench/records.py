@@ -16,6 +16,7 @@ from phi_train.trainer.summary import Summary
 VERSION = 1
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Thermal = Literal["nominal", "fair", "serious", "critical"]
 Reason = Literal[
     "not installed",
     "could not load",
@@ -132,11 +133,24 @@ class Phase(StrictContract, frozen=True):
 
 
 class Window(StrictContract, frozen=True):
-    """A part of a sustained run."""
+    """A part of a sustained run. thermal: what a phone's system said at its end."""
 
     seconds: Positive
     tokens: Count
     temperature_c: float | None = None
+    thermal: Thermal | None = None
+
+
+class Phone(StrictContract, frozen=True):
+    """A phone's state, which decides its speed. thermal_before, thermal_after: what its system said when a run began and
+    when it ended. low_power: its saving mode. charging: None where the system did not say. brightness: of the screen.
+    """
+
+    thermal_before: Thermal
+    thermal_after: Thermal
+    low_power: bool
+    charging: bool | None = None
+    brightness: Share | None = None
 
 
 class Memory(StrictContract, frozen=True):
@@ -195,6 +209,7 @@ class Run(StrictContract, frozen=True):
     energy_j: Amount | None = None
     memory: Checkpoints | None = None
     conditions: Conditions | None = None
+    phone: Phone | None = None
     failure: Failure | None = None
 
 

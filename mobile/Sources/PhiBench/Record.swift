@@ -26,12 +26,14 @@ public struct Software: Encodable, Sendable {
     public var packages: [String: String] = [:]
 }
 
-public struct Settings: Encodable, Sendable {
+public struct Settings: Encodable, Sendable, Equatable {
     public var rounds = 5
     public var promptTokens = 256
     public var decodeTokens = 64
     public var depths: [Int] = []
     public var timeoutS = 900.0
+    /// Seconds of decoding at the end of the last round.
+    public var sustainedS = 0.0
 
     public init() {}
 }
@@ -63,8 +65,38 @@ public struct Phase: Encodable, Sendable {
     public var tokenNs: [Int]
 }
 
+/// Resident bytes, and those that the system counts against an app's limit (iOS: phys_footprint).
 public struct Memory: Encodable, Sendable {
     public var rss: Int
+    public var charged: Int?
+}
+
+public enum Thermal: String, Encodable, Sendable, CaseIterable {
+    case nominal, fair, serious, critical
+}
+
+/// A part of a sustained run.
+public struct Window: Encodable, Sendable, Equatable {
+    public var seconds: Double
+    public var tokens: Int
+    public var thermal: Thermal?
+
+    public var tokensPerSecond: Double { Double(tokens) / seconds }
+
+    public init(seconds: Double, tokens: Int, thermal: Thermal? = nil) {
+        self.seconds = seconds
+        self.tokens = tokens
+        self.thermal = thermal
+    }
+}
+
+/// A phone's state when a run began and when it ended.
+public struct Phone: Encodable, Sendable {
+    public var thermalBefore: Thermal
+    public var thermalAfter: Thermal
+    public var lowPower: Bool
+    public var charging: Bool?
+    public var brightness: Double?
 }
 
 public struct Checkpoints: Encodable, Sendable {
@@ -81,7 +113,9 @@ public struct Run: Encodable, Sendable {
     public var loadNs: Int
     public var readyNs: Int
     public var phases: [Phase]
+    public var sustained: [Window] = []
     public var memory: Checkpoints?
+    public var phone: Phone?
 }
 
 public struct Row: Encodable, Sendable {

@@ -45,11 +45,16 @@ public struct Manifest: Sendable {
     /// Read and check the manifest of a bundle folder. Throws notFound where there is none, bundle for one that is damaged
     /// or newer than we are.
     public init(folder: URL) throws(PhiError) {
-        let path = folder.appendingPathComponent(Self.fileName)
+        try self.init(json: Self.bytes(folder: folder), path: folder.appendingPathComponent(Self.fileName).path)
+    }
+
+    /// The manifest of a bundle folder as it is written. Throws notFound where there is none.
+    public static func bytes(folder: URL) throws(PhiError) -> [UInt8] {
+        let path = folder.appendingPathComponent(fileName)
         guard FileManager.default.fileExists(atPath: path.path) else {
-            throw PhiError(.notFound, "\(folder.path): holds no \(Self.fileName); give a bundle that phi-export wrote")
+            throw PhiError(.notFound, "\(folder.path): holds no \(fileName); give a bundle that phi-export wrote")
         }
-        try self.init(json: readFile(path, most: Self.mostFileBytes, what: "a manifest"), path: path.path)
+        return try readFile(path, most: mostFileBytes, what: "a manifest")
     }
 
     /// From the bytes of a manifest; `path` is for messages.
@@ -219,11 +224,7 @@ private struct Fields {
     /// A path that stays inside the bundle, and that systems can open.
     func inside(_ value: JSON?, _ name: String) throws(PhiError) -> String {
         let path = try text(value, name)
-        let parts = path.split(separator: "/").filter { $0 != "." }
-        let isLong = path.unicodeScalars.count > 1024 || parts.contains { $0.utf8.count > 255 }
-        let hasNull = path.utf8.contains(0)
-        if path.hasPrefix("/") || parts.contains("..") || path.utf8.contains(0x5C) || parts.isEmpty || isLong || hasNull
-        {
+        guard staysInside(path) else {
             throw broken("path '\(path)' leaves the bundle")
         }
         return path

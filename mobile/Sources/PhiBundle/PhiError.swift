@@ -13,6 +13,8 @@ public struct PhiError: Error, Equatable, Sendable, CustomStringConvertible {
         case context = "ContextError"
         case memoryPlan = "MemoryPlanError"
         case verification = "VerificationError"
+        /// Asked for by a person or by the system; Python has KeyboardInterrupt.
+        case stopped = "StoppedError"
     }
 
     public let kind: Kind

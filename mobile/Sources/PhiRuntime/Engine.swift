@@ -8,10 +8,12 @@ protocol Backend: AnyObject {
     var context: Int { get }
     /// Tokens in the KV cache.
     var position: Int { get }
-    /// Append tokens to the cache; the logits [vocabularySize] after the last.
-    func forward(_ tokens: [Int]) throws(PhiError) -> [Float]
+    /// Append tokens to the cache; the logits [tokens.count, vocabularySize] after each, or [1, …] after the last.
+    func forward(_ tokens: [Int], allLogits: Bool) throws(PhiError) -> [[Float]]
     /// Forget all tokens from a position on.
     func trim(_ position: Int)
+    /// Begin anew with an empty cache, after the engine failed.
+    func reset() throws(PhiError)
 }
 
 /// What happens where the context is too small: `truncateLeft` cuts the prompt's beginning, `slidingWindow` also goes on in
@@ -42,6 +44,8 @@ struct Step: Sendable {
 public final class Cancellation: Sendable {
     private let flag = Atomic(false)
 
+    public init() {}
+
     public var isCancelled: Bool { flag.load(ordering: .relaxed) }
     public func cancel() { flag.store(true, ordering: .relaxed) }
     func reset() { flag.store(false, ordering: .relaxed) }
@@ -67,28 +71,57 @@ final class Engine {
     /// call. Ends without a step where it is cancelled while it reads the prompt.
     func stream(
         _ prompt: [Int], maxTokens: Int, sampling: Sampling, policy: ContextPolicy, heedsStopTokens: Bool = true,
-        each: (Step) -> Bool
+        speculates: Bool = true, each: (Step) -> Bool
     ) throws(PhiError) {
         try sampling.check(vocabularySize: backend.vocabularySize)
         var (tokens, dropped) = try fit(prompt, maxTokens: maxTokens, policy: policy)
         var sampler = Sampler(sampling)
         var seen = sampling.repetitionPenalty == 1 ? [] : Set(tokens)
+        var lookup = speculates ? PromptLookup(tokens) : nil
         cancellation.reset()
         var reused = rewindToShared(tokens)
         tokens.removeFirst(reused)
-        guard var logits = try read(tokens) else { return }
+        guard let logits = try read(tokens) else { return }
+        var pass = Pass(rows: [logits])
         for n in 1...maxTokens {
-            let token = sampler.draw(logits, seen: seen)
-            let isFull = cached.count >= backend.context && policy != .slidingWindow
+            let token = sampler.draw(pass.logits, seen: seen)
+            let isAccepted = pass.expected == token
+            let held = cached.count - pass.unchecked
+            let isFull = held >= backend.context && policy != .slidingWindow
             let isStop = heedsStopTokens && stopTokens.contains(token)
             let reason: FinishReason? = isStop ? .stopToken : n == maxTokens ? .maxTokens : isFull ? .context : nil
+            if reason != nil || !isAccepted { rewind(held) }
             let goesOn = each(Step(token: token, finishReason: reason, reused: reused, dropped: dropped))
             if reason != nil || !goesOn || cancellation.isCancelled { return }
             (reused, dropped) = (0, 0)
             if sampling.repetitionPenalty != 1 { seen.insert(token) }
+            lookup?.push(token)
+            if isAccepted {
+                pass.at += 1
+                continue
+            }
+            if n > 1 { lookup?.record(proposed: pass.proposed.count, accepted: pass.at, seconds: pass.seconds) }
             if cached.count >= backend.context { dropped = try slide() }
-            logits = try forward([token])
+            let most = min(maxTokens - n, backend.context - cached.count) - 1
+            let proposed = Array(lookup?.propose(most) ?? [])
+            let start = ContinuousClock.now
+            pass = Pass(rows: try forward([token] + proposed, allLogits: true), proposed: proposed)
+            pass.seconds = start.duration(to: .now) / .seconds(1)
         }
+    }
+
+    /// One wider pass: the logits after the token that was drawn, and after each that was proposed to follow it.
+    private struct Pass {
+        let rows: [[Float]]
+        var proposed: [Int] = []
+        var at = 0
+        var seconds = 0.0
+
+        var logits: [Float] { rows[at] }
+        /// The token that was proposed next, nil behind the last.
+        var expected: Int? { at < proposed.count ? proposed[at] : nil }
+        /// Tokens in the cache that the sampler has not said yet.
+        var unchecked: Int { proposed.count - at }
     }
 
     /// Empty the cache.
@@ -98,8 +131,8 @@ final class Engine {
     func lastLogits(of tokens: [Int], _ count: Int) throws(PhiError) -> [[Float]] {
         try check(tokens)
         forget()
-        var rows = [try forward(Array(tokens.prefix(tokens.count - count + 1)))]
-        for token in tokens.suffix(count - 1) { rows.append(try forward([token])) }
+        var rows = try forward(Array(tokens.prefix(tokens.count - count + 1)))
+        for token in tokens.suffix(count - 1) { rows += try forward([token]) }
         forget()
         return rows
     }
@@ -159,17 +192,26 @@ final class Engine {
         let step = crosses ? tokens.count : Self.chunk
         var logits: [Float] = []
         for start in stride(from: 0, to: tokens.count, by: step) {
-            logits = try forward(Array(tokens[start..<min(start + step, tokens.count)]))
+            logits = try forward(Array(tokens[start..<min(start + step, tokens.count)])).last ?? []
             if cancellation.isCancelled { return nil }
         }
         return logits
     }
 
-    private func forward(_ tokens: [Int]) throws(PhiError) -> [Float] {
+    /// A failure begins anew once: after the background, Metal's context refuses everything until it is made again.
+    private func forward(_ tokens: [Int], allLogits: Bool = false) throws(PhiError) -> [[Float]] {
         let held = cached
         cached = []  // until it is done
-        let logits = try backend.forward(tokens)
+        let rows: [[Float]]
+        do {
+            rows = try backend.forward(tokens, allLogits: allLogits)
+        } catch {
+            if cancellation.isCancelled { throw error }
+            try backend.reset()
+            if !held.isEmpty { _ = try backend.forward(held, allLogits: false) }
+            rows = try backend.forward(tokens, allLogits: allLogits)
+        }
         cached = held + tokens
-        return logits
+        return rows
     }
 }

@@ -31,7 +31,9 @@ final class LlamaBackend: Backend {
 
     var position: Int { tokens.count }
 
-    init(path: String, context: Int, threads: Int, cache: CacheType, crossover: Int?) throws(PhiError) {
+    init(path: String, context: Int, threads: Int, cache: CacheType, crossover: Int?, cancellation: Cancellation? = nil)
+        throws(PhiError)
+    {
         self.path = path
         self.context = context
         self.threads = Int32(threads)
@@ -51,7 +53,15 @@ final class LlamaBackend: Backend {
                 settings.load_mode = LLAMA_LOAD_MODE_NONE
             }
         #endif
+        if let cancellation {
+            settings.progress_callback = { _, given in
+                guard let given else { return true }
+                return !Unmanaged<Cancellation>.fromOpaque(given).takeUnretainedValue().isCancelled
+            }
+            settings.progress_callback_user_data = Unmanaged.passUnretained(cancellation).toOpaque()
+        }
         guard let model = llama_model_load_from_file(path, settings) else {
+            if cancellation?.isCancelled ?? false { throw PhiError(.stopped, "\(path): loading was stopped") }
             throw PhiError(.bundle, "\(path): llama.cpp cannot load it; export it again")
         }
         self.model = model
@@ -66,22 +76,20 @@ final class LlamaBackend: Backend {
         llama_model_free(model)
     }
 
-    func forward(_ more: [Int]) throws(PhiError) -> [Float] {
+    func forward(_ more: [Int], allLogits: Bool) throws(PhiError) -> [[Float]] {
         let text = tokens + more
         if needed(text.count) != reserved { try reserve(needed(text.count)) }
+        let wanted = allLogits ? tokens.count : text.count - 1
+        var rows: [[Float]] = []
         var start = held
-        var last: Int32 = 0
         while start < text.count {
             let end = min(start + Engine.chunk, text.count)
-            last = try decode(text[start..<end], isLast: end == text.count)
+            rows += try decode(text[start..<end], wanted: wanted)
             start = end
-        }
-        guard let state, let logits = llama_get_logits_ith(state, last) else {
-            throw PhiError(.context, "llama.cpp gave no logits at position \(text.count)")
         }
         tokens = text
         held = text.count
-        return Array(UnsafeBufferPointer(start: logits, count: vocabularySize))
+        return rows
     }
 
     func trim(_ position: Int) {
@@ -90,8 +98,13 @@ final class LlamaBackend: Backend {
         if let state { _ = llama_memory_seq_rm(llama_get_memory(state), 0, Int32(position), -1) }
     }
 
-    /// The index of the last token in the batch.
-    private func decode(_ piece: ArraySlice<Int>, isLast: Bool) throws(PhiError) -> Int32 {
+    func reset() throws(PhiError) {
+        tokens = []
+        try reserve(needed(0))
+    }
+
+    /// The logits after each token from position `wanted` on.
+    private func decode(_ piece: ArraySlice<Int>, wanted: Int) throws(PhiError) -> [[Float]] {
         guard let state else { throw PhiError(.context, "the context is gone; load the model again") }
         batch.n_tokens = Int32(piece.count)
         for (i, token) in piece.enumerated() {
@@ -99,13 +112,20 @@ final class LlamaBackend: Backend {
             batch.pos[i] = Int32(piece.startIndex + i)
             batch.n_seq_id[i] = 1
             batch.seq_id[i]?[0] = 0
-            batch.logits[i] = isLast && i == piece.count - 1 ? 1 : 0
+            batch.logits[i] = piece.startIndex + i >= wanted ? 1 : 0
         }
         let status = llama_decode(state, batch)
         guard status == 0 else {
             throw PhiError(.context, "llama.cpp could not decode at position \(piece.startIndex) (status \(status))")
         }
-        return Int32(piece.count - 1)
+        var rows: [[Float]] = []
+        for i in max(0, wanted - piece.startIndex)..<max(piece.count, wanted - piece.startIndex) {
+            guard let logits = llama_get_logits_ith(state, Int32(i)) else {
+                throw PhiError(.context, "llama.cpp gave no logits at position \(piece.startIndex + i)")
+            }
+            rows.append(Array(UnsafeBufferPointer(start: logits, count: vocabularySize)))
+        }
+        return rows
     }
 
     private func needed(_ total: Int) -> Int {

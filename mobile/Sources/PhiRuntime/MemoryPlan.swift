@@ -18,7 +18,11 @@ public struct MemoryPlan: Sendable, Equatable {
     /// Numbers that the cache holds per token.
     public let cacheNumbersPerToken: Int
 
+    /// All bytes that are in use, the pages of the mapped file too.
     public var peak: Int { weights + cache + buffers + process }
+    /// Bytes that iOS counts against the app's limit where the weights stay in the mapped file. Reported for PocketPal on an
+    /// iPhone 13 Pro; nothing is refused by this figure alone until a device has shown it for us.
+    public var charged: Int { cache + buffers + process }
 
     /// The sum in one line, GB being 10^9 bytes.
     public func arithmetic(limit: Int) -> String {
@@ -62,6 +66,26 @@ public struct MemoryPlan: Sendable, Equatable {
         cache = numbers * slots * cacheType.sixteenths / 128
         buffers = max(logits, scores + (1 << 20)) + header.staging
         process = Self.ownProcess
+    }
+}
+
+extension MemoryPlan {
+    /// The longest context that stays within a limit, with the type of cache that allows it, the larger types first; nil
+    /// where none does.
+    static func longest(
+        _ manifest: Manifest, _ header: GGUFHeader, limit: Int
+    ) throws(PhiError) -> (context: Int, cacheType: CacheType)? {
+        var best: (context: Int, cacheType: CacheType)?
+        for type in CacheType.allCases {
+            var (fits, tooLong) = (0, manifest.context + 1)
+            while tooLong - fits > 1 {
+                let middle = (fits + tooLong) / 2
+                let isFit = try MemoryPlan(manifest, header, context: middle, cacheType: type).peak <= limit
+                (fits, tooLong) = isFit ? (middle, tooLong) : (fits, middle)
+            }
+            if fits > best?.context ?? 0 { best = (fits, type) }
+        }
+        return best
     }
 }
 

@@ -10,6 +10,8 @@ public struct LoadOptions: Sendable {
     public var memory: Int?
     /// Hold every file to its digest first. Reads the whole bundle.
     public var checksFiles = false
+    /// Ends the loading when another thread sets it.
+    public var cancellation: Cancellation?
 
     public init() {}
 }
@@ -22,6 +24,8 @@ public struct GenerationOptions: Sendable {
     public var policy = ContextPolicy.reject
     /// Whether the model's own end of an answer ends it; a measurement wants a number of tokens.
     public var heedsStopTokens = true
+    /// Whether to check tokens that followed earlier in the text in one wider pass (prompt lookup). Changes the speed alone.
+    public var speculates = true
 
     public init() {}
 }
@@ -31,6 +35,12 @@ public struct Chunk: Sendable {
     public let text: String
     public let token: Int
     public let finishReason: FinishReason?
+
+    public init(text: String, token: Int, finishReason: FinishReason?) {
+        self.text = text
+        self.token = token
+        self.finishReason = finishReason
+    }
 }
 
 /// A finished answer. `reused`: tokens of the prompt that were still in the cache. `dropped`: tokens that the context policy
@@ -94,12 +104,15 @@ public final class Phi: Sendable {
         let header = try GGUFHeader(artifact)
         plan = try MemoryPlan(manifest, header, context: context, cacheType: options.cache)
         if let memory = options.memory, plan.peak > memory {
+            let longest = try MemoryPlan.longest(manifest, header, limit: memory)
+            let remedy = longest.map { "a context of \($0.context) tokens in \($0.cacheType.rawValue) would fit" }
             throw PhiError(
-                .memoryPlan, "\(artifact.path): \(plan.arithmetic(limit: memory)); export it smaller, or allow more")
+                .memoryPlan,
+                "\(artifact.path): \(plan.arithmetic(limit: memory)); \(remedy ?? "export it smaller, or allow more")")
         }
         let backend = try LlamaBackend(
             path: artifact.path, context: context, threads: options.threads, cache: options.cache,
-            crossover: manifest.crossover)
+            crossover: manifest.crossover, cancellation: options.cancellation)
         guard backend.vocabularySize == manifest.vocabularySize else {
             throw PhiError(
                 .bundle,
@@ -158,7 +171,7 @@ public final class Phi: Sendable {
         defer { isBusy = false }
         try engine.stream(
             prompt, maxTokens: options.maxTokens, sampling: options.sampling, policy: options.policy,
-            heedsStopTokens: options.heedsStopTokens
+            heedsStopTokens: options.heedsStopTokens, speculates: options.speculates
         ) { step in
             steps.append(step)
             var piece = step.finishReason == .stopToken ? "" : decoder.push(step.token)

@@ -9,8 +9,11 @@ let usage = """
            phi-swift chat BUNDLE MESSAGE [the same options]
            phi-swift tokens BUNDLE TEXT
            phi-swift bench BUNDLE --out FILE [--rounds N] [--prompt-tokens N] [--decode-tokens N] [--threads N]
+                           [--sustained SECONDS]
            phi-swift check BUNDLE
            phi-swift fetch BUNDLE --from URL
+           phi-swift import BUNDLE --from FILE-OR-FOLDER
+           phi-swift send RESULT --to CODE
     """
 
 struct Arguments {
@@ -38,7 +41,7 @@ struct Arguments {
     }
 }
 
-func run() throws(PhiError) {
+func run() async throws(PhiError) {
     var arguments = try Arguments(Array(CommandLine.arguments.dropFirst()))
     var load = LoadOptions()
     var options = GenerationOptions()
@@ -53,6 +56,8 @@ func run() throws(PhiError) {
     settings.decodeTokens = try arguments.take("decode-tokens", Int.self) ?? settings.decodeTokens
     let out = try arguments.take("out", String.self)
     let from = try arguments.take("from", String.self)
+    let to = try arguments.take("to", String.self)
+    settings.sustainedS = try arguments.take("sustained", Double.self) ?? settings.sustainedS
     if let unknown = arguments.named.keys.min() { throw PhiError(.usage, "no option --\(unknown)\n\(usage)") }
     guard arguments.plain.count >= 2 else { throw PhiError(.usage, usage) }
     let folder = URL(fileURLWithPath: arguments.plain[1])
@@ -68,6 +73,13 @@ func run() throws(PhiError) {
         guard let from, let url = URL(string: from) else { throw PhiError(.usage, "fetch needs --from URL") }
         try BundleDownload(from: url, to: folder).run()
         print("wrote \(folder.path)")
+    case ("import", 2):
+        guard let from else { throw PhiError(.usage, "import needs --from FILE") }
+        try BundleImport(from: URL(fileURLWithPath: from), to: folder).run()
+        print("wrote \(folder.path)")
+    case ("send", 2):
+        guard let to else { throw PhiError(.usage, "send needs --to CODE, which phi-bench collect shows") }
+        print("taken as a result of \(try await ResultSender.send(folder, to: PairingCode(to)))")
     case ("bench", 2):
         guard let out else { throw PhiError(.usage, "bench needs --out FILE") }
         let measured = try measure(bundle: folder, load: load, settings: settings)
@@ -94,7 +106,7 @@ func run() throws(PhiError) {
 }
 
 do {
-    try run()
+    try await run()
 } catch {
     FileHandle.standardError.write(Data("error: \(error.kind.rawValue): \(error)\n".utf8))
     exit(2)

@@ -12,7 +12,7 @@ import Testing
         let folder = FileManager.default.temporaryDirectory.appendingPathComponent(UUID().uuidString)
         defer { try? FileManager.default.removeItem(at: folder) }
         let download = try BundleDownload(from: try #require(URL(string: server)), to: folder)
-        var seen: [BundleDownload.Progress] = []
+        var seen: [BundleProgress] = []
         do {
             try download.run { progress in
                 seen.append(progress)

@@ -24,14 +24,17 @@ import Testing
             let prompt = phi.tokenizer.encode(c["prompt"]?.text ?? "")
             #expect(prompt == c["tokens"]?.items?.compactMap(\.int))
             generation.maxTokens = 64
-            var pieces = ""
-            let said = try phi.generate(prompt, options: generation) {
-                pieces += $0.text
-                return true
+            for speculates in [false, true] {
+                generation.speculates = speculates
+                var pieces = ""
+                let said = try phi.generate(prompt, options: generation) {
+                    pieces += $0.text
+                    return true
+                }
+                #expect(said.tokens == c["answer"]?.items?.compactMap(\.int), "\(c["prompt"]?.text ?? "")")
+                #expect(said.text == c["text"]?.text && pieces == said.text)
+                #expect(said.finishReason?.rawValue == c["finish_reason"]?.text)
             }
-            #expect(said.tokens == c["answer"]?.items?.compactMap(\.int), "\(c["prompt"]?.text ?? "")")
-            #expect(said.text == c["text"]?.text && pieces == said.text)
-            #expect(said.finishReason?.rawValue == c["finish_reason"]?.text)
         }
     }
 
@@ -105,6 +108,36 @@ import Testing
         } catch {
             #expect(error.kind == .memoryPlan && error.message.contains("does not fit"))
         }
+    }
+
+    @Test(arguments: bundles) func loadingStopsWhenAsked(folder: URL) throws {
+        var options = LoadOptions()
+        options.context = min(512, try Manifest(folder: folder).context)
+        let stop = Cancellation()
+        options.cancellation = stop
+        _ = try Phi(bundle: folder, options: options)
+        stop.cancel()
+        do {
+            _ = try Phi(bundle: folder, options: options)
+            Issue.record("it was loaded")
+        } catch {
+            #expect(error.kind == .stopped)
+        }
+    }
+
+    @Test(arguments: bundles) func theLongestContextThatFitsIsNamed(folder: URL) throws {
+        let manifest = try Manifest(folder: folder)
+        let header = try GGUFHeader(folder.appendingPathComponent(manifest.artifact))
+        let limit = try MemoryPlan(manifest, header, context: 40, cacheType: .f16).peak
+        let found = try #require(try MemoryPlan.longest(manifest, header, limit: limit))
+        #expect(found.context >= 40)
+        let plan = try MemoryPlan(manifest, header, context: found.context, cacheType: found.cacheType)
+        #expect(plan.peak <= limit && plan.charged + plan.weights == plan.peak)
+        if found.context < manifest.context {
+            let more = try MemoryPlan(manifest, header, context: found.context + 1, cacheType: found.cacheType)
+            #expect(more.peak > limit)
+        }
+        #expect(try MemoryPlan.longest(manifest, header, limit: manifest.weightBytes) == nil)
     }
 
     @Test(arguments: bundles) func brokenBundlesAreNamed(folder: URL) throws {

@@ -36,15 +36,26 @@ private final class Counting: Backend {
         self.vocabularySize = vocabularySize
     }
 
-    func forward(_ more: [Int]) throws(PhiError) -> [Float] {
+    var fails = 0  // so many passes from now on
+    var period = Int.max  // where the counting begins anew
+
+    func forward(_ more: [Int], allLogits: Bool) throws(PhiError) -> [[Float]] {
+        if fails > 0 {
+            fails -= 1
+            tokens += more  // as an engine that broke off in the middle
+            throw PhiError(.context, "the engine failed")
+        }
         tokens += more
         read.append(more.count)
-        var out = [Float](repeating: 0, count: vocabularySize)
-        out[((more.last ?? 0) + 1) % vocabularySize] = 1
-        return out
+        return (allLogits ? more[...] : more.suffix(1)).map { token in
+            var out = [Float](repeating: 0, count: vocabularySize)
+            out[((token + 1) % period) % vocabularySize] = 1
+            return out
+        }
     }
 
     func trim(_ position: Int) { tokens = Array(tokens.prefix(position)) }
+    func reset() throws(PhiError) { tokens = [] }
 }
 
 @Suite struct GenerationTests {
@@ -131,6 +142,64 @@ private final class Counting: Backend {
         }
         #expect(steps.count == 50 && steps.map(\.token) == (4..<54).map { $0 % 100 })
         #expect(steps.contains { $0.dropped == 3 })
+    }
+
+    @Test func whatFollowedBeforeIsReadInOnePass() throws {
+        let prompt = Array(0..<10) + Array(0..<5)
+        var answers: [[Int]] = []
+        var passes: [Int] = []
+        for speculates in [false, true] {
+            let backend = Counting(context: 256)
+            backend.period = 10
+            var tokens: [Int] = []
+            try Engine(backend, stopTokens: []).stream(
+                prompt, maxTokens: 60, sampling: Sampling(), policy: .reject, speculates: speculates
+            ) {
+                tokens.append($0.token)
+                return true
+            }
+            #expect(backend.tokens.count == prompt.count + 59)
+            answers.append(tokens)
+            passes.append(backend.read.count)
+        }
+        #expect(answers[0] == answers[1] && answers[0].count == 60)
+        #expect(passes[0] == 60 && passes[1] < 15)
+    }
+
+    @Test func wrongProposalsAreTakenBack() throws {
+        let backend = Counting(context: 256)
+        let engine = Engine(backend, stopTokens: [])
+        // 3, 4, 5 was followed by 50 once; the model says 6.
+        let prompt = [3, 4, 5, 50, 51, 52, 2]
+        var tokens: [Int] = []
+        try engine.stream(prompt, maxTokens: 8, sampling: Sampling(), policy: .reject) {
+            tokens.append($0.token)
+            return true
+        }
+        #expect(tokens == Array(3...10))
+        #expect(backend.tokens == prompt + tokens.dropLast() && backend.read.contains { $0 > 1 && $0 < 7 })
+    }
+
+    @Test func anEngineThatFailedBeginsAnewOnce() throws {
+        let backend = Counting(context: 64)
+        let engine = Engine(backend, stopTokens: [])
+        var tokens: [Int] = []
+        try engine.stream([1, 2, 3], maxTokens: 6, sampling: Sampling(), policy: .reject, speculates: false) {
+            tokens.append($0.token)
+            if tokens.count == 3 { backend.fails = 1 }
+            return true
+        }
+        #expect(tokens == Array(4...9) && backend.tokens == Array(1...8))
+        backend.fails = 2
+        #expect(throws: PhiError.self) {
+            try engine.stream([1, 2, 3, 9], maxTokens: 6, sampling: Sampling(), policy: .reject) { _ in true }
+        }
+        tokens = []
+        try engine.stream([1, 2, 3], maxTokens: 2, sampling: Sampling(), policy: .reject) {
+            tokens.append($0.token)
+            return true
+        }
+        #expect(tokens == [4, 5])
     }
 
     @Test func cancellingEndsAPromptBetweenItsPieces() throws {

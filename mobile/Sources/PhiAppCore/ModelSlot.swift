@@ -1,0 +1,122 @@
+public import Foundation
+public import Observation
+public import PhiBundle
+public import PhiRuntime
+
+/// The one place for a loaded model, and what the system does to it: only one is held at a time, it is given back when
+/// memory is short, and nothing is computed while the app is not in front.
+@MainActor @Observable public final class ModelSlot {
+    public enum State: Sendable, Equatable {
+        case empty
+        case loading(URL)
+        case ready(URL)
+        /// The model was not opened, or was given back, for this reason.
+        case refused(URL, PhiError)
+    }
+
+    /// What the system tells the app.
+    public enum Event: Sendable {
+        case willResignActive
+        case didBecomeActive
+        case memoryWarning
+    }
+
+    public typealias Load = @Sendable (URL, LoadOptions) throws(PhiError) -> any LanguageModel
+
+    public private(set) var state = State.empty
+    public private(set) var model: (any LanguageModel)?
+
+    /// How models are opened; without `memory`, which is read anew each time.
+    public var options = LoadOptions()
+
+    @ObservationIgnored private let load: Load
+    @ObservationIgnored private let available: @Sendable () -> Int?
+    @ObservationIgnored private var loading: Task<Void, Never>?
+    @ObservationIgnored private var cancellation: Cancellation?
+    @ObservationIgnored private var isInterrupted: URL?  // was being loaded when the app left the front
+
+    /// `available`: bytes that the app may still take, nil where nobody knows.
+    public init(
+        load: @escaping Load = { (folder, options) throws(PhiError) in try LoadedBundle(folder, options: options) },
+        available: @escaping @Sendable () -> Int? = { nil }
+    ) {
+        self.load = load
+        self.available = available
+    }
+
+    /// Load a bundle. What is loaded, or being loaded, is given back first. Returns when it is ready or refused.
+    public func open(_ folder: URL) async {
+        if case .ready(folder) = state { return }
+        let before = close()
+        isInterrupted = nil
+        let stop = Cancellation()
+        cancellation = stop
+        state = .loading(folder)
+        let (load, available) = (load, available)
+        let given = options
+        let task = Task {
+            await before?.value  // two models never lie in memory at once
+            let result = await Self.inBackground { () throws(PhiError) in
+                var options = given
+                options.cancellation = stop
+                options.memory = available()
+                return try load(folder, options)
+            }
+            guard cancellation === stop else { return }
+            switch result {
+            case .success(let found): (model, state) = (found, .ready(folder))
+            case .failure(let error): state = error.kind == .stopped ? .empty : .refused(folder, error)
+            }
+            cancellation = nil
+        }
+        loading = task
+        await task.value
+    }
+
+    /// Give back the model, also one that is still being loaded.
+    public func unload() {
+        _ = close()
+        isInterrupted = nil
+        state = .empty
+    }
+
+    public func handle(_ event: Event) async {
+        switch (event, state) {
+        case (.willResignActive, .loading(let folder)):
+            unload()
+            isInterrupted = folder
+        case (.willResignActive, _): model?.cancel()
+        case (.didBecomeActive, _):
+            if let folder = isInterrupted { await open(folder) }
+        case (.memoryWarning, .ready(let folder)), (.memoryWarning, .loading(let folder)):
+            _ = close()
+            let why = "memory is short, so the model was unloaded; close other apps, or take a smaller bundle"
+            state = .refused(folder, PhiError(.memoryPlan, "\(folder.lastPathComponent): \(why)"))
+        case (.memoryWarning, _): break
+        }
+    }
+
+    /// What is still going on, to be waited for.
+    private func close() -> Task<Void, Never>? {
+        cancellation?.cancel()
+        cancellation = nil
+        model?.cancel()
+        model = nil
+        defer { loading = nil }
+        return loading
+    }
+
+    private static func inBackground<T: Sendable>(
+        _ work: @escaping @Sendable () throws(PhiError) -> T
+    ) async -> Result<T, PhiError> {
+        await withCheckedContinuation { continuation in
+            Thread.detachNewThread {
+                do throws(PhiError) {
+                    continuation.resume(returning: .success(try work()))
+                } catch {
+                    continuation.resume(returning: .failure(error))
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,138 @@
+import Foundation
+import PhiBundle
+
+/// A bundle that is being made: it lies beside its place, as a hidden folder, until every file has the size and the digest
+/// of the manifest. Then the whole appears at once.
+struct Staging {
+    let folder: URL
+    let partial: URL
+
+    private static let spare = 64_000_000  // bytes that are left free on the disk
+
+    /// Throws outputExists where the folder is there already.
+    init(for folder: URL) throws(PhiError) {
+        guard !FileManager.default.fileExists(atPath: folder.path) else {
+            throw PhiError(.outputExists, "\(folder.path): exists already; remove it first")
+        }
+        self.folder = folder
+        partial = folder.deletingLastPathComponent().appendingPathComponent(".\(folder.lastPathComponent).partial")
+    }
+
+    func whole(_ file: Manifest.File) -> URL { partial.appendingPathComponent(file.path) }
+    func part(_ file: Manifest.File) -> URL { partial.appendingPathComponent(file.path + ".part") }
+
+    /// Whether a file is there as the manifest has it; one that is not is removed.
+    func isWhole(_ file: Manifest.File) throws(PhiError) -> Bool {
+        let path = whole(file)
+        guard size(path) == file.bytes, FileManager.default.fileExists(atPath: path.path) else { return false }
+        if SHA256.hex(file: path) == file.sha256 { return true }
+        try remove(path)
+        return false
+    }
+
+    /// Throws diskFull where so many bytes do not fit.
+    func checkRoom(_ needed: Int) throws(PhiError) {
+        let found = try? FileManager.default.attributesOfFileSystem(forPath: partial.path)
+        guard let free = (found?[.systemFreeSize] as? NSNumber)?.intValue else { return }
+        guard free - Self.spare >= needed else {
+            let (wanted, there) = (Self.megabytes(needed), Self.megabytes(free))
+            throw PhiError(.diskFull, "\(folder.path): needs \(wanted) MB, \(there) MB are free; free some space")
+        }
+    }
+
+    /// A file whose `.part` is complete: hold it to its digest and give it its name. `source` is for messages.
+    func finish(_ file: Manifest.File, _ handle: FileHandle, source: String) throws(PhiError) {
+        let part = part(file)
+        guard (try? handle.synchronize()) != nil else {
+            throw PhiError(.diskFull, "\(part.path): the disk is full; free some space and try again")
+        }
+        guard SHA256.hex(file: part) == file.sha256 else {
+            try remove(part)
+            throw PhiError(.bundle, "\(source): is not the file of the manifest (sha256); try again")
+        }
+        try move(part, whole(file))
+    }
+
+    /// Everything is there: the manifest goes to it, and all of it to its place.
+    func publish(_ bytes: [UInt8], _ manifest: Manifest) throws(PhiError) {
+        try write(bytes, to: partial.appendingPathComponent(Manifest.fileName))
+        try manifest.checkPaths(folder: partial) { path throws(PhiError) in try self.remove(path) }
+        guard !FileManager.default.fileExists(atPath: folder.path) else {
+            throw PhiError(.outputExists, "\(folder.path): appeared meanwhile; remove it and try again")
+        }
+        try move(partial, folder)
+    }
+
+    func size(_ path: URL) -> Int {
+        let attributes = try? FileManager.default.attributesOfItem(atPath: path.path)
+        return (attributes?[.size] as? NSNumber)?.intValue ?? 0
+    }
+
+    /// A file to write to, made with its folder where it is missing.
+    func open(_ path: URL) throws(PhiError) -> FileHandle {
+        try make(path.deletingLastPathComponent())
+        if !FileManager.default.fileExists(atPath: path.path) {
+            guard FileManager.default.createFile(atPath: path.path, contents: nil) else {
+                throw PhiError(.diskFull, "\(path.path): cannot be written; free some space and try again")
+            }
+        }
+        guard let handle = try? FileHandle(forWritingTo: path) else {
+            throw PhiError(.download, "\(path.path): cannot be written; check its permissions")
+        }
+        return handle
+    }
+
+    func append(_ bytes: some DataProtocol, to handle: FileHandle, _ path: URL) throws(PhiError) {
+        do {
+            try handle.write(contentsOf: bytes)
+        } catch {
+            throw PhiError(.diskFull, "\(path.path): the disk is full; free some space and try again")
+        }
+    }
+
+    func make(_ folder: URL) throws(PhiError) {
+        do {
+            try FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
+        } catch {
+            throw PhiError(.download, "\(folder.path): cannot be made; check the place and its permissions")
+        }
+    }
+
+    func remove(_ path: URL) throws(PhiError) {
+        guard FileManager.default.fileExists(atPath: path.path) else { return }
+        do {
+            try FileManager.default.removeItem(at: path)
+        } catch {
+            throw PhiError(.download, "\(path.path): cannot be removed; check its permissions")
+        }
+    }
+
+    func write(_ bytes: [UInt8]?, to path: URL) throws(PhiError) {
+        guard let bytes else { return try remove(path) }
+        do {
+            try Data(bytes).write(to: path, options: .atomic)
+        } catch {
+            throw PhiError(.diskFull, "\(path.path): cannot be written; free some space and try again")
+        }
+    }
+
+    private func move(_ from: URL, _ to: URL) throws(PhiError) {
+        do {
+            try FileManager.default.moveItem(at: from, to: to)
+        } catch {
+            throw PhiError(.download, "\(to.path): cannot be written; check the place and its permissions")
+        }
+    }
+
+    private static func megabytes(_ bytes: Int) -> Int { (bytes + 999_999) / 1_000_000 }
+}
+
+/// Bytes of a bundle that are there, of all, and the file that is being fetched.
+public struct BundleProgress: Sendable, Equatable {
+    public let received: Int
+    public let total: Int
+    public let file: String
+
+    /// From 0 to 1.
+    public var fraction: Double { total == 0 ? 1 : Double(received) / Double(total) }
+}
