@@ -19,6 +19,8 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from tokenizers import Tokenizer as HuggingFace
 
 from phi_export.formats.gguf.tokenizer import _PATTERNS
+from phi_runtime.architecture.decoder import CacheShape
+from phi_runtime.backends.coreml import DECODE, PREFILL, USE_LONG, CoreMLBackend, Functions
 from phi_runtime.errors import PhiError
 from phi_runtime.generation.engine import POLICIES, Engine
 from phi_runtime.generation.sampler import Sampler, Sampling
@@ -52,6 +54,7 @@ def main() -> None:
         ("sampler", sampler()),
         ("policies", policies()),
         ("manifests", manifests()),
+        ("coreml", core_ml()),
     ):
         write(out / f"{name}.json", cases)
     for name in TOKENIZERS:
@@ -254,6 +257,49 @@ def policies() -> list[dict[str, Any]]:
                 except PhiError as e:
                     expected = {"error": type(e).__name__}
                 found.append({"policy": policy, "tokens": count, "max_tokens": max_tokens, **expected})
+    return found
+
+
+def core_ml() -> list[dict[str, Any]]:
+    """Which functions a Core ML backend calls, on which tokens, while a text grows and is taken back; its logits are the
+    position and the token.
+    """
+    draw = random.Random(7)  # noqa: S311
+    found = []
+    for context, slots, window, crossover in (
+        (256, 256, None, None),
+        (200, 200, None, None),
+        (1024, 256, 128, None),
+        (1024, 192, 100, None),
+        (512, 512, None, 130),
+    ):
+        shape = CacheShape(2, 1, 1, 1, 2, window, crossover)
+        calls: list[list[Any]] = []
+
+        def function(name: str, calls: list[list[Any]] = calls) -> Any:
+            def call(inputs: dict[str, np.ndarray], _: Any) -> dict[str, np.ndarray]:
+                ids, positions = inputs["input_ids"][0], inputs["position_ids"]
+                calls.append([name, int(positions[0]), digest(ids.tolist()), int(inputs.get(USE_LONG, [0])[0])])
+                return {"logits": np.stack([positions, ids], axis=1)[None].astype(np.float32)}
+
+            return call
+
+        both = {name: function(name) for name in (PREFILL, DECODE)}
+        backend = CoreMLBackend("x", [Functions(both, dict, slots, crossover is not None)], shape, context)
+        steps = []
+        for _ in range(60):
+            position = backend.position
+            if draw.random() < 0.3 or position > context - 3:
+                backend.trim(draw.randrange(position + 1))
+            count = draw.choice([1, 1, 1, 2, 5, 63, 64, 65, 150])
+            first = draw.randrange(1000)
+            tokens = [(first + 37 * i) % 1000 for i in range(min(count, context - backend.position))]
+            trimmed, everything, calls[:] = backend.position, draw.random() < 0.5, []
+            rows = backend.forward(tokens, everything)
+            said = [int(x) for row in rows for x in row]
+            steps.append([trimmed, first, len(tokens), everything, list(calls), digest(said)])
+        given = {"context": context, "slots": slots, "window": window, "crossover": crossover}
+        found.append({**given, "steps": [json.dumps(step) for step in steps]})
     return found
 
 

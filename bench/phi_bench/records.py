@@ -142,8 +142,8 @@ class Window(StrictContract, frozen=True):
 
 
 class Phone(StrictContract, frozen=True):
-    """A phone's state, which decides its speed. thermal_before, thermal_after: what its system said when a run began and
-    when it ended. low_power: its saving mode. charging: None where the system did not say. brightness: of the screen.
+    """A phone's state, which decides its speed. thermal_before, thermal_after: what its system said when a run began
+    and ended. low_power: its saving mode. charging: None where the system did not say. brightness: of the screen.
     """
 
     thermal_before: Thermal

@@ -36,6 +36,12 @@ public struct Manifest: Sendable {
     public let weightBytes: Int
     /// nil for a bundle of an older exporter.
     public let selfTest: SelfTest?
+    /// Tokens that the cache of every layer holds at most, nil for the whole context.
+    public let window: Int?
+    /// Of the architecture, as the checkpoint's configuration has them; what a cache needs follows.
+    public let layers: Int
+    public let kvHeads: Int
+    public let headDim: Int
     /// Tokens up to which LongRoPE's short factors hold, nil for a model without.
     public let crossover: Int?
 
@@ -78,6 +84,21 @@ public struct Manifest: Sendable {
         vocabularySize = try fields.count(root["architecture"]?["vocab_size"], "architecture.vocab_size", least: 1)
         context = try fields.count(root["context"], "context", least: 1)
         let architecture = root["architecture"] ?? .null
+        func size(_ names: String..., otherwise: Int? = nil) throws(PhiError) -> Int {
+            let found = names.compactMap { architecture[$0] }.first { !$0.isNull }
+            if found == nil, let otherwise { return otherwise }
+            let value = try fields.count(found, "architecture.\(names[0])", least: 1)
+            guard value <= 1 << 24 else { throw fields.broken("architecture.\(names[0]): is too large") }
+            return value
+        }
+        layers = try size("num_hidden_layers", "num_layers")
+        let heads = try size("num_attention_heads", "num_heads")
+        kvHeads = try size("num_key_value_heads", otherwise: heads)
+        headDim = max(1, try size("hidden_size") / heads)
+        switch root["window"] {
+        case nil, .null?: window = nil
+        case let value: window = try fields.count(value, "window", least: 1)
+        }
         let scaling = architecture["rope_scaling"] ?? .null
         if ["longrope", "su"].contains(scaling["type"]?.text ?? scaling["rope_type"]?.text) {
             let original = architecture["original_max_position_embeddings"]

@@ -41,6 +41,19 @@ public struct MemoryPlan: Sendable, Equatable {
         return "\(thousandths / 1000)." + String(repeating: "0", count: 3 - rest.count) + rest
     }
 
+    /// Of a Core ML bundle: a cache in float16, and the logits of what is read at a time.
+    init(coreML manifest: Manifest, context: Int) {
+        let numbers = 2 * manifest.layers * manifest.kvHeads * manifest.headDim
+        self.context = context
+        cacheType = .f16
+        weights = manifest.weightBytes
+        cache = numbers * min(context, manifest.window.map { $0 + Engine.chunk } ?? context) * 2
+        buffers = 4 * min(Engine.chunk, context) * manifest.vocabularySize * 9 / 2
+        process = Self.ownProcess
+        readPerToken = manifest.weightBytes
+        cacheNumbersPerToken = numbers
+    }
+
     init(_ manifest: Manifest, _ header: GGUFHeader, context: Int, cacheType: CacheType) throws(PhiError) {
         func field(_ name: String, _ otherwise: Int? = nil) throws(PhiError) -> Int {
             let architecture = header.text("general.architecture") ?? ""

@@ -10,6 +10,8 @@ public struct LoadOptions: Sendable {
     public var memory: Int?
     /// Hold every file to its digest first. Reads the whole bundle.
     public var checksFiles = false
+    /// Whether Core ML may run bundles for it. Off until a device has passed its self-test: nothing of it was run on one.
+    public var allowsCoreML = false
     /// Ends the loading when another thread sets it.
     public var cancellation: Cancellation?
 
@@ -76,7 +78,7 @@ public final class Phi: Sendable {
     /// unsupported, context for more than the model has, or memoryPlan with the arithmetic.
     public init(bundle folder: URL, options: LoadOptions = LoadOptions()) throws(PhiError) {
         manifest = try Manifest(folder: folder)
-        guard manifest.format == "gguf" else {
+        guard manifest.format == "gguf" || manifest.format == "coreml" && options.allowsCoreML else {
             throw PhiError(
                 .unsupported,
                 "\(folder.path): is a bundle for \(manifest.format); llama.cpp runs those of --format gguf")
@@ -101,18 +103,14 @@ public final class Phi: Sendable {
             chat = nil
         }
         bosToken = Tokenizer.bosToken(folder: folder)
-        let header = try GGUFHeader(artifact)
-        plan = try MemoryPlan(manifest, header, context: context, cacheType: options.cache)
-        if let memory = options.memory, plan.peak > memory {
-            let longest = try MemoryPlan.longest(manifest, header, limit: memory)
-            let remedy = longest.map { "a context of \($0.context) tokens in \($0.cacheType.rawValue) would fit" }
-            throw PhiError(
-                .memoryPlan,
-                "\(artifact.path): \(plan.arithmetic(limit: memory)); \(remedy ?? "export it smaller, or allow more")")
+        let backend: any Backend
+        if manifest.format == "gguf" {
+            (plan, backend) = try Self.llama(manifest, artifact, context: context, options)
+        } else {
+            plan = MemoryPlan(coreML: manifest, context: context)
+            try Self.check(plan, options.memory, artifact)
+            backend = try openCoreML(manifest, folder: folder, context: context)
         }
-        let backend = try LlamaBackend(
-            path: artifact.path, context: context, threads: options.threads, cache: options.cache,
-            crossover: manifest.crossover, cancellation: options.cancellation)
         guard backend.vocabularySize == manifest.vocabularySize else {
             throw PhiError(
                 .bundle,
@@ -123,6 +121,31 @@ public final class Phi: Sendable {
         let engine = Engine(backend, stopTokens: manifest.stopTokens, crossover: manifest.crossover)
         cancellation = engine.cancellation
         self.engine = engine
+    }
+
+    private static func llama(
+        _ manifest: Manifest, _ artifact: URL, context: Int, _ options: LoadOptions
+    ) throws(PhiError) -> (MemoryPlan, any Backend) {
+        let header = try GGUFHeader(artifact)
+        let plan = try MemoryPlan(manifest, header, context: context, cacheType: options.cache)
+        if let memory = options.memory, plan.peak > memory {
+            let longest = try MemoryPlan.longest(manifest, header, limit: memory)
+            try check(
+                plan, memory, artifact,
+                remedy: longest.map { "a context of \($0.context) tokens in \($0.cacheType.rawValue) would fit" })
+        }
+        let backend = try LlamaBackend(
+            path: artifact.path, context: context, threads: options.threads, cache: options.cache,
+            crossover: manifest.crossover, cancellation: options.cancellation)
+        return (plan, backend)
+    }
+
+    private static func check(
+        _ plan: MemoryPlan, _ memory: Int?, _ artifact: URL, remedy: String? = nil
+    ) throws(PhiError) {
+        guard let memory, plan.peak > memory else { return }
+        let said = remedy ?? "export it smaller, or allow more"
+        throw PhiError(.memoryPlan, "\(artifact.path): \(plan.arithmetic(limit: memory)); \(said)")
     }
 
     /// End what is being generated, within a token.
