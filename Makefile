@@ -20,7 +20,7 @@ help:
 	@echo "make test-clients  optimum and OpenVINO, in environments of their own"
 	@echo "make test-page     the chat page in headless Chromium"
 	@echo "make test-mobile   the Swift package, beside Python's runtime"
-	@echo "make fuzz-mobile   its readers of files against libFuzzer, 15 minutes"
+	@echo "make fuzz-mobile   its readers of files against libFuzzer, 30 minutes"
 	@echo "make test-llama-bench  llama-bench, built from its sources, beside ours"
 	@echo "make clean         remove out/ and .build/; the environments stay"
 

@@ -1,14 +1,17 @@
-"""Swift's readers of manifests, tokenizers and GGUF headers against libFuzzer: `python tools/fuzz.py SECONDS`.
+"""Swift's readers of what comes from outside against libFuzzer: `python tools/fuzz.py SECONDS [READER …]`.
 
-Each starts from real files. A finding is left as a file in out/fuzz, and the exit code is 1.
+Manifests, tokenizers, GGUF headers, zip archives, a server's headers and the link of a QR code; all of them where none is
+named. Each starts from real files. A finding is left as a file in out/fuzz, and the exit code is 1.
 """
 
 import base64
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +29,8 @@ def main() -> None:
     flags = ["-O", "-sanitize=fuzzer,address", "-parse-as-library", "-swift-version", "6", "-module-name", "Fuzz"]
     swift("swiftc", *flags, *sources, "mobile/Fuzz/Fuzz.swift", "-o", PROGRAM)
     for name, seeds in TARGETS.items():
+        if sys.argv[2:] and name not in sys.argv[2:]:
+            continue
         corpus = OUT / f"corpus-{name}"
         corpus.mkdir()
         for i, seed in enumerate(seeds()):
@@ -78,10 +83,39 @@ def _headers() -> list[bytes]:
     return [path.read_bytes()]
 
 
+def _archives() -> list[bytes]:
+    """Stored, deflated in small and in large, with sizes that follow."""
+    text = (ROOT / "README.md").read_bytes()
+    found = []
+    for method, level in ((zipfile.ZIP_STORED, None), (zipfile.ZIP_DEFLATED, 1), (zipfile.ZIP_DEFLATED, 9)):
+        for content in (b"x", text[:3000], bytes(70000)):
+            out = io.BytesIO()
+            with zipfile.ZipFile(out, "w", method, compresslevel=level) as z:
+                z.writestr("a/phi-bundle.json", content)
+                with z.open("a/b", "w", force_zip64=True) as entry:
+                    entry.write(content)
+            found.append(out.getvalue())
+    return found
+
+
+def _headers_of_servers() -> list[bytes]:
+    return [b"bytes 100-999/1000", b"bytes */1000", b'"abc-123"', b'W/"abc"']
+
+
+def _links() -> list[bytes]:
+    return [
+        b"phi-edge://collect?to=192.168.1.5:8765&code=0123abcd",
+        b"phi-edge://collect?code=0123abcdef&to=10.0.0.1:1",
+    ]
+
+
 TARGETS: dict[str, Callable[[], list[bytes]]] = {
     "manifest": _manifests,
     "tokenizer": _tokenizers,
     "gguf": _headers,
+    "zip": _archives,
+    "header": _headers_of_servers,
+    "link": _links,
 }
 
 if __name__ == "__main__":

@@ -261,8 +261,8 @@ def policies() -> list[dict[str, Any]]:
 
 
 def core_ml() -> list[dict[str, Any]]:
-    """Which functions a Core ML backend calls, on which tokens, while a text grows and is taken back; its logits are the
-    position and the token.
+    """Which functions a Core ML backend calls, on which tokens, while a text grows and is taken back. Its logits are
+    the position and the token.
     """
     draw = random.Random(7)  # noqa: S311
     found = []

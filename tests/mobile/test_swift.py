@@ -18,6 +18,7 @@ from phi_runtime.text.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.swift, pytest.mark.timeout(1800)]
 
+PLACES = ["mobile/Sources", "mobile/Tests", "mobile/App", "mobile/Stubs", "mobile/Fuzz", "Package.swift"]
 PROMPTS = [
     "def fibonacci(n):", "The capital of France is", "import os\n", "class Queue:", "Once upon a time", "1 + 1 =",
     "for i in range(", "日本の首都は", "Dear Sir or Madam,\n\n", "SELECT name FROM", "    return", "x", "It was a dark",
@@ -92,7 +93,7 @@ def test_one_revision_of_llama_cpp():
 
 
 def test_style():
-    swift("swift", "format", "lint", "--strict", "-r", "-p", "mobile/Sources", "mobile/Tests", "Package.swift")
+    swift("swift", "format", "lint", "--strict", "-r", "-p", *PLACES)
 
 
 def test_apples_half_of_the_manifest():
@@ -106,7 +107,7 @@ def test_apples_half_of_the_manifest():
 
 def test_sources_hold_no_way_to_trap():
     """No forced value from outside ends the app: `!`, `try!`, `as!` are the linter's; these are ours."""
-    for path in (ROOT / "mobile/Sources").rglob("*.swift"):
+    for path in [*(ROOT / "mobile/Sources").rglob("*.swift"), *(ROOT / "mobile/App").rglob("*.swift")]:
         for n, line in enumerate(path.read_text().splitlines(), 1):
             code = line.split("//")[0]
             assert not any(word in code for word in ("fatalError", "try!", "as!", "preconditionFailure")), f"{path}:{n}"

@@ -31,6 +31,22 @@ import Testing
         #expect(throws: PhiError.self) { try library.remove(entry) }
     }
 
+    @Test(arguments: sources) func aFolderThatIsRenamedMeanwhileIsNotHalfTaken(source: String) throws {
+        let (from, to) = (scratch(), scratch())
+        let moved = from.appendingPathExtension("moved")
+        defer { for path in [from, to, moved] { try? FileManager.default.removeItem(at: path) } }
+        try BundleImport(from: URL(fileURLWithPath: source), to: from).run()
+        do {
+            try BundleImport(from: from, to: to).run { _ in try? FileManager.default.moveItem(at: from, to: moved) }
+            Issue.record("it was taken")
+        } catch {
+            #expect(error.kind == .notFound && error.message.contains("is gone"))
+        }
+        #expect(!FileManager.default.fileExists(atPath: to.path))
+        try BundleImport(from: moved, to: to).run()
+        try Manifest(folder: to).checkFiles(folder: to)
+    }
+
     @Test(arguments: sources) func anImportIsStopped(source: String) throws {
         let folder = scratch()
         let copy = try BundleImport(from: URL(fileURLWithPath: source), to: folder)
