@@ -1,7 +1,7 @@
 """Swift's readers of what comes from outside against libFuzzer: `python tools/fuzz.py SECONDS [READER …]`.
 
-Manifests, tokenizers, GGUF headers, zip archives, a server's headers and the link of a QR code; all of them where none is
-named. Each starts from real files. A finding is left as a file in out/fuzz, and the exit code is 1.
+Manifests, tokenizers, GGUF headers, zip archives, a server's headers and the link of a QR code; all of them where none
+is named. Each starts from real files. A finding is left as a file in out/fuzz, and the exit code is 1.
 """
 
 import base64

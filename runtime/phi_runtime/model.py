@@ -107,7 +107,15 @@ class Phi:
     is exhausted or closed, and its own thread gets a UsageError for another call meanwhile.
     """
 
-    def __init__(self, package: Package, engine: Engine, tokenizer: TokenizerLike, chat: ChatFormat | None) -> None:
+    def __init__(
+        self,
+        package: Package,
+        engine: Engine,
+        tokenizer: TokenizerLike,
+        chat: ChatFormat | None,
+        kv: str | None = None,
+    ) -> None:
+        self._kv = kv
         self.package = package
         self.tokenizer = tokenizer
         self.engine = engine
@@ -164,7 +172,8 @@ class Phi:
         test = self.manifest.self_test if self.manifest is not None else None
         if test is None:
             raise UsageError(f"{self.package.path}: has no self-test; export it again with this version")
-        return check_self_test(test, self.logits(list(test.tokens)), f"{self.package.path} on {self.backend}")
+        what = f"{self.package.path} on {self.backend}"
+        return check_self_test(test, self.logits(list(test.tokens)), what, self._kv)
 
     def stream(self, prompt: str | list[int], **options: Unpack[Options]) -> Generator[Chunk, None, None]:
         """Generate step by step. Raises TokenError for an empty prompt, ContextError for a long one."""
@@ -420,7 +429,7 @@ def load(
     engine = Engine(opened, package.stop_tokens, package.shape.crossover)
     if draft is not None:
         engine.draft = _open_draft(draft, package, threads)
-    return Phi(package, engine, tokenizer, said)
+    return Phi(package, engine, tokenizer, said, kv)
 
 
 def _open_draft(path: str | Path, package: Package, threads: int | None) -> Engine:

@@ -19,14 +19,15 @@ from phi_runtime.package.self_test import MOST_KLD, make_self_test, self_test_kl
 @pytest.mark.parametrize("name", FORMATS)
 def test_engines_pass_it(bundles, name):
     test = read_manifest(bundles / name).self_test
-    assert (len(test.tokens), len(test.expected), len(test.expected[0].tokens)) == (24, 4, 16)
+    assert (len(test.expected), len(test.expected[0].tokens)) == (8, 16)
+    assert 96 <= len(test.tokens) <= 128  # of a text that some formats are judged on in shorter windows
     with phi_runtime.load(bundles / name) as phi:
         assert 0 <= phi.self_test() < 0.03
 
 
 @pytest.mark.integration
 def test_all_formats_expect_nearly_the_same(bundles):
-    tokens = {read_manifest(bundles / name).self_test.tokens for name in FORMATS}
+    tokens = {read_manifest(bundles / name).self_test.tokens[:96] for name in FORMATS}
     assert len(tokens) == 1
 
 
@@ -60,7 +61,7 @@ def test_a_bundle_without(bundles, tmp_path):
         {"tokens": [1]},
         {"expected": [{"tokens": [1], "logprobs": []}]},
         {"expected": [{"tokens": [], "logprobs": []}]},
-        {"tokens": [-1] * 24},
+        {"tokens": [-1] * 128},
     ],
 )
 def test_a_damaged_one(bundles, tmp_path, change):
@@ -73,11 +74,11 @@ def test_a_damaged_one(bundles, tmp_path, change):
 
 def test_divergence():
     rng = np.random.default_rng(0)
-    logits = rng.normal(0, 3, (30, 500)).astype(np.float32)
-    test = make_self_test(list(range(30)), logits)
-    assert test.tokens == tuple(range(24))
-    assert self_test_kld(test, logits[:24]) == pytest.approx(0, abs=1e-6)
-    assert self_test_kld(test, logits[:24] + rng.normal(0, 0.02, (24, 500))) < 0.001
-    assert self_test_kld(test, logits[24:29]) > 1
-    assert self_test_kld(test, np.full((24, 500), np.nan, np.float32)) == float("inf")
+    logits = rng.normal(0, 3, (130, 500)).astype(np.float32)
+    test = make_self_test(list(range(130)), logits)
+    assert test.tokens == tuple(range(128))
+    assert self_test_kld(test, logits[:128]) == pytest.approx(0, abs=1e-6)
+    assert self_test_kld(test, logits[:128] + rng.normal(0, 0.02, (128, 500))) < 0.001
+    assert self_test_kld(test, logits[8:16]) > 1
+    assert self_test_kld(test, np.full((128, 500), np.nan, np.float32)) == float("inf")
     assert len(make_self_test([1, 2], logits[:2]).expected) == 2

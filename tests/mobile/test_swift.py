@@ -12,7 +12,7 @@ from phi_bench import figures
 from phi_bench.measure.models import describe
 from phi_bench.records import read_benchmark
 from phi_runtime.package.open import open_package
-from phi_runtime.package.self_test import MOST_KLD
+from phi_runtime.package.self_test import MOST_KLD, MOST_KLD_OF_Q4_CACHES
 from phi_runtime.planning.memory import predict
 from phi_runtime.text.tokenizer import Tokenizer
 
@@ -66,7 +66,7 @@ def golden(bundle):
         test = phi.self_test()
     return {
         "self_test": test,
-        "most_kld": MOST_KLD,
+        "most_kld": [MOST_KLD, MOST_KLD_OF_Q4_CACHES],
         "greedy": greedy,
         "texts": texts,
         "ids": [tokenizer.encode(t) for t in texts],

@@ -9,8 +9,10 @@ from phi_runtime.errors import VerificationError
 from phi_runtime.generation.sampler import log_softmax
 from phi_runtime.package.manifest import Likeliest, SelfTest
 
-MOST_KLD = 0.2  # nats, the mean over positions; engines differ by 0.0001 to 0.03, a broken kernel by several
-_TOKENS, _POSITIONS, _KEPT = 24, 4, 16
+# Nats, the mean over positions. On SmolLM2-135M engines differ by 0.003 to 0.006, a cache of 4 bits by 0.135; a RoPE base
+# of 14,678 in place of 100,000 gives 0.174, exchanged matrices 7.
+MOST_KLD, MOST_KLD_OF_Q4_CACHES = 0.05, 0.3
+_TOKENS, _POSITIONS, _KEPT = 128, 8, 16
 
 
 def make_self_test(tokens: list[int], logits_TV: F32) -> SelfTest:
@@ -38,12 +40,13 @@ def self_test_kld(test: SelfTest, logits_TV: F32) -> float:
     return total / len(test.expected)
 
 
-def check_self_test(test: SelfTest, logits_TV: F32, what: str) -> float:
-    """The divergence. Raises VerificationError where it is too large to be one of rounding."""
+def check_self_test(test: SelfTest, logits_TV: F32, what: str, kv: str | None = None) -> float:
+    """The divergence. kv: the type of the cache. Raises VerificationError where it is too large to be one of rounding."""
     found = self_test_kld(test, logits_TV)
-    if found <= MOST_KLD:
+    most = MOST_KLD_OF_Q4_CACHES if kv is not None and kv.startswith("q4") else MOST_KLD
+    if found <= most:
         return found
     raise VerificationError(
         f"{what}: does not compute the model that was exported (KL divergence {found:.2f} nats on its self-test, at "
-        f"most {MOST_KLD} is rounding); use another backend, or export the bundle again"
+        f"most {most} is rounding); use another backend, or export the bundle again"
     )
