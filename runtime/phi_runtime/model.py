@@ -323,8 +323,9 @@ class Phi:
         self._check_open()
         o = GenerationConfig(**options)
         text = _Text(self.tokenizer, tokens, o.stop)
+        speculates = self.engine.draft is not None if o.speculate is None else o.speculate
         with closing(
-            self.engine.stream(tokens, o.max_tokens, o, o.policy, o.speculate, o.constraint, o.top_logprobs)
+            self.engine.stream(tokens, o.max_tokens, o, o.policy, speculates, o.constraint, o.top_logprobs)
         ) as steps:
             for step in steps:
                 piece = text.push(step)

@@ -34,7 +34,6 @@ public struct History: Sendable {
         do {
             try FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
             let encoder = JSONEncoder()
-            encoder.dateEncodingStrategy = .secondsSince1970
             encoder.outputFormatting = [.sortedKeys]
             try encoder.encode(conversation).write(to: file(conversation.id), options: .atomic)
         } catch {
@@ -55,7 +54,6 @@ public struct History: Sendable {
             let data = try? Data(contentsOf: path)
         else { return nil }
         let decoder = JSONDecoder()
-        decoder.dateDecodingStrategy = .secondsSince1970
         return try? decoder.decode(Conversation.self, from: data)
     }
 }

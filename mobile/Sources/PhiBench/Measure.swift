@@ -146,7 +146,6 @@ private func options(_ count: Int) -> GenerationOptions {
     var options = GenerationOptions()
     options.maxTokens = count
     options.heedsStopTokens = false
-    options.speculates = false
     return options
 }
 

@@ -71,7 +71,7 @@ final class Engine {
     /// call. Ends without a step where it is cancelled while it reads the prompt.
     func stream(
         _ prompt: [Int], maxTokens: Int, sampling: Sampling, policy: ContextPolicy, heedsStopTokens: Bool = true,
-        speculates: Bool = true, each: (Step) -> Bool
+        speculates: Bool = false, each: (Step) -> Bool
     ) throws(PhiError) {
         try sampling.check(vocabularySize: backend.vocabularySize)
         var (tokens, dropped) = try fit(prompt, maxTokens: maxTokens, policy: policy)

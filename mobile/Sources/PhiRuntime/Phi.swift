@@ -26,8 +26,9 @@ public struct GenerationOptions: Sendable {
     public var policy = ContextPolicy.reject
     /// Whether the model's own end of an answer ends it; a measurement wants a number of tokens.
     public var heedsStopTokens = true
-    /// Whether to check tokens that followed earlier in the text in one wider pass (prompt lookup). Changes the speed alone.
-    public var speculates = true
+    /// Whether to check tokens that followed earlier in the text in one wider pass (prompt lookup). Engines round that
+    /// otherwise, so that answers may part where two tokens are nearly as likely.
+    public var speculates = false
 
     public init() {}
 }

@@ -1,7 +1,7 @@
 /// Speculative decoding by 3-gram prompt lookup, as phi_runtime.generation.prompt_lookup has it (arXiv:2211.17192, 2304.04487).
 ///
-/// Proposed is what followed the last three tokens earlier in the text. A wider pass checks proposals against the sampler, so
-/// they change the speed and not the answer.
+/// Proposed is what followed the last three tokens earlier in the text. A wider pass checks proposals against the sampler;
+/// engines round it otherwise than a narrow one.
 struct PromptLookup {
     private struct Gram: Hashable {
         let a: Int

@@ -172,7 +172,7 @@ private final class Counting: Backend {
         // 3, 4, 5 was followed by 50 once; the model says 6.
         let prompt = [3, 4, 5, 50, 51, 52, 2]
         var tokens: [Int] = []
-        try engine.stream(prompt, maxTokens: 8, sampling: Sampling(), policy: .reject) {
+        try engine.stream(prompt, maxTokens: 8, sampling: Sampling(), policy: .reject, speculates: true) {
             tokens.append($0.token)
             return true
         }
@@ -184,7 +184,7 @@ private final class Counting: Backend {
         let backend = Counting(context: 64)
         let engine = Engine(backend, stopTokens: [])
         var tokens: [Int] = []
-        try engine.stream([1, 2, 3], maxTokens: 6, sampling: Sampling(), policy: .reject, speculates: false) {
+        try engine.stream([1, 2, 3], maxTokens: 6, sampling: Sampling(), policy: .reject) {
             tokens.append($0.token)
             if tokens.count == 3 { backend.fails = 1 }
             return true
