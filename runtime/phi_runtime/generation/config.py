@@ -14,8 +14,8 @@ class GenerationConfig(Sampling):
 
     max_tokens: of the answer. stop: texts that end the answer and are not part of it. policy: what happens where the
     context is too small; "truncate-left" cuts the prompt's beginning, "sliding-window" also goes on in the newer half
-    of the text once the context is full; what was dropped is reported. speculate: propose tokens by prompt lookup, or by
-    a draft model, where that saves time; by default with a draft model alone, since the same call may then answer
+    of the text once the context is full; what was dropped is reported. speculate: propose tokens by prompt lookup, or
+    by a draft model, where that saves time; by default with a draft model alone, since the same call may then answer
     otherwise where two tokens are nearly as likely. constraint: see `Constraint`. top_logprobs: how many of the
     likeliest tokens each step names.
     """

@@ -1,8 +1,8 @@
 """Speculative decoding by 3-gram prompt lookup, or by a draft model.
 
 Proposed is what followed the last three tokens earlier in the text. Proposals are checked against the sampler in one
-wider forward pass (arXiv:2211.17192; by lookup: arXiv:2304.04487). Engines round a wider pass otherwise, and when one is
-tried depends on the clock: answers may part where two tokens are nearly as likely.
+wider forward pass (arXiv:2211.17192; by lookup: arXiv:2304.04487). Engines round a wider pass otherwise, and when one
+is tried depends on the clock: answers may part where two tokens are nearly as likely.
 """
 
 from collections.abc import Callable

@@ -9,8 +9,8 @@ from phi_runtime.errors import VerificationError
 from phi_runtime.generation.sampler import log_softmax
 from phi_runtime.package.manifest import Likeliest, SelfTest
 
-# Nats, the mean over positions. On SmolLM2-135M engines differ by 0.003 to 0.006, a cache of 4 bits by 0.135; a RoPE base
-# of 14,678 in place of 100,000 gives 0.174, exchanged matrices 7.
+# Nats, the mean over positions. On SmolLM2-135M engines differ by 0.003 to 0.006, a cache of 4 bits by 0.135; a RoPE
+# base of 14,678 in place of 100,000 gives 0.174, exchanged matrices 7.
 MOST_KLD, MOST_KLD_OF_Q4_CACHES = 0.05, 0.3
 _TOKENS, _POSITIONS, _KEPT = 128, 8, 16
 
@@ -41,7 +41,7 @@ def self_test_kld(test: SelfTest, logits_TV: F32) -> float:
 
 
 def check_self_test(test: SelfTest, logits_TV: F32, what: str, kv: str | None = None) -> float:
-    """The divergence. kv: the type of the cache. Raises VerificationError where it is too large to be one of rounding."""
+    """The divergence. kv: the type of the cache. Raises VerificationError where it is too large for rounding."""
     found = self_test_kld(test, logits_TV)
     most = MOST_KLD_OF_Q4_CACHES if kv is not None and kv.startswith("q4") else MOST_KLD
     if found <= most:
