@@ -6,6 +6,11 @@ public struct LocalizedStringResource: ExpressibleByStringInterpolation, Sendabl
     public init(stringLiteral value: String) {}
 }
 
+/// foundation/customlocalizedstringresourceconvertible
+public protocol CustomLocalizedStringResourceConvertible {
+    var localizedStringResource: LocalizedStringResource { get }
+}
+
 /// appintents/intentdescription
 public struct IntentDescription: Sendable {
     /// appintents/intentdescription/init(_:categoryname:searchkeywords:)

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +209,89 @@ def test_cut_and_flipped_archives(program, place):
             shutil.rmtree(place / "bundle")
             taken += 1
     assert taken < 20
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("../\u0301evil",), ("/\u0301x",), ("s\u0600/../\u0301e",), ("./x",), ("s//x",), ("s/./x",), ("a\nb\x1b[31m",),
+        ("x", "x"), ("x", "X"), ("a", "a/b"), ("phi-bundle.json",), ("phi-bundle.json/x",),
+    ],
+)  # fmt: skip
+def test_names_that_a_manifest_may_not_list(program, place, names):
+    """Some are a path to the system that is none to a String, others cannot lie beside each other."""
+    listed = [{"path": n, "bytes": 4, "sha256": hashlib.sha256(b"evil").hexdigest()} for n in names]
+    (place / "source").mkdir()
+    said = json.dumps({**json.loads(manifest({"x": b""})), "files": listed})
+    (place / "source/phi-bundle.json").write_text(said)
+    for name in {n for n in names if "phi-bundle.json" not in n and ".." not in n and n[0] != "/"}:
+        path = place / "source" / name
+        with suppress(OSError, ValueError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"evil")
+    before = {p for p in place.parent.rglob("*") if "source" not in p.parts}
+    error = take(program, place, "source")
+    assert error.startswith("BundleError") and error.count("\n") == 1 and "\x1b" not in error
+    assert {p for p in place.parent.rglob("*") if "source" not in p.parts} == before
+
+
+def test_names_of_our_own_files(program, place):
+    """A bundle may hold what partial files were called, and names as long as systems allow."""
+    files = {"a.part": b"1234", "a.etag": b"12", "a": b"12345678", "n" * 255: b"long"}
+    write(place / "a.zip", files=files, said=manifest(files))
+    assert take(program, place, "a.zip") is None
+    assert {p.name: p.read_bytes() for p in (place / "bundle").iterdir()} == {
+        **files,
+        "phi-bundle.json": manifest(files),
+    }
+
+
+def test_sizes_near_the_largest_number(program, place):
+    most = (1 << 63) - 1
+    said = json.loads(manifest({"x": b"x"}))
+    said["files"][0]["bytes"] = most
+    write(place / "a.zip", files={"x": b"x"}, said=json.dumps(said).encode())
+    raw = bytearray((place / "a.zip").read_bytes())
+    at = raw.index(b"PK\1\2")
+    raw[at + 24 : at + 28] = b"\xff" * 4
+    struct.pack_into("<H", raw, at + 30, 12)
+    raw[at + 47 : at + 47] = struct.pack("<HHQ", 1, 8, most)
+    end = raw.rindex(b"PK\5\6")
+    struct.pack_into("<I", raw, end + 12, struct.unpack_from("<I", raw, end + 12)[0] + 12)
+    (place / "a.zip").write_bytes(raw)
+    assert take(program, place, "a.zip").startswith("DiskFullError")
+
+
+@pytest.mark.parametrize("what", ["manifest", "method", "encrypted", "behind", "count"])
+def test_archives_that_contradict_themselves(program, place, what):
+    write(place / "a.zip", zipfile.ZIP_STORED if what == "manifest" else zipfile.ZIP_DEFLATED, files={"x": b"x" * 99},
+          said=manifest({"x": b"x" * 99}))  # fmt: skip
+    raw = bytearray((place / "a.zip").read_bytes())
+    if what == "manifest":
+        raw[raw.index(b'"name": "') + 9] ^= 1
+    if what == "method":
+        raw[8] = 99
+    if what == "encrypted":
+        raw[6] |= 1
+    if what == "behind":  # bytes behind the last block of the stream
+        size = struct.unpack_from("<I", raw, 18)[0]
+        raw[31 + size : 31 + size] = b"more"
+        at = raw.index(b"PK\1\2")
+        struct.pack_into("<I", raw, at + 20, size + 4)
+        second = raw.index(b"PK\1\2", at + 1)
+        struct.pack_into("<I", raw, second + 42, struct.unpack_from("<I", raw, second + 42)[0] + 4)
+        end = raw.rindex(b"PK\5\6")
+        struct.pack_into("<I", raw, end + 16, struct.unpack_from("<I", raw, end + 16)[0] + 4)
+    if what == "count":
+        end = raw.rindex(b"PK\5\6")
+        struct.pack_into("<HH", raw, end + 8, 60000, 60000)
+    (place / "a.zip").write_bytes(raw)
+    assert take(program, place, "a.zip").startswith("BundleError")
+
+
+def test_what_is_no_file(program, place):
+    os.mkfifo(place / "a.zip")
+    assert "is no file" in take(program, place, "a.zip")
 
 
 def test_two_bundles_in_one_archive(program, place):

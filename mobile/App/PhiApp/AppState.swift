@@ -49,8 +49,7 @@ import UIKit
     }
 
     func remove(_ chat: ChatModel) {
-        chat.stop()
-        history.remove(chat.conversation.id)
+        chat.remove()
         chats.removeAll { $0.conversation.id == chat.conversation.id }
     }
 
@@ -59,9 +58,8 @@ import UIKit
         case .active:
             library.refresh()
             await slot.handle(.didBecomeActive)
-        case .inactive:
-            benchmark.stop()
-            await slot.handle(.willResignActive)
+        case .inactive: await slot.handle(.willResignActive)
+        case .background: benchmark.stop()
         default: break
         }
     }
@@ -97,9 +95,11 @@ import UIKit
 
     /// Answer one question and forget it, for Shortcuts.
     func ask(_ question: String) async throws -> String {
-        if slot.model == nil, let first = library.entries.first { await slot.open(first.folder) }
+        let whole = library.entries.first { (try? $0.manifest.get()) != nil }
+        if slot.state == .empty, let whole { await slot.open(whole.folder) }
         if case .refused(_, let why) = slot.state { throw why }
         let chat = ChatModel(Conversation(), slot: slot, history: History(folder: .temporaryDirectory))
+        defer { chat.remove() }
         chat.maxTokens = 256
         chat.send(question)
         await chat.finished()
@@ -113,10 +113,14 @@ import UIKit
             guard let arguments = try LaunchArguments(ProcessInfo.processInfo.arguments) else { return }
             UIApplication.shared.isIdleTimerDisabled = true
             slot.unload()
+            await slot.unloaded()
             benchmark.start(library.folder.appending(path: arguments.bundle), settings: arguments.settings)
             await benchmark.finished()
             if case .failed(let error) = benchmark.state { throw error }
-            print("finished")
+            guard case .finished(let file) = benchmark.state else {
+                throw PhiError(.stopped, "the measurement was stopped; leave the app in front")
+            }
+            print("wrote \(file.lastPathComponent)")
             exit(0)
         } catch {
             print("error: \(error)")

@@ -1,4 +1,5 @@
 import AppIntents
+import Foundation
 import PhiBundle
 
 /// "Ask Phi" in Shortcuts and Siri. The app comes to the front, since nothing may be computed behind it.
@@ -21,4 +22,9 @@ struct PhiShortcuts: AppShortcutsProvider {
             intent: AskPhi(), phrases: ["Ask \(.applicationName)"], shortTitle: "Ask Phi",
             systemImageName: "bubble.left")
     }
+}
+
+/// What Shortcuts shows of an error.
+extension PhiError: @retroactive CustomLocalizedStringResourceConvertible {
+    public var localizedStringResource: LocalizedStringResource { "\(message)" }
 }

@@ -36,6 +36,7 @@ struct BenchmarkView: View {
                 }
             }
             .navigationTitle("Benchmark")
+            .onChange(of: state.benchmark.isRunning) { _, isRunning in Device.keepAwake(isRunning) }
         }
     }
 
@@ -44,7 +45,10 @@ struct BenchmarkView: View {
         var settings = PhiBench.Settings()  // SwiftUI has one of that name too
         settings.sustainedS = isSustained ? 600 : 0
         state.slot.unload()
-        state.benchmark.start(chosen, settings: settings)
+        Task {
+            await state.slot.unloaded()
+            state.benchmark.start(chosen, settings: settings)
+        }
     }
 
     private var said: String {

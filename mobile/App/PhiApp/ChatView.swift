@@ -102,7 +102,7 @@ struct MemoryGauge: View {
             if let plan = state.slot.model?.plan {
                 HStack {
                     Gauge(value: Double(plan.peak), in: 0...Double(max(plan.peak, total(plan.peak)))) {
-                        Text("Memory")
+                        Text("Memory, as predicted")
                     } currentValueLabel: {
                         Text(plan.peak.formatted(.byteCount(style: .memory)))
                     }

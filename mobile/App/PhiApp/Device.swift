@@ -29,15 +29,19 @@ enum Device {
 
     @MainActor static func watchBattery() {
         UIDevice.current.isBatteryMonitoringEnabled = true
-        isCharging.value = UIDevice.current.batteryState != .unplugged
+        isCharging.value = [.charging, .full].contains(UIDevice.current.batteryState)
         Task {
-            for await _ in NotificationCenter.default.notifications(named: UIDevice.batteryStateDidChangeNotification) {
-                isCharging.value = UIDevice.current.batteryState != .unplugged
+            let changes = NotificationCenter.default.notifications(named: UIDevice.batteryStateDidChangeNotification)
+            for await _ in changes.map({ _ in true }) {
+                isCharging.value = [.charging, .full].contains(UIDevice.current.batteryState)
             }
         }
     }
 }
 
 extension Device {
+    /// Whether the screen stays on: a locked phone stops what runs.
+    @MainActor static func keepAwake(_ isNeeded: Bool) { UIApplication.shared.isIdleTimerDisabled = isNeeded }
+
     @MainActor static func copy(_ text: String) { UIPasteboard.general.string = text }
 }

@@ -84,7 +84,7 @@ private struct EntryRow: View {
     }
 
     private func remove() {
-        if state.slot.state == .ready(entry.folder) { state.slot.unload() }
+        if [.ready(entry.folder), .loading(entry.folder)].contains(state.slot.state) { state.slot.unload() }
         do {
             try state.library.remove(entry)
         } catch {

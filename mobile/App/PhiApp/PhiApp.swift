@@ -13,9 +13,9 @@ import UIKit
                 .environment(state)
                 .task { await state.autorun() }
                 .task {
-                    for await _ in NotificationCenter.default.notifications(
+                    let warnings = NotificationCenter.default.notifications(
                         named: UIApplication.didReceiveMemoryWarningNotification)
-                    {
+                    for await _ in warnings.map({ _ in true }) {
                         await state.slot.handle(.memoryWarning)
                     }
                 }

@@ -26,7 +26,7 @@ public final class BundleDownload: Sendable {
     public func run(progress: (BundleProgress) -> Void = { _ in }) throws(PhiError) {
         let bytes = try fetchManifest()
         let manifest = try Manifest(json: bytes, path: base.appendingPathComponent(Manifest.fileName).absoluteString)
-        try staging.make(staging.partial)
+        try staging.begin(manifest, source: base.absoluteString)
         var missing: [(file: Manifest.File, offset: Int)] = []
         var received = 0
         for file in manifest.files {
@@ -108,7 +108,7 @@ public final class BundleDownload: Sendable {
         try staging.remove(tagFile(file))
     }
 
-    private func tagFile(_ file: Manifest.File) -> URL { staging.partial.appendingPathComponent(file.path + ".etag") }
+    private func tagFile(_ file: Manifest.File) -> URL { staging.part(file).appendingPathExtension("etag") }
 
     private func tag(_ file: Manifest.File) -> String? {
         (try? String(contentsOf: tagFile(file), encoding: .utf8)).flatMap(strongTag)

@@ -36,9 +36,9 @@ public final class BundleImport: Sendable {
                 )
             }
         }
-        try staging.remove(staging.partial)
-        try staging.make(staging.partial)
+        try staging.abandon()
         do {
+            try staging.begin(manifest, source: source.path)
             try staging.checkRoom(manifest.fileBytes)
             var received = 0
             for file in manifest.files {
@@ -49,7 +49,7 @@ public final class BundleImport: Sendable {
             }
             try staging.publish(bytes, manifest)
         } catch {
-            try? staging.remove(staging.partial)
+            try? staging.abandon()
             throw error
         }
     }
@@ -83,7 +83,12 @@ public final class BundleImport: Sendable {
         guard FileManager.default.fileExists(atPath: source.path, isDirectory: &isFolder) else {
             throw PhiError(.notFound, "\(source.path): no such file; choose a bundle's folder or its zip archive")
         }
-        return isFolder.boolValue ? Folder(root: source) : try Archive(source)
+        if isFolder.boolValue { return Folder(root: source) }
+        let attributes = try? FileManager.default.attributesOfItem(atPath: source.resolvingSymlinksInPath().path)
+        guard attributes?[.type] as? FileAttributeType == .typeRegular else {
+            throw PhiError(.bundle, "\(source.path): is no file; choose a bundle's folder or its zip archive")
+        }
+        return try Archive(source)
     }
 }
 

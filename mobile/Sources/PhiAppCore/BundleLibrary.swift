@@ -28,6 +28,7 @@ public import PhiBundle
 
     public init(folder: URL) {
         self.folder = folder
+        try? FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)  // so that Files shows it
         refresh()
     }
 

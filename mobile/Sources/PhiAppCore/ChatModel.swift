@@ -18,6 +18,7 @@ public import PhiBundle
     @ObservationIgnored private let slot: ModelSlot
     @ObservationIgnored private let history: History
     @ObservationIgnored private var answering: Task<Void, Never>?
+    @ObservationIgnored private var isRemoved = false
 
     private static let saveEvery = Duration.seconds(1)
 
@@ -48,8 +49,16 @@ public import PhiBundle
 
     /// End the answer; what is there of it stays.
     public func stop() {
+        guard isAnswering else { return }
         answering?.cancel()
         slot.model?.cancel()
+    }
+
+    /// End the answer and delete the conversation; it is not saved again.
+    public func remove() {
+        isRemoved = true
+        stop()
+        history.remove(conversation.id)
     }
 
     /// Until the answer is written.
@@ -100,6 +109,7 @@ public import PhiBundle
     }
 
     private func save() {
+        if isRemoved { return }
         do {
             try history.save(conversation)
         } catch {

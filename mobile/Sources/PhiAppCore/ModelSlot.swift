@@ -33,6 +33,8 @@ public import PhiRuntime
     @ObservationIgnored private let available: @Sendable () -> Int?
     @ObservationIgnored private var loading: Task<Void, Never>?
     @ObservationIgnored private var cancellation: Cancellation?
+    @ObservationIgnored private var leaving: Task<Void, Never>?  // loads that were stopped and are not over
+    @ObservationIgnored private weak var last: (any LanguageModel)?  // held by an answer until that has ended
     @ObservationIgnored private var isInterrupted: URL?  // was being loaded when the app left the front
 
     /// `available`: bytes that the app may still take, nil where nobody knows.
@@ -47,7 +49,7 @@ public import PhiRuntime
     /// Load a bundle. What is loaded, or being loaded, is given back first. Returns when it is ready or refused.
     public func open(_ folder: URL) async {
         if case .ready(folder) = state { return }
-        let before = close()
+        close()
         isInterrupted = nil
         let stop = Cancellation()
         cancellation = stop
@@ -55,7 +57,7 @@ public import PhiRuntime
         let (load, available) = (load, available)
         let given = options
         let task = Task {
-            await before?.value  // two models never lie in memory at once
+            await unloaded()  // two models never lie in memory at once
             let result = await Self.inBackground { () throws(PhiError) in
                 var options = given
                 options.cancellation = stop
@@ -75,9 +77,15 @@ public import PhiRuntime
 
     /// Give back the model, also one that is still being loaded.
     public func unload() {
-        _ = close()
+        close()
         isInterrupted = nil
         state = .empty
+    }
+
+    /// Until what was unloaded is out of memory: a load that was stopped has ended, an answer lets go of its model.
+    public func unloaded() async {
+        await leaving?.value
+        for _ in 0..<1000 where last != nil { try? await Task.sleep(for: .milliseconds(10)) }
     }
 
     public func handle(_ event: Event) async {
@@ -89,21 +97,27 @@ public import PhiRuntime
         case (.didBecomeActive, _):
             if let folder = isInterrupted { await open(folder) }
         case (.memoryWarning, .ready(let folder)), (.memoryWarning, .loading(let folder)):
-            _ = close()
+            close()
             let why = "memory is short, so the model was unloaded; close other apps, or take a smaller bundle"
             state = .refused(folder, PhiError(.memoryPlan, "\(folder.lastPathComponent): \(why)"))
         case (.memoryWarning, _): break
         }
     }
 
-    /// What is still going on, to be waited for.
-    private func close() -> Task<Void, Never>? {
+    private func close() {
         cancellation?.cancel()
         cancellation = nil
         model?.cancel()
+        if let model { last = model }
         model = nil
-        defer { loading = nil }
-        return loading
+        if let loading {
+            let before = leaving
+            leaving = Task {
+                await before?.value
+                await loading.value
+            }
+        }
+        loading = nil
     }
 
     private static func inBackground<T: Sendable>(

@@ -6,6 +6,7 @@ import PhiBundle
 struct Staging {
     let folder: URL
     let partial: URL
+    private let parts: URL  // files that are not complete, apart from those that are: a bundle may hold any name
 
     private static let spare = 64_000_000  // bytes that are left free on the disk
 
@@ -15,11 +16,33 @@ struct Staging {
             throw PhiError(.outputExists, "\(folder.path): exists already; remove it first")
         }
         self.folder = folder
-        partial = folder.deletingLastPathComponent().appendingPathComponent(".\(folder.lastPathComponent).partial")
+        let beside = folder.deletingLastPathComponent()
+        partial = beside.appendingPathComponent(".\(folder.lastPathComponent).partial")
+        parts = beside.appendingPathComponent(".\(folder.lastPathComponent).parts")
     }
 
     func whole(_ file: Manifest.File) -> URL { partial.appendingPathComponent(file.path) }
-    func part(_ file: Manifest.File) -> URL { partial.appendingPathComponent(file.path + ".part") }
+    func part(_ file: Manifest.File) -> URL { parts.appendingPathComponent(SHA256.hex(file.path.utf8)) }
+
+    /// Make the folders. Throws bundle for files that cannot lie in one folder: twice the same, also in another case, or a
+    /// file that is another's folder.
+    func begin(_ manifest: Manifest, source: String) throws(PhiError) {
+        let paths = manifest.files.map { $0.path.lowercased() } + [Manifest.fileName]
+        let folders = paths.flatMap { path in
+            path.indices.filter { path[$0] == "/" }.map { String(path[..<$0]) }
+        }
+        guard Set(paths).count == paths.count, Set(paths).isDisjoint(with: folders) else {
+            throw PhiError(.bundle, "\(source): its manifest lists files that cannot lie beside each other")
+        }
+        try make(partial)
+        try make(parts)
+    }
+
+    /// Remove all that was begun.
+    func abandon() throws(PhiError) {
+        try remove(partial)
+        try remove(parts)
+    }
 
     /// Whether a file is there as the manifest has it; one that is not is removed.
     func isWhole(_ file: Manifest.File) throws(PhiError) -> Bool {
@@ -50,6 +73,7 @@ struct Staging {
             try remove(part)
             throw PhiError(.bundle, "\(source): is not the file of the manifest (sha256); try again")
         }
+        try make(whole(file).deletingLastPathComponent())
         try move(part, whole(file))
     }
 
@@ -57,6 +81,12 @@ struct Staging {
     func publish(_ bytes: [UInt8], _ manifest: Manifest) throws(PhiError) {
         try write(bytes, to: partial.appendingPathComponent(Manifest.fileName))
         try manifest.checkPaths(folder: partial) { path throws(PhiError) in try self.remove(path) }
+        for file in manifest.files {
+            guard FileManager.default.fileExists(atPath: whole(file).path), size(whole(file)) == file.bytes else {
+                throw PhiError(.bundle, "\(folder.path): '\(file.path)' did not arrive; try again")
+            }
+        }
+        try remove(parts)
         guard !FileManager.default.fileExists(atPath: folder.path) else {
             throw PhiError(.outputExists, "\(folder.path): appeared meanwhile; remove it and try again")
         }
@@ -124,7 +154,7 @@ struct Staging {
         }
     }
 
-    private static func megabytes(_ bytes: Int) -> Int { (bytes + 999_999) / 1_000_000 }
+    private static func megabytes(_ bytes: Int) -> Int { bytes / 1_000_000 + (bytes % 1_000_000 > 0 ? 1 : 0) }
 }
 
 /// Bytes of a bundle that are there, of all, and the file that is being fetched.

@@ -47,6 +47,12 @@ final class Inflate {
         return before + filled
     }
 
+    /// Whether nothing is left of the input behind the last block.
+    var isAtEnd: Bool {
+        guard count < 8, at == input.count else { return false }
+        return more()?.isEmpty ?? true
+    }
+
     // MARK: bits
 
     /// Hold up to 56 bits, as far as there are any.

@@ -1,8 +1,11 @@
-/// A path from outside that stays inside its folder, and that systems can open: relative, forward slashes, no `..`, no NUL,
-/// parts of up to 255 bytes.
+/// A path from outside that stays inside its folder, and that systems can open as it is written: relative, forward slashes,
+/// no empty part and none of dots alone, no control characters, parts of up to 255 bytes. Bytes are looked at, since a
+/// slash with an accent is no slash to a String.
 func staysInside(_ path: String) -> Bool {
-    let parts = path.split(separator: "/").filter { $0 != "." }
-    let isLong = path.unicodeScalars.count > 1024 || parts.contains { $0.utf8.count > 255 }
-    let isForeign = path.utf8.contains(0) || path.utf8.contains(UInt8(ascii: "\\"))
-    return !path.hasPrefix("/") && !parts.isEmpty && !parts.contains("..") && !isLong && !isForeign
+    let parts = path.utf8.split(separator: UInt8(ascii: "/"), omittingEmptySubsequences: false)
+    let isForeign = path.utf8.contains { $0 < 0x20 || $0 == 0x7F || $0 == UInt8(ascii: "\\") }
+    return path.utf8.count <= 1024 && !isForeign
+        && parts.allSatisfy { part in
+            (1...255).contains(part.count) && !part.elementsEqual(".".utf8) && !part.elementsEqual("..".utf8)
+        }
 }

@@ -1,3 +1,5 @@
+public import Foundation
+
 /// What went wrong, where, and what to do next, in one line. `kind` is named as in phi_runtime.errors.
 public struct PhiError: Error, Equatable, Sendable, CustomStringConvertible {
     public enum Kind: String, Sendable {
@@ -22,8 +24,18 @@ public struct PhiError: Error, Equatable, Sendable, CustomStringConvertible {
 
     public init(_ kind: Kind, _ message: String) {
         self.kind = kind
-        self.message = message
+        self.message = Self.line(message)
     }
 
     public var description: String { message }
+
+    /// Names from outside may hold line ends and what a terminal obeys.
+    private static func line(_ text: String) -> String {
+        let isPlain = text.unicodeScalars.allSatisfy { $0.value >= 0x20 && $0.value != 0x7F }
+        return isPlain ? text : text.unicodeScalars.map { $0.escaped(asASCII: false) }.joined()
+    }
+}
+
+extension PhiError: LocalizedError {
+    public var errorDescription: String? { message }
 }

@@ -3,7 +3,7 @@ public import Foundation
 /// A zip archive from outside, read by its central directory (APPNOTE 6.3): stored and deflated entries, also zip64.
 ///
 /// Refused are archives that are encrypted or divided, names that leave the folder or differ in nothing but case, links,
-/// and entries whose two headers disagree. Nothing is unpacked by itself: `read` gives one entry, up to the size that the
+/// entries whose two headers disagree in name or method, and content of another CRC-32. Nothing is unpacked by itself: `read` gives one entry, up to the size that the
 /// caller expects.
 public struct ZipArchive: Sendable {
     public struct Entry: Sendable, Equatable {
@@ -13,6 +13,7 @@ public struct ZipArchive: Sendable {
         let stored: Int
         let isDeflated: Bool
         let header: Int
+        let crc: UInt32
     }
 
     /// Files in the order of the directory; folders are left out.
@@ -60,15 +61,17 @@ public struct ZipArchive: Sendable {
 
     /// The content of an entry, in pieces. Throws bundle for one that is damaged, and what `sink` throws.
     public func read(_ entry: Entry, sink: (ArraySlice<UInt8>) throws(PhiError) -> Void) throws(PhiError) {
-        var at = try start(of: entry)
+        var (at, crc) = (try start(of: entry), CRC32())
         let stop = at + entry.stored
         guard stop <= end else { throw broken("has '\(entry.path)' reaching into its directory") }
         if !entry.isDeflated {
             while at < stop {
                 guard let piece = bytes(at, min(Self.piece, stop - at)) else { throw broken("breaks off") }
                 at += piece.count
+                crc.update(piece[...])
                 try sink(piece[...])
             }
+            guard crc.value == entry.crc else { throw broken("has '\(entry.path)' damaged") }
             return
         }
         let inflate = Inflate(most: entry.bytes) {
@@ -78,13 +81,17 @@ public struct ZipArchive: Sendable {
         }
         let count: Int
         do {
-            count = try inflate.run { try sink($0) }
+            count = try inflate.run {
+                crc.update($0)
+                try sink($0)
+            }
         } catch let error as PhiError {
             throw error
         } catch {
             throw broken("has '\(entry.path)' damaged, or larger than it says")
         }
-        guard count == entry.bytes else { throw broken("has '\(entry.path)' shorter than it says") }
+        guard count == entry.bytes, inflate.isAtEnd else { throw broken("has '\(entry.path)' of another size") }
+        guard crc.value == entry.crc else { throw broken("has '\(entry.path)' damaged") }
     }
 
     private func start(of entry: Entry) throws(PhiError) -> Int {
@@ -94,6 +101,9 @@ public struct ZipArchive: Sendable {
         let (name, extra) = (Fields(fixed).u16(26), Fields(fixed).u16(28))
         guard let said = bytes(entry.header + 30, name), said.elementsEqual(entry.path.utf8) else {
             throw broken("names '\(entry.path)' in two ways")
+        }
+        guard Fields(fixed).u16(8) == (entry.isDeflated ? 8 : 0), Fields(fixed).u16(6) & 0x2041 == 0 else {
+            throw broken("describes '\(entry.path)' in two ways")
         }
         return entry.header + 30 + name + extra
     }
@@ -153,7 +163,8 @@ extension ZipArchive {
         var seen: Set<String> = []
         var at = 0
         let fields = Fields(raw)
-        for _ in 0..<min(count, raw.count / 46) {
+        let found = min(count, raw.count / 46)
+        for _ in 0..<found {
             guard at + 46 <= raw.count, fields.u32(at) == 0x0201_4B50 else {
                 throw broken(name, "has a damaged directory")
             }
@@ -172,7 +183,7 @@ extension ZipArchive {
             }
             at = next
         }
-        guard at == raw.count || entries.count == count else { throw broken(name, "has a damaged directory") }
+        guard at == raw.count, found == count else { throw broken(name, "has a damaged directory") }
         return entries
     }
 
@@ -192,7 +203,9 @@ extension ZipArchive {
         var values = [fields.u32(at + 24), fields.u32(at + 20), fields.u32(at + 42)]
         try enlarge(&values, extra) { broken(name, "has a damaged zip64 entry '\(path)'") }
         guard method == 8 || values[0] == values[1] else { throw broken(name, "has two sizes of '\(path)'") }
-        return Entry(path: path, bytes: values[0], stored: values[1], isDeflated: method == 8, header: values[2])
+        return Entry(
+            path: path, bytes: values[0], stored: values[1], isDeflated: method == 8, header: values[2],
+            crc: UInt32(fields.u32(at + 16)))
     }
 
     /// Values of four bytes that say "see the zip64 field" by the ones that it holds, in order.
@@ -233,5 +246,23 @@ extension ZipArchive {
         }
 
         private func byte(_ at: Int) -> Int { raw.indices.contains(at) ? Int(raw[at]) : 0 }
+    }
+}
+
+/// The checksum of zip archives (ISO 3309), a byte at a time.
+struct CRC32 {
+    private static let table: [UInt32] = (0..<256).map { n in
+        (0..<8).reduce(UInt32(n)) { crc, _ in crc & 1 == 1 ? 0xEDB8_8320 ^ (crc >> 1) : crc >> 1 }
+    }
+    private var crc: UInt32 = 0xFFFF_FFFF
+
+    var value: UInt32 { ~crc }
+
+    mutating func update(_ bytes: ArraySlice<UInt8>) {
+        var next = crc
+        Self.table.withUnsafeBufferPointer { table in
+            for byte in bytes { next = table[Int((next ^ UInt32(byte)) & 0xFF)] ^ (next >> 8) }
+        }
+        crc = next
     }
 }

@@ -41,6 +41,13 @@ public struct MemoryPlan: Sendable, Equatable {
         return "\(thousandths / 1000)." + String(repeating: "0", count: 3 - rest.count) + rest
     }
 
+    /// Throws bundle for sizes that no model has: the sums below stay far from overflow.
+    static func checkSizes(_ manifest: Manifest) throws(PhiError) {
+        guard manifest.vocabularySize <= 1 << 24, manifest.context <= 1 << 24, manifest.weightBytes <= 1 << 50 else {
+            throw PhiError(.bundle, "\(manifest.name): its manifest has sizes that no model has; export it again")
+        }
+    }
+
     /// Of a Core ML bundle: a cache in float16, and the logits of what is read at a time.
     init(coreML manifest: Manifest, context: Int) {
         let numbers = 2 * manifest.layers * manifest.kvHeads * manifest.headDim

@@ -84,6 +84,7 @@ public final class Phi: Sendable {
                 .unsupported,
                 "\(folder.path): is a bundle for \(manifest.format); llama.cpp runs those of --format gguf")
         }
+        try MemoryPlan.checkSizes(manifest)
         if options.checksFiles { try manifest.checkFiles(folder: folder) }
         let artifact = folder.appendingPathComponent(manifest.artifact)
         guard FileManager.default.fileExists(atPath: artifact.path) else {

@@ -58,8 +58,8 @@ func run() async throws(PhiError) {
     let from = try arguments.take("from", String.self)
     let to = try arguments.take("to", String.self)
     settings.sustainedS = try arguments.take("sustained", Double.self) ?? settings.sustainedS
-    if let unknown = arguments.named.keys.min() { throw PhiError(.usage, "no option --\(unknown)\n\(usage)") }
-    guard arguments.plain.count >= 2 else { throw PhiError(.usage, usage) }
+    if let unknown = arguments.named.keys.min() { throw PhiError(.usage, "no option --\(unknown)") }
+    guard arguments.plain.count >= 2 else { throw PhiError(.usage, "no such command") }
     let folder = URL(fileURLWithPath: arguments.plain[1])
     switch (arguments.plain[0], arguments.plain.count) {
     case ("check", 2):
@@ -101,13 +101,14 @@ func run() async throws(PhiError) {
             return true
         }
         print()
-    default: throw PhiError(.usage, usage)
+    default: throw PhiError(.usage, "no such command")
     }
 }
 
 do {
     try await run()
 } catch {
-    FileHandle.standardError.write(Data("error: \(error.kind.rawValue): \(error)\n".utf8))
+    let help = error.kind == .usage ? usage + "\n" : ""
+    FileHandle.standardError.write(Data("error: \(error.kind.rawValue): \(error)\n\(help)".utf8))
     exit(2)
 }
