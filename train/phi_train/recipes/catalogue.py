@@ -378,7 +378,7 @@ def _demo(whole: Callable[[], Recipe]) -> Recipe:
             "final_lr": 2e-3 if r.schedule.type == "constant" else 0.0,
             "warmup_steps": min(r.schedule.warmup_steps, 30),
         },
-        parallelism={"precision": "bf16", "micro_batch_size": None, "zero_stage": 0, "gradient_checkpointing": False},
+        parallelism={"precision": "auto", "micro_batch_size": None, "zero_stage": 0, "gradient_checkpointing": False},
         assumed=tuple(sorted({*SETTINGS, "model"} - {"schedule.type", "optimizer.weight_decay"})),
     )
 

@@ -68,12 +68,13 @@ class Schedule(StrictContract, frozen=True, kw_only=True):
 class Parallelism(StrictContract, frozen=True, kw_only=True):
     """How a step is computed; nothing here changes what is learned, but for rounding.
 
-    precision: of matrix products; weights and optimizer stay in float32. micro_batch_size: sequences that a process
+    precision: of matrix products; weights and optimizer stay in float32. "auto" is bf16 where the device is quicker with
+    it, else fp32: processors without instructions for it take 35 times as long. micro_batch_size: sequences that a process
     takes at a time, None for all of its share. zero_stage: of DeepSpeed's ZeRO. gradient_checkpointing: activations are
     computed again in the backward pass. offload_optimizer: its state lies in the processor's memory.
     """
 
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     micro_batch_size: Count | None = None
     zero_stage: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
     gradient_checkpointing: bool = False

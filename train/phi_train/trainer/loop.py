@@ -37,7 +37,7 @@ from phi_train.trainer.engine import Ranks, any_of, barrier, join, make_engine, 
 from phi_train.trainer.logging import Log, plot_losses, write_samples
 from phi_train.trainer.loss_scale import LossScale, nothing_learnt
 from phi_train.trainer.objectives import next_token, preference
-from phi_train.trainer.rate import peak
+from phi_train.trainer.rate import chosen, peak
 from phi_train.trainer.setup import claim, first_alone, make_model, make_teacher, unclaim
 from phi_train.trainer.state import Counters, full_weights, load_state, save_state
 from phi_train.trainer.summary import Summary
@@ -131,10 +131,11 @@ class _Run:
         self._states = out / "training" / "state"
         self._counters, self._progress = Counters(), progress
         self._cut = 0  # parts of batches left out in this process's time
-        self._scale = LossScale(engine.module, ranks.device) if recipe.parallelism.precision == "fp16" else None
+        precision = chosen(recipe.parallelism.precision, ranks.device)
+        self._scale = LossScale(engine.module, ranks.device) if precision == "fp16" else None
         self._log: Log | None = None  # of the first process
         # Utilisation is that share of all processes' peak which one token a second takes.
-        self._share = flops_per_token(recipe) / (peak(ranks.device, recipe.parallelism.precision) * ranks.world)
+        self._share = flops_per_token(recipe) / (peak(ranks.device, precision) * ranks.world)
 
     def steps(self, tokenizer: Tokenizer, heldout: Batch) -> float:
         """Take all that are left; the seconds of all."""

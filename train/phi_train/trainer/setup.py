@@ -19,7 +19,7 @@ from phi_train.models.attention import init_weights
 from phi_train.recipes.config import Recipe, to_dict, vary
 from phi_train.trainer.engine import Ranks, any_of
 from phi_train.trainer.qat import enable_qat
-from phi_train.trainer.rate import DTYPES
+from phi_train.trainer.rate import DTYPES, chosen
 
 
 def first_alone(ranks: Ranks, work: Callable[[], None]) -> None:
@@ -97,7 +97,7 @@ def make_model(r: Recipe, config: AnyConfig, tokenizer: Path, ranks: Ranks) -> C
     model.dropout, model.checkpoint_activations = r.objective.dropout, r.parallelism.gradient_checkpointing
     if r.objective.qat is not None:
         enable_qat(model, r.objective.qat)
-    _compute_in(r.parallelism.precision, model, ranks.device)
+    _compute_in(chosen(r.parallelism.precision, ranks.device), model, ranks.device)
     return model.to(ranks.device)
 
 
@@ -123,7 +123,7 @@ def make_teacher(r: Recipe, config: AnyConfig, tokenizer: Path, ranks: Ranks) ->
     load_weights(model, checkpoint)
     if r.objective.type == "dpo" and r.objective.qat is not None:
         enable_qat(model, r.objective.qat)
-    _compute_in(r.parallelism.precision, model, ranks.device)
+    _compute_in(chosen(r.parallelism.precision, ranks.device), model, ranks.device)
     return model.to(ranks.device).eval().requires_grad_(False)
 
 
