@@ -28,7 +28,8 @@ public import PhiBundle
 
     public init(folder: URL) {
         self.folder = folder
-        try? FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)  // so that Files shows it
+        // So that Files shows it.
+        try? FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
         refresh()
     }
 
