@@ -50,7 +50,7 @@ def main() -> None:
 
 def _linkable(command: list[str]) -> list[str]:
     """On Linux, Swift 6.0's Observation lacks a symbol that only fatal errors want (swiftlang/swift#75670)."""
-    if sys.platform == "linux" and command[0] == "swift" and command[1] in ("build", "test"):
+    if sys.platform == "linux" and command[:2] in (["swift", "build"], ["swift", "test"]):
         return [*command[:2], "-Xlinker", "--allow-shlib-undefined", *command[2:]]
     return command
 

@@ -15,7 +15,7 @@ OURS = ("PhiBundle", "PhiRuntime", "PhiBench", "PhiAppCore")  # each after what 
 OUT = "out/stubs"
 FLAGS = (
     "-swift-version 6 -warnings-as-errors -parse-as-library -enable-upcoming-feature ExistentialAny "
-    f"-Xcc -I/opt/llama/include -I mobile/Sources/CLlama -I {OUT}"
+    f"-Xcc -I$PKG_CONFIG_PATH/include -I mobile/Sources/CLlama -I {OUT}"
 )
 
 

@@ -1,8 +1,12 @@
 """Commands where Swift is (tools/swift.py), for tests."""
 
+import hashlib
+import json
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,3 +30,35 @@ def swift(*command, **variables):
     done = call(*command, **variables)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return done.stdout
+
+
+def manifest(files, **changes):
+    """A bundle's manifest that lists these files, by name, with their contents' sizes and digests."""
+    good = json.loads((ROOT / "mobile/Tests/Golden/manifest.json").read_text())
+    listed = [
+        {"path": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in files.items()
+    ]
+    return json.dumps({**good, "files": listed, **changes}).encode()
+
+
+def program():
+    """The command phi-swift, built."""
+    swift("swift", "build", "-c", "release")
+    return ".build/release/phi-swift"
+
+
+@contextmanager
+def scratch(name):
+    """An empty folder where Swift sees it."""
+    folder = FOLDER / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def is_bundle(folder, files):
+    """Whether a folder holds these files and their manifest, and nothing else."""
+    found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return found == {**files, "phi-bundle.json": manifest(files)}

@@ -1,28 +1,21 @@
 """`phi-swift fetch` against servers that drop, lie and change: the right folder, or an error and no folder."""
 
-import hashlib
-import json
-import shutil
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from swift_here import FOLDER, ROOT, call, swift
+import swift_here
+from swift_here import ROOT, call, swift
 
 pytestmark = [pytest.mark.swift, pytest.mark.timeout(900)]
 MODEL = np.random.default_rng(0).bytes(3_000_000)
 FILES = {"model.gguf": MODEL, "sub/tokenizer.json": b"{}" * 700, "empty": b""}
 
 
-def manifest(**changes):
-    good = json.loads((ROOT / "mobile/Tests/Golden/manifest.json").read_text())
-    listed = [
-        {"path": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for name, content in FILES.items()
-    ]
-    return json.dumps({**good, "files": listed, **changes}).encode()
+def manifest(files=FILES, **changes):
+    return swift_here.manifest(files, **changes)
 
 
 class Server:
@@ -60,17 +53,13 @@ class Server:
 
 @pytest.fixture(scope="module", autouse=True)
 def program():
-    swift("swift", "build", "-c", "release")
-    return ".build/release/phi-swift"
+    return swift_here.program()
 
 
 @pytest.fixture
 def place():
-    folder = FOLDER / "download"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    yield folder / "bundle"
-    shutil.rmtree(folder)
+    with swift_here.scratch("download") as folder:
+        yield folder / "bundle"
 
 
 @contextmanager
@@ -99,8 +88,7 @@ def fetch(program, place, url, *before):
 
 
 def holds_all(place):
-    found = {p.relative_to(place).as_posix(): p.read_bytes() for p in place.rglob("*") if p.is_file()}
-    return found == {**FILES, "phi-bundle.json": manifest()} and [p.name for p in place.parent.iterdir()] == ["bundle"]
+    return swift_here.is_bundle(place, FILES) and [p.name for p in place.parent.iterdir()] == ["bundle"]
 
 
 def test_a_bundle_arrives(program, place):

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from swift_here import FOLDER, ROOT, call, swift
+import swift_here
+from swift_here import ROOT, call, swift
 
 pytestmark = [pytest.mark.swift, pytest.mark.timeout(900)]
 WORDS = b" ".join(f"{n * n % 977} word".encode() for n in range(60_000))
@@ -28,24 +29,18 @@ FILES = {
 
 
 def manifest(files=FILES, **changes):
-    good = json.loads((ROOT / "mobile/Tests/Golden/manifest.json").read_text())
-    listed = [{"path": n, "bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()]
-    return json.dumps({**good, "files": listed, **changes}).encode()
+    return swift_here.manifest(files, **changes)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def program():
-    swift("swift", "build", "-c", "release")
-    return ".build/release/phi-swift"
+    return swift_here.program()
 
 
 @pytest.fixture
 def place():
-    folder = FOLDER / "import"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    yield folder
-    shutil.rmtree(folder)
+    with swift_here.scratch("import") as folder:
+        yield folder
 
 
 def take(program, place, source, *before):
@@ -61,8 +56,7 @@ def take(program, place, source, *before):
 
 
 def holds_all(place):
-    found = {p.relative_to(place).as_posix(): p.read_bytes() for p in place.rglob("*") if p.is_file()}
-    return found == {**FILES, "phi-bundle.json": manifest()}
+    return swift_here.is_bundle(place, FILES)
 
 
 def write(path, method=zipfile.ZIP_DEFLATED, top="", level=None, more=(), files=FILES, said=None):

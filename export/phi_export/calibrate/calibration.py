@@ -140,9 +140,9 @@ def calibrate(
     Raises the errors of `calibration_windows`, and PhiError where the outcome cannot be kept.
     """
     # PyTorch takes a second to import; what is refused before should not take that.
-    from phi_export.calibrate.forward import product_type
     from phi_export.calibrate.hessian import gather
     from phi_export.calibrate.sensitivity import measure_sensitivity
+    from phi_train.models.precision import product_type
 
     config = checkpoint.config
     length = min(WINDOW, config.max_position_embeddings)

@@ -153,9 +153,3 @@ class TorchDecoder:
         half = cos.shape[-1]
         a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
-
-
-def product_type() -> torch.dtype:
-    """bfloat16 where the processor has instructions for it, else float32."""
-    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.bfloat16 if fast or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else torch.float32

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from phi_export.calibrate.cache import load_array, save_array, save_factor
 from phi_export.calibrate.equalise import choose_scales, input_scales
-from phi_export.calibrate.forward import TorchDecoder, product_type
+from phi_export.calibrate.forward import TorchDecoder
 from phi_export.calibrate.sensitivity import layer_input_path, sensitivity_windows
 from phi_export.quantize.gptq import factorise, groups
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.architecture.decoder import F32, Decoder, Linear
 from phi_runtime.errors import CheckpointError
+from phi_train.models.precision import product_type
 
 BATCH = 4096  # tokens taken through a layer at a time; bounds the memory
 _STRIPES = 8  # of columns, whose products are taken one after the other: the other triangle is not computed

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from phi_export.calibrate.cache import load_array, load_factor
-from phi_export.calibrate.forward import TorchDecoder, product_type
+from phi_export.calibrate.forward import TorchDecoder
 from phi_export.defaults import LARGE
 from phi_export.formats import tensor_groups
 from phi_export.quantize.gptq import HessianFactor
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.architecture.config import num_parameters
 from phi_runtime.package.manifest import ExportOptions
+from phi_train.models.precision import product_type
 
 # Windows that sensitivity is measured on; fewer of a large model, whose errors average over more weights.
 _WINDOWS, _WINDOWS_LARGE = 8, 4

@@ -114,26 +114,21 @@ public import PhiRuntime
     private func measured(
         _ bundle: URL, _ load: LoadOptions, _ settings: Settings, _ stop: Cancellation
     ) async throws -> Data {
-        let (run, sensors) = (run, sensors)
-        var load = load
-        load.cancellation = stop
-        let (given, teller) = AsyncStream.makeStream(of: MeasureProgress.self)
+        let (run, sensors, given) = (run, sensors, load)
+        let (told, teller) = AsyncStream.makeStream(of: MeasureProgress.self)
         let listening = Task {
-            for await progress in given where !stop.isCancelled {
+            for await progress in told where !stop.isCancelled {
                 state = .running(progress)
                 if case .window(let window) = progress { windows.append(window) }
             }
         }
-        let result = await withCheckedContinuation { continuation in
-            Thread.detachNewThread { [load] in
-                let result = Result { () throws(PhiError) in
-                    try run(bundle, load, settings, sensors) { progress in
-                        teller.yield(progress)
-                        return !stop.isCancelled
-                    }
-                }
-                teller.finish()
-                continuation.resume(returning: result)
+        let result = await inBackground { () throws(PhiError) in
+            defer { teller.finish() }
+            var load = given
+            load.cancellation = stop
+            return try run(bundle, load, settings, sensors) { progress in
+                teller.yield(progress)
+                return !stop.isCancelled
             }
         }
         await listening.value

@@ -58,7 +58,7 @@ public import PhiRuntime
         let given = options
         let task = Task {
             await unloaded()  // two models never lie in memory at once
-            let result = await Self.inBackground { () throws(PhiError) in
+            let result = await inBackground { () throws(PhiError) in
                 var options = given
                 options.cancellation = stop
                 options.memory = available()
@@ -118,19 +118,5 @@ public import PhiRuntime
             }
         }
         loading = nil
-    }
-
-    private static func inBackground<T: Sendable>(
-        _ work: @escaping @Sendable () throws(PhiError) -> T
-    ) async -> Result<T, PhiError> {
-        await withCheckedContinuation { continuation in
-            Thread.detachNewThread {
-                do throws(PhiError) {
-                    continuation.resume(returning: .success(try work()))
-                } catch {
-                    continuation.resume(returning: .failure(error))
-                }
-            }
-        }
     }
 }

@@ -5,8 +5,8 @@ import Foundation
 #endif
 
 /// This process and the machine that it runs on.
-public enum ThisProcess {
-    public static func memory() -> Memory? {
+enum ThisProcess {
+    static func memory() -> Memory? {
         #if canImport(Darwin)
             return taskInfo().map { Memory(rss: Int($0.resident_size), charged: Int($0.phys_footprint)) }
         #else

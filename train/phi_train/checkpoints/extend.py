@@ -22,6 +22,7 @@ from phi_train.checkpoints.write import write_checkpoint
 from phi_train.data.shards import Data, check_tokenizer, open_data
 from phi_train.models import build, load_weights
 from phi_train.models.phi3 import Phi3ForCausalLM
+from phi_train.models.precision import product_type
 
 Factors = npt.NDArray[np.float64]
 METHODS = ("searched", "yarn", "pi", "none")
@@ -111,7 +112,8 @@ def longer(config: Phi3Config, context: int, factors: Factors) -> Phi3Config:
 def loss_under(model: Phi3ForCausalLM, config: Phi3Config, context: int, factors: Factors, texts: Tensor) -> float:
     """Mean loss, nats per token, of texts [n, T] under other factors."""
     model.decoder = longer(config, context, factors).decoder()
-    with torch.autocast(texts.device.type, torch.bfloat16):
+    dtype = product_type(texts.device)
+    with torch.autocast(texts.device.type, dtype, enabled=dtype != torch.float32):
         parts = [
             functional.cross_entropy(model(row[None, :-1])[0].float(), row[1:])
             for row in texts  # one at a time

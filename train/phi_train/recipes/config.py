@@ -68,8 +68,8 @@ class Schedule(StrictContract, frozen=True, kw_only=True):
 class Parallelism(StrictContract, frozen=True, kw_only=True):
     """How a step is computed; nothing here changes what is learned, but for rounding.
 
-    precision: of matrix products; weights and optimizer stay in float32. "auto" is bf16 where the device is quicker
-    with it, else fp32: processors without instructions for it take 20 times as long. micro_batch_size: sequences that
+    precision: of matrix products; weights and optimizer stay in float32. "auto" is bf16 where the device has
+    instructions for it, else fp32 (`models.precision`). micro_batch_size: sequences that
     a process takes at a time, None for all of its share. zero_stage: of DeepSpeed's ZeRO. gradient_checkpointing:
     activations are computed again in the backward pass. offload_optimizer: its state lies in the processor's memory.
     """

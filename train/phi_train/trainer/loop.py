@@ -31,13 +31,14 @@ from phi_train.data.streams import make_data, open_stream
 from phi_train.data.tokenizer import END_OF_TEXT
 from phi_train.models import CausalLM
 from phi_train.models.greedy import continuations
+from phi_train.models.precision import chosen
 from phi_train.recipes.config import Recipe
 from phi_train.recipes.estimate import check_memory, flops_per_token
 from phi_train.trainer.engine import Ranks, any_of, barrier, join, make_engine, share, total
 from phi_train.trainer.logging import Log, plot_losses, write_samples
 from phi_train.trainer.loss_scale import LossScale, nothing_learnt
 from phi_train.trainer.objectives import next_token, preference
-from phi_train.trainer.rate import chosen, peak
+from phi_train.trainer.rate import peak
 from phi_train.trainer.setup import claim, first_alone, make_model, make_teacher, unclaim
 from phi_train.trainer.state import Counters, full_weights, load_state, save_state
 from phi_train.trainer.summary import Summary

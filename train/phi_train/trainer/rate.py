@@ -1,15 +1,13 @@
 """Measure a device's matrix product rate, which utilisation is relative to."""
 
 import time
-from functools import cache
 
 import torch
 
+from phi_train.models.precision import DTYPES
 from phi_train.recipes.estimate import GPUS
 
 _SIZE, _SECONDS = 1024, 0.2
-_SMALL, _TRIES = 256, 3  # a product of bf16 without instructions for it takes 30 ms
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def peak(device: torch.device, precision: str) -> float:
@@ -29,23 +27,3 @@ def peak(device: torch.device, precision: str) -> float:
         if done == 2:  # the first ones warm up
             began = time.perf_counter()
     return (done - 2) * 2 * _SIZE**3 / spent
-
-
-@cache
-def chosen(precision: str, device: torch.device) -> str:
-    """What "auto" means on a device; other names mean themselves."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16"
-    return min(("fp32", "bf16"), key=lambda name: _product_s(DTYPES[name], device))
-
-
-def _product_s(dtype: torch.dtype, device: torch.device) -> float:
-    a, b = (torch.ones(_SMALL, _SMALL, device=device, dtype=dtype) for _ in range(2))
-    times = []
-    for _ in range(_TRIES + 1):  # the first one warms up
-        began = time.perf_counter()
-        (a @ b).sum().item()
-        times.append(time.perf_counter() - began)
-    return min(times[1:])

@@ -16,10 +16,10 @@ from phi_runtime.package.hub import local_checkpoint
 from phi_runtime.text.tokenizer import FILE
 from phi_train.models import CausalLM, build, load_weights
 from phi_train.models.attention import init_weights
+from phi_train.models.precision import DTYPES, chosen
 from phi_train.recipes.config import Recipe, to_dict, vary
 from phi_train.trainer.engine import Ranks, any_of
 from phi_train.trainer.qat import enable_qat
-from phi_train.trainer.rate import DTYPES, chosen
 
 
 def first_alone(ranks: Ranks, work: Callable[[], None]) -> None:
