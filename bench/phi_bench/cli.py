@@ -383,7 +383,8 @@ def _collect(args: argparse.Namespace) -> None:
         door = Door(args.out)
         door.open(args.host, args.port)
         code, link = drawn(args.host, args.port, door.code)
-        print(code + f"scan, or POST the result to {link}", flush=True)
+        address = f"http://{args.host}:{args.port}/result"
+        print(f"{code}scan, or POST the result to {address} with the code {door.code}: {link}", flush=True)
         door.serve()
         if door.taken is None:
             raise BenchmarkError("no result came; start phi-bench collect again for a new code")

@@ -1,6 +1,7 @@
 """Devices, phones' results and claims: what is believed, what is kept out, what is not measured yet."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -119,6 +120,14 @@ def collecting(folder, port):
     return subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True)
 
 
+def said(process):
+    """What it says below its QR code: where to POST, and the code."""
+    for line in process.stdout:
+        if found := re.search(r"POST the result to (http://\S+) with the code (\w+): ", line):
+            return found.groups()
+    raise AssertionError(process.stderr.read())
+
+
 def post(port, code, body):
     request = urllib.request.Request(f"http://127.0.0.1:{port}/result", body, {"Authorization": f"Bearer {code}"})
     try:
@@ -132,7 +141,8 @@ def post(port, code, body):
 def test_over_http_the_code_is_good_once(tmp_path):
     port = free_port()
     with collecting(tmp_path, port) as process:
-        code = process.stdout.readline().split()[-1]
+        address, code = said(process)
+        assert address == f"http://127.0.0.1:{port}/result"
         for _ in range(200):
             try:
                 assert post(port, "wrong", b"{}")[0] == 401
@@ -141,8 +151,8 @@ def test_over_http_the_code_is_good_once(tmp_path):
                 time.sleep(0.05)
         assert post(port, code, b"{}")[0] == 422
         assert post(port, code, b"x" * (MOST_BYTES + 1))[0] == 413
-        status, said = post(port, code, encode(PHONE).encode())
-        assert (status, said["device"], said["known"]) == (200, "iPhone 14 Pro", True)
+        status, answer = post(port, code, encode(PHONE).encode())
+        assert (status, answer["device"], answer["known"]) == (200, "iPhone 14 Pro", True)
         assert process.wait(10) == 0
     assert len(list(tmp_path.glob("*.json"))) == 1
 
@@ -150,11 +160,8 @@ def test_over_http_the_code_is_good_once(tmp_path):
 @pytest.mark.integration
 def test_a_code_cannot_be_guessed_for_long(tmp_path):
     port = free_port()
-    command = [Path(sys.executable).parent / "phi-bench", "collect", "--out", tmp_path, "--port", port]
-    with subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        process.stdout.readline()
+    with collecting(tmp_path, port) as process:
+        said(process)
         seen = []
         while len(seen) < 5:
             try:

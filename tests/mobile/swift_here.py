@@ -32,12 +32,12 @@ def swift(*command, **variables):
     return done.stdout
 
 
-def manifest(files, **changes):
-    """A bundle's manifest that lists these files, by name, with their contents' sizes and digests."""
+def manifest(contents, **changes):
+    """A bundle's manifest that lists these files, by name, with their contents' sizes and digests; then `changes`."""
     good = json.loads((ROOT / "mobile/Tests/Golden/manifest.json").read_text())
     listed = [
         {"path": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for name, content in files.items()
+        for name, content in contents.items()
     ]
     return json.dumps({**good, "files": listed, **changes}).encode()
 

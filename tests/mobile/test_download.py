@@ -14,8 +14,8 @@ MODEL = np.random.default_rng(0).bytes(3_000_000)
 FILES = {"model.gguf": MODEL, "sub/tokenizer.json": b"{}" * 700, "empty": b""}
 
 
-def manifest(files=FILES, **changes):
-    return swift_here.manifest(files, **changes)
+def manifest(**changes):
+    return swift_here.manifest(FILES, **changes)
 
 
 class Server:

@@ -214,7 +214,8 @@ def test_a_run_can_be_watched(tuned):
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([line["loss"] for line in logged], abs=1e-5)
     assert all(0 < line["utilisation"] < 2 and line["tokens_per_second"] > 0 for line in logged)
     samples = [json.loads(line) for line in (training / "samples.jsonl").read_text().splitlines()]
-    assert [s["step"] for s in samples] == [30, 30, 60, 60] and all(s["text"] for s in samples)
+    assert [s["step"] for s in samples] == [30, 30, 60, 60] and all(s["prompt"] for s in samples)
+    assert any(s["text"] for s in samples)  # a model may end a text at once, but not every time
     assert (training / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

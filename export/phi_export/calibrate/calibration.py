@@ -29,7 +29,7 @@ from phi_runtime.files import disk_full_named, locked, write_file
 from phi_runtime.package.manifest import CalibratedOn, ExportOptions, Source
 from phi_train.allocator import freed_memory_kept
 
-_VERSION = 7
+_VERSION = 8
 _SENSITIVITY = "sensitivity.json"
 
 Progress = Callable[[str], None]

@@ -2,7 +2,9 @@
 
 To second order, an error D of a matrix moves the predictions by a KL divergence of <D, G>^2 / 2 in the mean over
 random gradients G, if those at the logits have the Fisher information of the predicted distribution p as their
-covariance. Such are sqrt(p) s - p sum(sqrt(p) s) with random signs s, drawn anew for every position. GPTQ leaves
+covariance. Such are sqrt(p) s - p sum(sqrt(p) s) with random signs s, drawn anew for every position. The mean is over
+the windows of a small model, each a gradient of its own: one gradient of all of them is as right in the mean and off
+by a factor of two by chance. Of a large model one is taken, its errors average over more weights. GPTQ leaves
 errors D = N V behind (`gptq.HessianFactor`), N independent noise as large in each row as rounding makes it, so the
 mean over N can be taken exactly: a row costs its mean square error times |V g|^2 / 2, g the row of G.
 """
@@ -62,6 +64,8 @@ class _Backward:
         self.sensitivity = {i.name: 0.0 for i in self.items}
         which = sensitivity_windows(torch.arange(len(texts))[:, None, None], checkpoint).flatten().tolist()
         self.tokens = np.asarray([texts[i] for i in which])
+        large = num_parameters(checkpoint.config) >= LARGE
+        self.parts = torch.arange(len(which)).split(len(which) if large else 1)
 
     def run(self) -> dict[str, float]:
         """Sensitivity by item."""
@@ -73,26 +77,29 @@ class _Backward:
             weights = self.model.weights(*layers[n].linears())
             for w in weights.values():
                 w.requires_grad_()
-            x_BTE = self._entering(n)
-            self.model.layer(n, x_BTE, weights).backward(gradient)  # type: ignore[no-untyped-call]
-            assert x_BTE.grad is not None
-            gradient = x_BTE.grad
-            for linear in layers[n].linears():
-                factor = load_factor(self.folder, linear.weight[0])
-                for name in linear.weight:
-                    found = weights[name].grad
-                    assert found is not None
-                    self._add(name, 0, found, factor)
+            entering = self._entering(n)
+            for part in self.parts:
+                x_BTE = entering[part].requires_grad_()
+                self.model.layer(n, x_BTE, weights).backward(gradient[part])  # type: ignore[no-untyped-call]
+                assert x_BTE.grad is not None
+                gradient[part] = x_BTE.grad
+                for linear in layers[n].linears():
+                    factor = load_factor(self.folder, linear.weight[0])
+                    for name in linear.weight:
+                        found = weights[name].grad
+                        assert found is not None
+                        self._add(name, 0, found, factor)
+                        weights[name].grad = None
         self._lookup(gradient)
         return self.sensitivity
 
     def _entering(self, n: int) -> Tensor:
-        return torch.from_numpy(load_array(layer_input_path(self.folder, n))).requires_grad_()
+        return torch.from_numpy(load_array(layer_input_path(self.folder, n)))
 
     def _head(self) -> Tensor:
         """The gradient of what enters the final norm; in pieces of the vocabulary, so that logits stay small."""
         model, d = self.model, self.model.decoder
-        x_BTE = self._entering(len(d.layers))
+        x_BTE = self._entering(len(d.layers)).requires_grad_()
         normed = model.norm(x_BTE, d.final_norm)
         x_NE = normed.detach().reshape(-1, normed.shape[-1])
         (head,) = d.head.weight
@@ -119,7 +126,9 @@ class _Backward:
             root = torch.exp((y_NV - total[:, None]) / 2)
             g_NV = ((root * signs - root * root * mean[:, None]) * d.logit_scale).to(model.dtype)
             back_NE += (g_NV @ w_VE).float()
-            self._add(head, start, g_NV.T @ x_NE.to(model.dtype), factor)
+            split = self.parts[0].numel() * x_BTE.shape[1]  # positions of a part
+            for g, x in zip(g_NV.split(split), x_NE.to(model.dtype).split(split), strict=True):
+                self._add(head, start, g.T @ x, factor)
         normed.backward(back_NE.reshape(normed.shape))  # type: ignore[no-untyped-call]
         assert x_BTE.grad is not None
         return x_BTE.grad
@@ -127,20 +136,20 @@ class _Backward:
     def _lookup(self, gradient: Tensor) -> None:
         """The embedding's rows that the text looks up; error feedback spreads errors in a tied one only."""
         d = self.model.decoder
-        tokens, where = np.unique(self.tokens, return_inverse=True)
-        rows = torch.zeros(len(tokens), gradient.shape[-1])
-        rows.index_add_(0, torch.from_numpy(where.reshape(-1)), gradient.reshape(-1, gradient.shape[-1]))
-        rows *= d.embedding_scale
-        if d.tied:
-            factor = load_factor(self.folder, d.embedding)
-            rows = _propagated(rows, factor)
-        stored = np.concatenate([self.checkpoint.read(d.embedding, int(t), int(t) + 1) for t in tokens])
-        size = np.square(stored).mean(axis=1)
-        found = float((torch.from_numpy(size) * rows.square().sum(dim=1)).sum())
-        self.sensitivity[d.embedding] += found / 2 / self.tokens.size
+        for part in self.parts:
+            tokens, where = np.unique(self.tokens[part], return_inverse=True)
+            rows = torch.zeros(len(tokens), gradient.shape[-1])
+            rows.index_add_(0, torch.from_numpy(where.reshape(-1)), gradient[part].reshape(-1, gradient.shape[-1]))
+            rows *= d.embedding_scale
+            if d.tied:
+                rows = _propagated(rows, load_factor(self.folder, d.embedding))
+            stored = np.concatenate([self.checkpoint.read(d.embedding, int(t), int(t) + 1) for t in tokens])
+            size = np.square(stored).mean(axis=1)
+            found = float((torch.from_numpy(size) * rows.square().sum(dim=1)).sum())
+            self.sensitivity[d.embedding] += found / 2 / self.tokens.size
 
     def _add(self, tensor: str, start: int, gradient_RC: Tensor, factor: HessianFactor) -> None:
-        """Count the gradient of rows from `start` on of a tensor."""
+        """Count a part's gradient of rows from `start` on of a tensor."""
         stop = start + len(gradient_RC)
         propagated_RC = _propagated(gradient_RC, factor)
         size_R = np.square(self.checkpoint.read(tensor, start, stop)).mean(axis=1)

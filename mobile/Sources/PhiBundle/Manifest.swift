@@ -84,17 +84,17 @@ public struct Manifest: Sendable {
         vocabularySize = try fields.count(root["architecture"]?["vocab_size"], "architecture.vocab_size", least: 1)
         context = try fields.count(root["context"], "context", least: 1)
         let architecture = root["architecture"] ?? .null
-        func size(_ names: String..., otherwise: Int? = nil) throws(PhiError) -> Int {
+        func size(_ names: String..., otherwise: Int? = nil, most: Int = 1 << 16) throws(PhiError) -> Int {
             let found = names.compactMap { architecture[$0] }.first { !$0.isNull }
             if found == nil, let otherwise { return otherwise }
             let value = try fields.count(found, "architecture.\(names[0])", least: 1)
-            guard value <= 1 << 24 else { throw fields.broken("architecture.\(names[0]): is too large") }
+            guard value <= most else { throw fields.broken("architecture.\(names[0]): is too large") }
             return value
         }
         layers = try size("num_hidden_layers", "num_layers")
         let heads = try size("num_attention_heads", "num_heads")
         kvHeads = try size("num_key_value_heads", otherwise: heads)
-        headDim = max(1, try size("hidden_size") / heads)
+        headDim = max(1, try size("hidden_size", most: 1 << 24) / heads)
         switch root["window"] {
         case nil, .null?: window = nil
         case let value: window = try fields.count(value, "window", least: 1)

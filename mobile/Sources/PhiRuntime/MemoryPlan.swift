@@ -41,11 +41,13 @@ public struct MemoryPlan: Sendable, Equatable {
         return "\(thousandths / 1000)." + String(repeating: "0", count: 3 - rest.count) + rest
     }
 
+    private static let mostNumbers = 1 << 24  // that a cache holds per token; the largest Phi has 2^18
+
     /// Throws bundle for sizes that no model has: the sums below stay far from overflow.
     static func checkSizes(_ manifest: Manifest) throws(PhiError) {
-        guard manifest.vocabularySize <= 1 << 24, manifest.context <= 1 << 24, manifest.weightBytes <= 1 << 50 else {
-            throw PhiError(.bundle, "\(manifest.name): its manifest has sizes that no model has; export it again")
-        }
+        guard manifest.vocabularySize <= 1 << 24, manifest.context <= 1 << 24, manifest.weightBytes <= 1 << 50,
+            manifest.window ?? 1 <= 1 << 24, 2 * manifest.layers * manifest.kvHeads * manifest.headDim <= mostNumbers
+        else { throw PhiError(.bundle, "\(manifest.name): its manifest has sizes that no model has; export it again") }
     }
 
     /// Of a Core ML bundle: a cache in float16, and the logits of what is read at a time.
@@ -62,9 +64,9 @@ public struct MemoryPlan: Sendable, Equatable {
     }
 
     init(_ manifest: Manifest, _ header: GGUFHeader, context: Int, cacheType: CacheType) throws(PhiError) {
-        func field(_ name: String, _ otherwise: Int? = nil) throws(PhiError) -> Int {
+        func field(_ name: String, _ otherwise: Int? = nil, most: Int = 1 << 16) throws(PhiError) -> Int {
             let architecture = header.text("general.architecture") ?? ""
-            guard let value = header.number("\(architecture).\(name)") ?? otherwise, (1...1 << 24).contains(value)
+            guard let value = header.number("\(architecture).\(name)") ?? otherwise, (1...most).contains(value)
             else {
                 throw PhiError(.bundle, "\(manifest.artifact): its \(name) is missing; export the bundle again")
             }
@@ -72,7 +74,10 @@ public struct MemoryPlan: Sendable, Equatable {
         }
         let heads = try field("attention.head_count")
         let kvHeads = try field("attention.head_count_kv", heads)
-        let numbers = 2 * (try field("block_count")) * kvHeads * ((try field("embedding_length")) / heads)
+        let numbers = 2 * (try field("block_count")) * kvHeads * ((try field("embedding_length", most: 1 << 24)) / heads)
+        guard numbers <= Self.mostNumbers else {
+            throw PhiError(.bundle, "\(manifest.artifact): has a cache that no model has; export the bundle again")
+        }
         let chunk = min(Engine.chunk, context)
         let slots = (context + Self.padded - 1) / Self.padded * Self.padded
         let scores = cacheType == .f16 ? 4 * heads * chunk * slots : 0  // flash attention keeps none

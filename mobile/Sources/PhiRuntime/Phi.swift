@@ -130,11 +130,10 @@ public final class Phi: Sendable {
     ) throws(PhiError) -> (MemoryPlan, any Backend) {
         let header = try GGUFHeader(artifact)
         let plan = try MemoryPlan(manifest, header, context: context, cacheType: options.cache)
-        if let memory = options.memory, plan.peak > memory {
-            let longest = try MemoryPlan.longest(manifest, header, limit: memory)
-            try check(
-                plan, memory, artifact,
-                remedy: longest.map { "a context of \($0.context) tokens in \($0.cacheType.rawValue) would fit" })
+        try check(plan, options.memory, artifact) { memory throws(PhiError) in
+            try MemoryPlan.longest(manifest, header, limit: memory).map {
+                "a context of \($0.context) tokens in \($0.cacheType.rawValue) would fit"
+            }
         }
         let backend = try LlamaBackend(
             path: artifact.path, context: context, threads: options.threads, cache: options.cache,
@@ -143,10 +142,11 @@ public final class Phi: Sendable {
     }
 
     private static func check(
-        _ plan: MemoryPlan, _ memory: Int?, _ artifact: URL, remedy: String? = nil
+        _ plan: MemoryPlan, _ memory: Int?, _ artifact: URL,
+        remedy: (Int) throws(PhiError) -> String? = { _ throws(PhiError) in nil }
     ) throws(PhiError) {
         guard let memory, plan.peak > memory else { return }
-        let said = remedy ?? "export it smaller, or allow more"
+        let said = try remedy(memory) ?? "export it smaller, or allow more"
         throw PhiError(.memoryPlan, "\(artifact.path): \(plan.arithmetic(limit: memory)); \(said)")
     }
 
