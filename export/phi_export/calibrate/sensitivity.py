@@ -65,7 +65,7 @@ class _Backward:
         which = sensitivity_windows(torch.arange(len(texts))[:, None, None], checkpoint).flatten().tolist()
         self.tokens = np.asarray([texts[i] for i in which])
         large = num_parameters(checkpoint.config) >= LARGE
-        self.parts = torch.arange(len(which)).split(len(which) if large else 1)
+        self.parts = [list(range(len(which)))] if large else [[n] for n in range(len(which))]
 
     def run(self) -> dict[str, float]:
         """Sensitivity by item."""
@@ -126,9 +126,10 @@ class _Backward:
             root = torch.exp((y_NV - total[:, None]) / 2)
             g_NV = ((root * signs - root * root * mean[:, None]) * d.logit_scale).to(model.dtype)
             back_NE += (g_NV @ w_VE).float()
-            split = self.parts[0].numel() * x_BTE.shape[1]  # positions of a part
-            for g, x in zip(g_NV.split(split), x_NE.to(model.dtype).split(split), strict=True):
-                self._add(head, start, g.T @ x, factor)
+            positions = torch.arange(len(x_NE)).reshape(x_BTE.shape[:2])
+            for part in self.parts:
+                n = positions[part].flatten()
+                self._add(head, start, g_NV[n].T @ x_NE[n].to(model.dtype), factor)
         normed.backward(back_NE.reshape(normed.shape))  # type: ignore[no-untyped-call]
         assert x_BTE.grad is not None
         return x_BTE.grad
