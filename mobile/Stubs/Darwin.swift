@@ -1,5 +1,7 @@
 // What we use of the kernel's interface, as we believe it to be: developer.apple.com/documentation/kernel/1537934-task_info
 // and the headers mach/task_info.h, sys/sysctl.h that it names. It does nothing.
+public import Foundation
+
 public typealias natural_t = UInt32
 public typealias integer_t = Int32
 public typealias kern_return_t = Int32
@@ -27,3 +29,8 @@ public func sysctlbyname(
     _ name: UnsafePointer<CChar>?, _ oldp: UnsafeMutableRawPointer?, _ oldlenp: UnsafeMutablePointer<Int>?,
     _ newp: UnsafeMutableRawPointer?, _ newlen: Int
 ) -> Int32 { 0 }
+
+extension URLError {
+    /// foundation/urlerror/downloadtaskresumedata
+    public var downloadTaskResumeData: Data? { nil }
+}

@@ -62,6 +62,15 @@ extension Scene {
     public func onChange<V: Equatable>(
         of value: V, initial: Bool = false, _ action: @escaping (V, V) -> Void
     ) -> some Scene { self }
+    /// scene/backgroundtask(_:action:)
+    nonisolated public func backgroundTask<D: Sendable, R: Sendable>(
+        _ task: BackgroundTask<D, R>, action: @escaping @Sendable (D) async -> R
+    ) -> some Scene { self }
+}
+/// backgroundtask
+public struct BackgroundTask<Request, Response> {
+    /// backgroundtask/urlsession(_:)
+    public static func urlSession(_ identifier: String) -> BackgroundTask<Void, Void> { BackgroundTask<Void, Void>() }
 }
 
 /// state

@@ -1,6 +1,7 @@
 // What the app uses of UIKit and of Foundation on Apple's systems, as we believe it to be; pages under
 // developer.apple.com/documentation are named beside each. It does nothing.
 @_exported public import Foundation
+public import FoundationNetworking
 
 /// uikit/uiapplication
 @MainActor public class UIApplication {
@@ -80,4 +81,9 @@ extension URL {
     public func startAccessingSecurityScopedResource() -> Bool { false }
     /// foundation/nsurl/stopaccessingsecurityscopedresource()
     public func stopAccessingSecurityScopedResource() {}
+}
+
+extension URLSessionConfiguration {
+    /// foundation/urlsessionconfiguration/background(withidentifier:)
+    public class func background(withIdentifier identifier: String) -> URLSessionConfiguration { .default }
 }

@@ -3,6 +3,7 @@
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -19,16 +20,20 @@ def manifest(**changes):
 
 
 class Server:
-    """Its files, and what it does wrong with the next answers for the model: one word each."""
+    """Its files under /bundle, and what it does wrong with the next answers for the model: one word each. Under another
+    name it does what that says, always: /drops.
+    """
 
     def __init__(self):
         self.files, self.tag, self.wrong, self.asked = {**FILES, "phi-bundle.json": manifest()}, '"v1"', [], []
 
     def answer(self, handler):
-        name = handler.path.removeprefix("/bundle/")
+        _, place, name = unquote(handler.path).split("/", 2)
         self.asked.append((name, handler.headers.get("Range"), handler.headers.get("If-Range")))
         content = self.files.get(name)
-        wrong = self.wrong.pop(0) if name == "model.gguf" and self.wrong else ""
+        wrong = ""
+        if name == "model.gguf":
+            wrong = place if place != "bundle" else self.wrong.pop(0) if self.wrong else ""
         if content is None or wrong.isdigit():
             handler.send_response(int(wrong or 404))
             handler.send_header("Content-Length", "0")
@@ -192,9 +197,16 @@ def test_a_stop_in_the_middle(program):
     """In Swift's own test: stopped at the first bytes, then on to the end from there."""
     server = Server()
     with serving(server) as url:
-        swift("swift", "test", "-Xswiftc", "-warnings-as-errors", "--filter", "DownloadTests", PHI_TEST_URL=url)
+        swift("swift", "test", "-Xswiftc", "-warnings-as-errors", "--filter", "PhiAppCoreTests.DownloadTests", PHI_TEST_URL=url)
     first, second = [where for name, where, _ in server.asked if name == "model.gguf"]
     assert first is None and second.startswith("bytes=")
+
+
+def test_a_session_of_the_system(program):
+    """In Swift's own tests, with a session that ends with the process: Linux has no other."""
+    server = Server()
+    with serving(server) as url:
+        swift("swift", "test", "-Xswiftc", "-warnings-as-errors", "--filter", "PhiAppCoreTests.SystemDownloadTests", PHI_TEST_SYSTEM=url)
 
 
 def test_no_server(program, place):

@@ -21,13 +21,17 @@ import UIKit
     private(set) var problem: String?
 
     let slot = ModelSlot(available: Device.availableMemory)
-    let library = BundleLibrary(folder: .documentsDirectory.appending(path: "Models"))
+    let library: BundleLibrary
     let history = History(folder: .applicationSupportDirectory.appending(path: "Conversations"))
     let benchmark = BenchmarkModel(
         folder: .documentsDirectory.appending(path: "Results"), sensors: Device.sensors)
     private(set) var chats: [ChatModel] = []
 
     init() {
+        let models = URL.documentsDirectory.appending(path: "Models")
+        library = BundleLibrary(folder: models, system: Device.downloads(to: models))
+        Device.excludeFromBackup(models)
+        library.resume()
         Device.watchBattery()
         let found = history.load()
         chats = found.conversations.map { ChatModel($0, slot: slot, history: history) }

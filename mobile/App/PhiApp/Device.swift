@@ -40,6 +40,20 @@ enum Device {
 }
 
 extension Device {
+    static let downloadsIdentifier = "phi-edge.downloads"
+
+    /// Downloads that go on while the app does not run; the system starts it again when they are done.
+    static func downloads(to folder: URL) -> SystemDownloads {
+        SystemDownloads(configuration: .background(withIdentifier: downloadsIdentifier), folder: folder)
+    }
+
+    /// Bundles can be had again; gigabytes of them do not belong in a person's backup.
+    static func excludeFromBackup(_ folder: URL) {
+        var (place, values) = (folder, URLResourceValues())
+        values.isExcludedFromBackup = true
+        try? place.setResourceValues(values)
+    }
+
     /// Whether the screen stays on: a locked phone stops what runs.
     @MainActor static func keepAwake(_ isNeeded: Bool) { UIApplication.shared.isIdleTimerDisabled = isNeeded }
 

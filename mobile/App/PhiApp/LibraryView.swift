@@ -1,6 +1,7 @@
 import Foundation
 import PhiAppCore
 import PhiBundle
+import PhiRuntime
 import SwiftUI
 import UniformTypeIdentifiers
 
@@ -59,6 +60,7 @@ private struct EntryRow: View {
                 Text(manifest.fileBytes.formatted(.byteCount(style: .file)) + ", " + manifest.format)
                     .font(.footnote).foregroundStyle(.secondary)
                 action
+                if manifest.format == "coreml" { PlanRow(folder: entry.folder) }
             case .failure(let why):
                 Text(why.message).font(.footnote).foregroundStyle(.red)
             }
@@ -89,6 +91,31 @@ private struct EntryRow: View {
             try state.library.remove(entry)
         } catch {
             state.show(error.message)
+        }
+    }
+}
+
+/// Which processors Core ML would use on this phone. It compiles the bundle, so it is asked for.
+private struct PlanRow: View {
+    let folder: URL
+    @State private var text: String?
+
+    var body: some View {
+        if let text {
+            Text(text).font(.footnote).foregroundStyle(.secondary)
+        } else {
+            Button("Show where Core ML would run it") {
+                text = "Compiling; this takes up to minutes"
+                Task {
+                    do {
+                        let counts = try await coreMLPlan(bundle: folder)
+                        let parts = counts.sorted { $0.key < $1.key }.map { "\($0.key): \($0.value)" }
+                        text = "Operations by processor: " + parts.joined(separator: ", ")
+                    } catch {
+                        text = "Core ML gives no plan (\(error.localizedDescription))"
+                    }
+                }
+            }
         }
     }
 }

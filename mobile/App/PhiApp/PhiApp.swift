@@ -24,6 +24,7 @@ import UIKit
         .onChange(of: scenePhase) { _, phase in
             Task { await state.moved(to: phase) }
         }
+        .backgroundTask(.urlSession(Device.downloadsIdentifier)) { await AppState.shared.library.finished() }
     }
 }
 

@@ -7,14 +7,19 @@ import Synchronization
 public final class BundleDownload: Sendable {
     private let base: URL
     private let staging: Staging
+    private let system: SystemDownloads?
     private let isCancelled = Atomic(false)
 
-    /// Throws usage for an address that is none of http or https, outputExists where the folder is there already.
-    public init(from base: URL, to folder: URL) throws(PhiError) {
+    private static let small = 1 << 20  // bytes of a file that is fetched here in any case
+
+    /// With `system`, large files go on arriving while the app is not running. Throws usage for an address that is none of
+    /// http or https, outputExists where the folder is there already.
+    public init(from base: URL, to folder: URL, system: SystemDownloads? = nil) throws(PhiError) {
         guard ["http", "https"].contains(base.scheme), base.host != nil else {
             throw PhiError(.usage, "\(base.absoluteString): is no address of a bundle; give one with https://")
         }
         self.base = base
+        self.system = system
         staging = try Staging(for: folder)
     }
 
@@ -27,19 +32,27 @@ public final class BundleDownload: Sendable {
         let bytes = try fetchManifest()
         let manifest = try Manifest(json: bytes, path: base.appendingPathComponent(Manifest.fileName).absoluteString)
         try staging.begin(manifest, source: base.absoluteString)
+        try staging.write([UInt8](base.absoluteString.utf8), to: staging.sourceFile)
         var missing: [(file: Manifest.File, offset: Int)] = []
         var received = 0
         for file in manifest.files {
-            if try staging.isWhole(file) {
+            let isHere = try staging.isWhole(file) ? true : try staging.hasArrived(file)
+            if isHere {
                 received += file.bytes
             } else {
                 missing.append((file, min(file.bytes, staging.size(staging.part(file)))))
             }
         }
         try staging.checkRoom(missing.reduce(0) { $0 + $1.file.bytes - $1.offset })
-        for (file, _) in missing {
-            try fetch(file) {
-                progress(BundleProgress(received: received + $0, total: manifest.fileBytes, file: file.path))
+        // The largest comes last: when the system wakes the app for it, nothing else is left to fetch.
+        for (file, _) in missing.sorted(by: { $0.file.bytes < $1.file.bytes }) {
+            let tell = { (bytes: Int) in
+                progress(BundleProgress(received: received + bytes, total: manifest.fileBytes, file: file.path))
+            }
+            if let system, file.bytes > Self.small {
+                try fetch(file, with: system, tell)
+            } else {
+                try fetch(file, tell)
             }
             received += file.bytes
         }
@@ -61,11 +74,30 @@ public final class BundleDownload: Sendable {
         return bytes
     }
 
+    /// Where a file's bytes are.
+    private func address(_ file: Manifest.File) -> URL {
+        file.path.split(separator: "/").reduce(base) { $0.appendingPathComponent(String($1)) }
+    }
+
+    /// One file through the system's session.
+    private func fetch(
+        _ file: Manifest.File, with system: SystemDownloads, _ progress: (Int) -> Void
+    ) throws(PhiError) {
+        let part = staging.part(file)
+        try staging.remove(part)
+        try system.fetch(
+            address(file), to: part, bytes: file.bytes,
+            isCancelled: { self.isCancelled.load(ordering: .relaxed) }, progress: progress)
+        let handle = try staging.open(part)
+        defer { try? handle.close() }
+        try staging.finish(file, handle, source: address(file).absoluteString)
+    }
+
     /// One file, from what is there of it on. A server that cannot go on from there begins again, once.
     private func fetch(_ file: Manifest.File, _ progress: (Int) -> Void) throws(PhiError) {
-        let url = file.path.split(separator: "/").reduce(base) { $0.appendingPathComponent(String($1)) }
+        let url = address(file)
         let (part, tag) = (staging.part(file), tag(file))
-        if staging.size(part) >= file.bytes || tag == nil { try staging.remove(part) }
+        if tag == nil { try staging.remove(part) }
         let handle = try staging.open(part)
         defer { try? handle.close() }
         var offset = staging.size(part)

@@ -24,10 +24,13 @@ public import PhiBundle
     public private(set) var arrivals: [String: Arrival] = [:]
 
     public let folder: URL
+    @ObservationIgnored private let system: SystemDownloads?
     @ObservationIgnored private var tasks: [String: (stop: @Sendable () -> Void, task: Task<Void, Never>)] = [:]
 
-    public init(folder: URL) {
+    /// With `system`, whose folder is this, downloads go on while the app is not running.
+    public init(folder: URL, system: SystemDownloads? = nil) {
         self.folder = folder
+        self.system = system
         // So that Files shows it.
         try? FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
         refresh()
@@ -54,8 +57,20 @@ public import PhiBundle
                 PhiError(.usage, "\(address): is no address of a bundle; give one with https://"))
             return
         }
+        download(url, as: name)
+    }
+
+    /// Go on with the downloads that were under way when the app ended.
+    public func resume() {
+        for (name, source) in Staging.begun(in: folder) {
+            if let url = URL(string: source) { download(url, as: name) }
+        }
+    }
+
+    private func download(_ url: URL, as name: String) {
+        let system = system
         arrive(name) { (place) throws(PhiError) in
-            let download = try BundleDownload(from: url, to: place)
+            let download = try BundleDownload(from: url, to: place, system: system)
             return (download.cancel, download.run)
         }
     }
@@ -69,9 +84,10 @@ public import PhiBundle
         }
     }
 
-    /// Stop what is on its way, or forget that it failed.
+    /// Stop what is on its way, or forget that it failed. `resume` leaves it; a download of the same name goes on with it.
     public func cancel(_ name: String) {
         tasks[name]?.stop()
+        if !name.contains("/") { try? FileManager.default.removeItem(at: Staging.sourceFile(of: name, in: folder)) }
         if case .failed = arrivals[name] { arrivals[name] = nil }
     }
 

@@ -24,6 +24,26 @@ struct Staging {
     func whole(_ file: Manifest.File) -> URL { partial.appendingPathComponent(file.path) }
     func part(_ file: Manifest.File) -> URL { parts.appendingPathComponent(SHA256.hex(file.path.utf8)) }
 
+    /// Holds the address that a download comes from, so that it can go on after the app has ended.
+    var sourceFile: URL { parts.appendingPathComponent(Self.sourceName) }
+
+    static func sourceFile(of name: String, in folder: URL) -> URL {
+        folder.appendingPathComponent(".\(name).parts").appendingPathComponent(sourceName)
+    }
+
+    /// The downloads into bundles of a folder that are not complete: the bundle's name, and the address.
+    static func begun(in folder: URL) -> [(name: String, source: String)] {
+        let names = (try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? []
+        return names.sorted().compactMap { hidden in
+            guard hidden.hasPrefix("."), hidden.hasSuffix(".parts") else { return nil }
+            let file = folder.appendingPathComponent(hidden).appendingPathComponent(sourceName)
+            guard let source = try? String(contentsOf: file, encoding: .utf8) else { return nil }
+            return (String(hidden.dropFirst().dropLast(".parts".count)), source)
+        }
+    }
+
+    private static let sourceName = "source"
+
     /// Make the folders. Throws bundle for files that cannot lie in one folder: twice the same, also in another case, or a
     /// file that is another's folder.
     func begin(_ manifest: Manifest, source: String) throws(PhiError) {
@@ -51,6 +71,20 @@ struct Staging {
         if SHA256.hex(file: path) == file.sha256 { return true }
         try remove(path)
         return false
+    }
+
+    /// Whether all of a file's bytes had arrived without the app seeing to it; then it gets its name. Bytes that are not the
+    /// file's are removed.
+    func hasArrived(_ file: Manifest.File) throws(PhiError) -> Bool {
+        let part = part(file)
+        guard size(part) >= file.bytes, FileManager.default.fileExists(atPath: part.path) else { return false }
+        guard size(part) == file.bytes, SHA256.hex(file: part) == file.sha256 else {
+            try remove(part)
+            return false
+        }
+        try make(whole(file).deletingLastPathComponent())
+        try move(part, whole(file))
+        return true
     }
 
     /// Throws diskFull where so many bytes do not fit.

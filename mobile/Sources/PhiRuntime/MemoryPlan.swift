@@ -74,7 +74,8 @@ public struct MemoryPlan: Sendable, Equatable {
         }
         let heads = try field("attention.head_count")
         let kvHeads = try field("attention.head_count_kv", heads)
-        let numbers = 2 * (try field("block_count")) * kvHeads * ((try field("embedding_length", most: 1 << 24)) / heads)
+        let numbers =
+            2 * (try field("block_count")) * kvHeads * ((try field("embedding_length", most: 1 << 24)) / heads)
         guard numbers <= Self.mostNumbers else {
             throw PhiError(.bundle, "\(manifest.artifact): has a cache that no model has; export the bundle again")
         }
