@@ -197,7 +197,15 @@ def test_a_stop_in_the_middle(program):
     """In Swift's own test: stopped at the first bytes, then on to the end from there."""
     server = Server()
     with serving(server) as url:
-        swift("swift", "test", "-Xswiftc", "-warnings-as-errors", "--filter", "PhiAppCoreTests.DownloadTests", PHI_TEST_URL=url)
+        swift(
+            "swift",
+            "test",
+            "-Xswiftc",
+            "-warnings-as-errors",
+            "--filter",
+            "PhiAppCoreTests.DownloadTests",
+            PHI_TEST_URL=url,
+        )
     first, second = [where for name, where, _ in server.asked if name == "model.gguf"]
     assert first is None and second.startswith("bytes=")
 
@@ -206,7 +214,15 @@ def test_a_session_of_the_system(program):
     """In Swift's own tests, with a session that ends with the process: Linux has no other."""
     server = Server()
     with serving(server) as url:
-        swift("swift", "test", "-Xswiftc", "-warnings-as-errors", "--filter", "PhiAppCoreTests.SystemDownloadTests", PHI_TEST_SYSTEM=url)
+        swift(
+            "swift",
+            "test",
+            "-Xswiftc",
+            "-warnings-as-errors",
+            "--filter",
+            "PhiAppCoreTests.SystemDownloadTests",
+            PHI_TEST_SYSTEM=url,
+        )
 
 
 def test_no_server(program, place):
