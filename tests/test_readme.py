@@ -73,7 +73,7 @@ def runs(page, desk, corpus, done=()):
             given += ["--rounds", "1"]
         if given[1] == "make-sft-data":
             given += ["--corpus", str(corpus)]
-        if given[:2] == ["phi-run", "plan"]:
+        if given[:2] == ["phi-run", "plan"] and "--context" in given:
             given[given.index("--context") + 1] = "64"  # the test's model reads no more than 100 tokens
         if given[:2] == ["phi-run", "serve"]:
             serves(given, desk)

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from phi_bench.evaluate.command import add_arguments as add_eval
+from phi_bench.evaluate.command import main as evaluate
 from phi_bench.peers.environments import PACKAGES
 from phi_runtime.cli import parser, positive, run
 from phi_runtime.errors import (
@@ -48,6 +50,7 @@ def _main(argv: list[str]) -> None:
     p = parser("phi-bench", "Measure models: bytes, memory, speed and quality in one run, beside other engines.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands.add_parser("run", help="measure models and write a result"))
+    add_eval(commands.add_parser("eval", help="what a model can do: HumanEval and MBPP, run in a sandbox"))
     c = commands.add_parser("compare", help="what changed between two results; exit code 1 for the worse")
     c.add_argument("before", metavar="A", type=Path, help="result of `phi-bench run`")
     c.add_argument("after", metavar="B", type=Path, help="result of `phi-bench run`")
@@ -464,6 +467,7 @@ _COMMANDS = {
     "report": _report,
     "import": _import,
     "build": _build,
+    "eval": evaluate,
     "presets": _presets,
     "devices": _devices,
     "claim": _claim,

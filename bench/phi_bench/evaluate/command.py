@@ -1,0 +1,69 @@
+"""`phi-bench eval`."""
+
+import argparse
+from pathlib import Path
+
+from phi_runtime.cli import positive
+from phi_runtime.errors import UsageError
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    p.add_argument("model", metavar="MODEL", type=Path, help="a bundle, or a Phi in any GGUF file")
+    p.add_argument(
+        "--task",
+        required=True,
+        metavar="TASK",
+        help="humaneval, or mbpp=FILE with the JSON lines of amazon-science/mxeval",
+    )
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the result as JSON")
+    p.add_argument("--force", action="store_true", help="replace the result, begin anew")
+    p.add_argument(
+        "--chat", action="store_true", help="ask in the model's chat format; by default it completes the code"
+    )
+    p.add_argument(
+        "--post",
+        choices=["function", "none"],
+        default="function",
+        help="what is run of a completion: up to the end of its function (default), or all of it",
+    )
+    p.add_argument("--samples", type=positive, default=1, metavar="N", help="completions per problem (default 1)")
+    p.add_argument("--k", default="1", metavar="K,...", help="of pass@k (default 1)")
+    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default 0: the likeliest token")
+    p.add_argument("--top-p", type=float, default=0.95, metavar="P", help="with a temperature (default 0.95)")
+    p.add_argument("--max-tokens", type=positive, default=512, metavar="N", help="of a completion (default 512)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples (default 0)")
+    p.add_argument("--limit", type=positive, metavar="N", help="the first N problems only")
+    p.add_argument("--threads", type=positive, metavar="N", help="by default one per core")
+    p.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of each program (default 10)")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Evaluate and say what came of it."""
+    from rich.console import Console
+
+    from phi_bench.evaluate.code import Request, evaluate
+
+    try:
+        k = tuple(sorted({int(part) for part in args.k.split(",")}))
+    except ValueError:
+        k = (0,)
+    if k[0] < 1:
+        raise UsageError(f"--k {args.k!r}: give numbers from 1 on, such as 1,10")
+    if not 0 <= args.temperature <= 10 or not 0 < args.top_p <= 1 or not 0 < args.seconds <= 3600:
+        raise UsageError("--temperature is from 0 to 10, --top-p above 0 and up to 1, --seconds up to 3600")
+    asked = Request(
+        args.model, args.task, args.chat, args.post, args.samples, args.temperature, args.top_p, args.max_tokens,
+        args.seed, args.limit, k, args.threads, args.seconds,
+    )  # fmt: skip
+    console = Console(stderr=True)
+    result = evaluate(
+        asked, args.out, args.force, lambda n, of, name: console.print(f"{n} of {of}: {name}", markup=False)
+    )
+    s = result.settings
+    form = "chat" if s.chat else "completion, " + ("cut after its function" if s.post == "function" else "as written")
+    print(f"{s.task}, {s.problems} problems, {s.samples} samples each at temperature {s.temperature:g} ({form})")
+    for score in result.scores:
+        print(f"pass@{score.k}: {score.mean:.1%} ± {score.error:.1%}")
+    print("completions: " + ", ".join(f"{n} {kind}" for kind, n in sorted(result.kinds.items())))
+    print(f"wrote {args.out}")

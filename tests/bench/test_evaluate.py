@@ -1,0 +1,165 @@
+"""`phi-bench eval`: what is run of a completion, pass@k, and a run that goes on where it was."""
+
+import gzip
+import json
+from itertools import combinations
+from pathlib import Path
+
+import msgspec
+import pytest
+from support import run_here
+
+from phi_bench.evaluate import code
+from phi_bench.evaluate.code_tasks import Problem, first_function, in_block, mean_and_error, pass_at_k, read_task
+from phi_runtime.errors import BenchmarkError, NotFoundError
+
+PROMPT = 'import math\n\n\ndef add(a, b):\n    """Add two numbers."""\n'
+TEST = "def check(candidate):\n    assert candidate(1, 2) == 3\n"
+ROW = {"task_id": "t/1", "prompt": PROMPT, "entry_point": "add", "test": TEST}
+
+
+def problems_file(folder, count=3, **changes):
+    path = folder / "problems.jsonl"
+    path.write_text("".join(json.dumps({**ROW, "task_id": f"t/{n}", **changes}) + "\n" for n in range(count)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("completion", "kept"),
+    [
+        ("    return a", "    return a"),
+        ("\n    return a\n\n\ndef other():\n    pass", "\n    return a\n\n"),
+        ("\n    return a\nprint(add(1, 2))", "\n    return a"),
+        ("\n    return f(\n        a\n)\nx = 1", "\n    return f(\n        a\n)"),
+        ("\n    x = '''\n    y'''\n    return x\n```\nDone", "\n    x = '''\n    y'''\n    return x"),
+        ("", ""),
+    ],
+)
+def test_a_function_ends_where_text_is_not_indented(completion, kept):
+    assert first_function(completion) == kept
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("Here:\n```python\ndef f(): pass\n```\nIt is ```x```.", "def f(): pass"),
+        ("```\ndef f(): pass\n```", "def f(): pass"),
+        ("```python\ndef f():\n    pass", "def f():\n    pass"),
+        ("def f(): pass", "def f(): pass"),
+    ],
+)
+def test_the_first_block_of_an_answer(answer, code):
+    assert in_block(answer) == code
+
+
+def test_post_processing_decides(tmp_path):
+    problem = msgspec.convert(ROW, Problem)
+    completion = "\n    return a + b\n\nmath.nothing"
+    asked = code.Request(Path("m"), "humaneval")
+    settings = code.Settings("m", "", "", "", 1, False, "function", 1, 0.0, 1.0, 9, 0, "", "")
+
+    def judged(post, chat, text):
+        made = msgspec.structs.replace(settings, post=post, chat=chat)
+        return code._judge(made, [problem], [code.Written("t/1", (text,))], asked)
+
+    assert judged("function", False, completion).kinds == {"passed": 1}
+    assert judged("none", False, completion).kinds == {"error": 1}
+    answer = "Sure!\n```python\ndef add(a, b):\n    return math.fsum([a, b])\n```"
+    assert judged("function", True, answer).scores == (code.Score(1, 1.0, 0.0),)
+    assert judged("function", False, answer).kinds == {"error": 1}
+
+
+def test_pass_at_k_counts_subsets():
+    for passed in range(6):
+        right = [True] * passed + [False] * (5 - passed)
+        for k in range(1, 6):
+            found = [any(some) for some in combinations(right, k)]
+            assert pass_at_k(passed, 5, k) == pytest.approx(sum(found) / len(found))
+    with pytest.raises(ValueError, match="pass@6"):
+        pass_at_k(1, 5, 6)
+    assert mean_and_error([1.0, 0.0, 1.0, 0.0]) == (0.5, pytest.approx((1 / 3 / 4) ** 0.5))
+
+
+def test_humaneval_is_there():
+    digest, problems = read_task("humaneval")
+    assert len(problems) == 164 and len(digest) == 64
+    assert all("def check(candidate)" in p.test and f"def {p.entry_point}" in p.prompt for p in problems)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "holds no problems"),
+        (b"{}\n", "line 1: .*task_id"),
+        (b'{"task_id": "a"}\nnothing', "line 1: "),
+        (b"\xff\n", "line 1: "),
+        (json.dumps({**ROW, "entry_point": "add(1)"}).encode(), "no name of a function"),
+        (2 * (json.dumps(ROW).encode() + b"\n"), "task_id twice"),
+        (json.dumps({**ROW, "test": 3}).encode(), r"\$.test"),
+    ],
+)
+def test_a_file_of_problems_that_is_none(tmp_path, content, says):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(BenchmarkError, match=says):
+        read_task(f"mbpp={tmp_path / 'x.jsonl'}")
+
+
+def test_tasks_that_are_not_there(tmp_path):
+    (tmp_path / "x.gz").write_bytes(gzip.compress(b"abc")[:-5])
+    for name, error, says in (
+        ("mbpp", BenchmarkError, "needs its file"),
+        ("hummaneval", BenchmarkError, "there are humaneval"),
+        ("mbpp=/nowhere", NotFoundError, "no such file"),
+        (f"mbpp={tmp_path / 'x.gz'}", BenchmarkError, "no gzip"),
+    ):
+        with pytest.raises(error, match=says):
+            read_task(name)
+
+
+@pytest.mark.integration
+def test_a_run_goes_on_where_it_was_killed(bundles, tmp_path):
+    task, out = f"mbpp={problems_file(tmp_path)}", tmp_path / "r.json"
+    model = bundles / "gguf"
+    options = ("--samples", 2, "--k", "1,2", "--temperature", "0.8", "--max-tokens", 8, "--task", task)
+    assert run_here("phi-bench", "eval", model, *options, "--out", tmp_path / "whole.json").returncode == 0
+    whole = msgspec.json.decode((tmp_path / "whole.json").read_bytes(), type=code.CodeResult)
+    assert [s.k for s in whole.scores] == [1, 2] and sum(whole.kinds.values()) == 6
+
+    said = run_here("phi-bench", "eval", model, *options, "--out", out)
+    assert said.returncode == 0 and "pass@2: " in said.stdout
+    kept = out.with_name("r.json.completions")
+    assert not kept.exists()
+    lines = [code.encode_line(whole.settings)]
+    lines += [code.encode_line(code.Written(p.task_id, p.completions)) for p in whole.problems]
+    kept.write_bytes(lines[0] + lines[1] + lines[2][:-9])  # a kill in the middle of a line
+    again = run_here("phi-bench", "eval", model, *options, "--out", out)
+    assert again.returncode == 2 and "exists already" in again.stderr
+    out.unlink()
+    again = run_here("phi-bench", "eval", model, *options, "--out", out)
+    assert again.returncode == 0 and "1 of 3" not in again.stderr and "2 of 3" in again.stderr
+    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+    kept.write_bytes(lines[0] + lines[1])
+    out.unlink()
+    other = run_here("phi-bench", "eval", model, *options, "--seed", 5, "--out", out)
+    assert other.returncode == 2 and "begun with other settings" in other.stderr and not out.exists()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--samples", 2), "needs --temperature"),
+        (("--k", "3"), "pass@3 needs --samples 3"),
+        (("--k", "x"), "--k 'x'"),
+        (("--temperature", "nan"), "--temperature is from 0 to 10"),
+        (("--chat", "--task", "humaneval"), ""),
+    ],
+)
+def test_what_does_not_go_together(bundles, tmp_path, options, says):
+    task = f"mbpp={problems_file(tmp_path, 1)}"
+    command = ("phi-bench", "eval", bundles / "gguf", "--task", task, "--max-tokens", 4, "--limit", 1)
+    said = run_here(*command, *options, "--out", tmp_path / "r.json")
+    assert "Traceback" not in said.stderr
+    if says:
+        assert said.returncode == 2 and says in said.stderr and not (tmp_path / "r.json").exists()
