@@ -4,6 +4,7 @@ import http.client
 import io
 import re
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -31,6 +32,13 @@ TINY = (
     "save_every=50",
     "data.eval_windows=8",
 )
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 def settings(*extra: str) -> list[str]:

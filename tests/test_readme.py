@@ -12,7 +12,7 @@ from importlib import import_module
 import peft
 import pytest
 import transformers
-from support import ROOT, SCRIPTS, TINY, run
+from support import ROOT, SCRIPTS, TINY, free_port, run
 
 README = (ROOT / "README.md").read_text()
 HOW_TO = [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
@@ -60,6 +60,15 @@ def serves(command, desk):
         assert process.wait(20) in (0, 143, -15)
 
 
+def collects(command, desk):
+    """It shows where a phone is to send its result, and waits for one."""
+    with subprocess.Popen(
+        [SCRIPTS / command[0], *command[1:], "--port", str(free_port())], cwd=desk, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert any("POST the result to http://" in line for line in process.stdout)
+        process.terminate()
+
+
 def runs(page, desk, corpus, done=()):
     """A page's commands and programs run as they are written; of phi-train, at a size that tests can wait for."""
     for command in commands(page):
@@ -77,6 +86,9 @@ def runs(page, desk, corpus, done=()):
             given[given.index("--context") + 1] = "64"  # the test's model reads no more than 100 tokens
         if given[:2] == ["phi-run", "serve"]:
             serves(given, desk)
+            continue
+        if given[:2] == ["phi-bench", "collect"]:
+            collects(given, desk)
             continue
         if given[:2] == ["phi-export", "--int4"] and "my-phi" in given and "--force" not in given:
             given.append("--force")

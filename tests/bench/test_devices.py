@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from support import run_here
+from support import free_port, run_here
 
 from phi_bench.collect import MOST_BYTES, take
 from phi_bench.devices import devices, find_device, published, roof_tps
@@ -106,12 +105,6 @@ def test_a_name_does_not_lead_out_of_the_folder(tmp_path):
     bad = replace(PHONE, host=replace(PHONE.host, device="../../etc/x"), created="../y")
     taken = take(encode(bad).encode(), tmp_path / "in", "x")
     assert taken.path.parent == tmp_path / "in" / "unverified"
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def collecting(folder, port):
