@@ -165,6 +165,15 @@ class Phi:
         with self._my_turn():
             return self.engine.logits(tokens)
 
+    def score(self, tokens: list[int], start: int) -> tuple[list[float], bool]:
+        """Natural-log probabilities of tokens[start:], each after all before it, and whether all are the likeliest.
+
+        Quick for many endings of one beginning, which stays in the cache. Raises UsageError for a start that leaves
+        nothing before it or behind it, TokenError, ContextError.
+        """
+        with self._my_turn():
+            return self.engine.score(tokens, start)
+
     def self_test(self) -> float:
         """Compute the bundle's self-test on this engine and device; its KL divergence in nats, 0.0001 to 0.03 where all
         is well. Raises VerificationError where another model is computed, UsageError for what has no self-test.

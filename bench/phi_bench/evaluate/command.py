@@ -3,18 +3,20 @@
 import argparse
 from pathlib import Path
 
+from phi_bench.evaluate.code_tasks import TASKS
 from phi_runtime.cli import positive
 from phi_runtime.errors import UsageError
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """The command's options."""
-    p.add_argument("model", metavar="MODEL", type=Path, help="a bundle, or a Phi in any GGUF file")
+    p.add_argument("model", metavar="MODEL", type=Path, help="a bundle, any GGUF file, or a Hugging Face folder")
     p.add_argument(
         "--task",
         required=True,
         metavar="TASK",
-        help="humaneval, or mbpp=FILE with the JSON lines of amazon-science/mxeval",
+        help="humaneval; mbpp=FILE with the JSON lines of amazon-science/mxeval; or a task of lm-eval with its rows as "
+        "JSON lines, such as hellaswag=FILE, or gsm8k=FOLDER with train.jsonl and test.jsonl",
     )
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the result as JSON")
     p.add_argument("--force", action="store_true", help="replace the result, begin anew")
@@ -33,6 +35,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--top-p", type=float, default=0.95, metavar="P", help="with a temperature (default 0.95)")
     p.add_argument("--max-tokens", type=positive, default=512, metavar="N", help="of a completion (default 512)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples (default 0)")
+    p.add_argument("--shots", type=int, metavar="N", help="examples before each row (lm-eval; default: the task's)")
     p.add_argument("--limit", type=positive, metavar="N", help="the first N problems only")
     p.add_argument("--threads", type=positive, metavar="N", help="by default one per core")
     p.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of each program (default 10)")
@@ -40,10 +43,34 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Evaluate and say what came of it."""
+    if args.task.partition("=")[0] in TASKS:
+        _code(args)
+    else:
+        _harness(args)
+
+
+def _harness(args: argparse.Namespace) -> None:
+    from phi_bench.evaluate.harness import Request, evaluate
+
+    given = {"chat": args.chat, "samples": args.samples > 1, "temperature": args.temperature, "k": args.k != "1"}
+    if wrong := [name for name, value in given.items() if value]:
+        raise UsageError(f"--{wrong[0]} is for {' and '.join(TASKS)}; leave it out")
+    result = evaluate(Request(args.model, args.task, args.shots, args.limit, args.threads), args.out, args.force)
+    print(f"{result.task} (version {result.version}), {len(result.rows)} rows, {result.shots} shots")
+    for m in result.metrics:
+        said = "" if m.error is None else f" ± {m.error:.1%}"
+        print(f"{m.name}: {m.value:.1%}{said}" + ("" if m.post == "none" else f" (answers by {m.post})"))
+    print(f"the first prompt ends: …{result.prompt[-60:]!r}")
+    print(f"wrote {args.out}")
+
+
+def _code(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from phi_bench.evaluate.code import Request, evaluate
 
+    if args.shots is not None:
+        raise UsageError(f"--shots is for tasks of lm-eval; leave it out with {' and '.join(TASKS)}")
     try:
         k = tuple(sorted({int(part) for part in args.k.split(",")}))
     except ValueError:

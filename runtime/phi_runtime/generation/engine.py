@@ -93,6 +93,31 @@ class Engine:
         self.forget()
         return self._forward(tokens, all_logits=True)
 
+    def score(self, tokens: list[int], start: int) -> tuple[list[float], bool]:
+        """Natural-log probabilities of tokens[start:], each after all before it, and whether all are the likeliest.
+
+        What comes before `start` stays in the cache for the next call with the same beginning; nothing else is reused,
+        so that a score does not depend on what was asked before. Raises UsageError for a start that leaves nothing
+        before it or behind it, and the errors of `check`.
+        """
+        self.check(tokens)
+        if not 1 <= start < len(tokens):
+            raise UsageError(f"start {start} is not between 1 and {len(tokens) - 1}")
+        held = start - 1  # the last token before `start` is read again: its logits are wanted
+        if self._crossover is not None and len(tokens) - 1 > self._crossover:
+            rows = self.logits(tokens[:-1])[held:]
+            self.forget()
+        else:
+            if self.cached_tokens != tokens[:held] or self.backend.position != held:
+                self.forget()
+                self.cancelled = False
+                self._read(tokens[:held])
+            rows = self._forward(tokens[held:-1], all_logits=True)
+            self._rewind(held)
+        wanted = tokens[start:]
+        found = [log_probability(row, token) for row, token in zip(rows, wanted, strict=True)]
+        return found, bool(np.array_equal(rows.argmax(axis=1), wanted))
+
     def stream(
         self,
         tokens: list[int],
