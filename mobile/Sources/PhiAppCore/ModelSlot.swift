@@ -56,8 +56,9 @@ public import PhiRuntime
         state = .loading(folder)
         let (load, available) = (load, available)
         let given = options
+        let before = leaving  // as it is now: one that is set later waits for this very load
         let task = Task {
-            await unloaded()  // two models never lie in memory at once
+            await gone(before)  // two models never lie in memory at once
             let result = await inBackground { () throws(PhiError) in
                 var options = given
                 options.cancellation = stop
@@ -83,7 +84,9 @@ public import PhiRuntime
     }
 
     /// Until what was unloaded is out of memory: a load that was stopped has ended, an answer lets go of its model.
-    public func unloaded() async {
+    public func unloaded() async { await gone(leaving) }
+
+    private func gone(_ leaving: Task<Void, Never>?) async {
         await leaving?.value
         for _ in 0..<1000 where last != nil { try? await Task.sleep(for: .milliseconds(10)) }
     }
