@@ -56,7 +56,7 @@ def _harness(args: argparse.Namespace) -> None:
     if wrong := [name for name, value in given.items() if value]:
         raise UsageError(f"--{wrong[0]} is for {' and '.join(TASKS)}; leave it out")
     result = evaluate(Request(args.model, args.task, args.shots, args.limit, args.threads), args.out, args.force)
-    print(f"{result.task} (version {result.version}), {len(result.rows)} rows, {result.shots} shots")
+    print(f"{result.task} (version {result.version}), {len({r.row for r in result.rows})} rows, {result.shots} shots")
     for m in result.metrics:
         said = "" if m.error is None else f" ± {m.error:.1%}"
         print(f"{m.name}: {m.value:.1%}{said}" + ("" if m.post == "none" else f" (answers by {m.post})"))

@@ -1,10 +1,12 @@
 """The papers' tasks by lm-eval's own definitions, on rows from a file: `phi-bench eval --task arc_easy=FILE`."""
 
 import difflib
+import json
 import logging
 import os
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,10 @@ class Metric(Contract, frozen=True):
 
 
 class Scored(Contract, frozen=True):
-    """A row: its number in the file's order, and its metrics."""
+    """A row: its number in the file's order, and its metrics, for each thing that is done to answers first."""
 
     row: int
+    post: str
     metrics: dict[str, float]
     answers: tuple[str, ...]
 
@@ -77,14 +80,13 @@ def evaluate(asked: Request, out: Path, force: bool = False) -> HarnessResult:
     try:
         import lm_eval
         from lm_eval.evaluator import simple_evaluate
-        from lm_eval.tasks import TaskManager
     except ImportError as e:
         raise missing_extra(e, "eval") from None
     from phi_bench.evaluate.models import PhiLM, open_scorer
     from phi_bench.evaluate.requests import RequestCache
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    tasks = TaskManager()
+    tasks = _known_tasks()
     if name not in tasks.all_subtasks:
         near = difflib.get_close_matches(name, ["humaneval", "mbpp", *tasks.all_subtasks], 1)
         raise BenchmarkError(f"lm-eval has no task {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
@@ -106,6 +108,13 @@ def evaluate(asked: Request, out: Path, force: bool = False) -> HarnessResult:
     return result
 
 
+@cache
+def _known_tasks() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()  # reads thousands of files, which takes seconds
+
+
 def _files(name: str, place: str) -> dict[str, Path]:
     """By split; a single file stands for all of them."""
     if not place:
@@ -119,15 +128,34 @@ def _files(name: str, place: str) -> dict[str, Path]:
     if not found:
         what = "has none of train.jsonl, validation.jsonl, test.jsonl" if path.is_dir() else "no such file"
         raise NotFoundError(f"{path}: {what}; give the rows of {name} as JSON lines")
+    for file in set(found.values()):
+        _check_rows(file, name)
     return found
 
 
+def _check_rows(file: Path, name: str) -> None:
+    """Each line is an object; what its fields are, the task finds out."""
+    count = 0
+    with open(file, "rb") as f:
+        for count, line in enumerate(f, 1):
+            try:
+                is_row = isinstance(json.loads(line), dict)
+            except (ValueError, RecursionError):
+                is_row = False
+            if not is_row:
+                raise BenchmarkError(f"{file}: does not fit the task {name}: line {count} is no JSON object")
+    if count == 0:
+        raise BenchmarkError(f"{file}: does not fit the task {name}: it has no rows")
+
+
 def _run(simple_evaluate: Any, lm: Any, group: dict[str, Any], asked: Request, tasks: Any) -> dict[str, Any]:
+    own: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, IndexError, AssertionError)
+    unfit = own + _foreign_errors()
     try:
         found = simple_evaluate(
             lm, tasks=[group], num_fewshot=asked.shots, limit=asked.limit, task_manager=tasks, bootstrap_iters=1000
         )
-    except (ValueError, KeyError, TypeError, IndexError, AssertionError, _template_error()) as e:
+    except unfit as e:
         name, _, place = asked.task.partition("=")
         said = " ".join(str(e).split())[:200] or type(e).__name__
         raise BenchmarkError(
@@ -137,10 +165,11 @@ def _run(simple_evaluate: Any, lm: Any, group: dict[str, Any], asked: Request, t
     return dict(found)
 
 
-def _template_error() -> type[Exception]:
+def _foreign_errors() -> tuple[type[Exception], ...]:
+    from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
 
-    return TemplateError
+    return DatasetsError, TemplateError
 
 
 def _result(
@@ -157,6 +186,7 @@ def _result(
     rows = [
         Scored(
             row=int(s["doc_id"]),
+            post=str(s["filter"]),
             metrics={k: float(v) for k, v in s.items() if k in names and isinstance(v, (int, float))},
             answers=tuple(str(r[0] if isinstance(r, (list, tuple)) else r) for r in s["filtered_resps"]),
         )
@@ -173,5 +203,5 @@ def _result(
         lm_eval=lm_eval,
         metrics=tuple(metrics),
         prompt=str(samples[0]["arguments"][0][0]),
-        rows=tuple(sorted(rows, key=lambda r: r.row)),
+        rows=tuple(sorted(rows, key=lambda r: (r.row, r.post))),
     )
