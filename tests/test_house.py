@@ -29,6 +29,7 @@ def test_the_base_install_is_light():
         "hub",
         "export",
         "bench",
+        "eval",
         "all",
         "dev",
     }
@@ -54,8 +55,9 @@ def test_no_pickle_no_eval_no_template_engine():
     forbidden = re.compile(rf"(?<!\. )\b(?:eval|exec) \(|\b(?:{'|'.join(words)})\b")
     assert forbidden.search("x = eval ( y )")
     assert forbidden.search("torch . load ( f )")
+    confined = "train/phi_train/sandbox/worker.py"  # runs a model's programs, after it has given up all else
     for name in tracked():
-        if name.endswith(".py") and not name.startswith("tests/"):
+        if name.endswith(".py") and not name.startswith("tests/") and name != confined:
             with open(ROOT / name, "rb") as f:
                 tokens = [t for t in tokenize.tokenize(f.readline) if t.type in (tokenize.NAME, tokenize.OP)]
             code = " ".join(t.string for t in tokens)

@@ -7,6 +7,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +168,8 @@ def _run(simple_evaluate: Any, lm: Any, group: dict[str, Any], asked: Request, t
 
 def _foreign_errors() -> tuple[type[Exception], ...]:
     from datasets.exceptions import DatasetsError
-    from jinja2 import TemplateError
 
-    return DatasetsError, TemplateError
+    return DatasetsError, import_module("jinja2.exceptions").TemplateError  # of lm-eval's own templates
 
 
 def _result(
