@@ -50,7 +50,7 @@ def _main(argv: list[str]) -> None:
     p = parser("phi-bench", "Measure models: bytes, memory, speed and quality in one run, beside other engines.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands.add_parser("run", help="measure models and write a result"))
-    add_eval(commands.add_parser("eval", help="what a model can do: HumanEval and MBPP, run in a sandbox"))
+    add_eval(commands.add_parser("eval", help="what a model can do: HumanEval, MBPP, tasks of lm-eval"))
     c = commands.add_parser("compare", help="what changed between two results; exit code 1 for the worse")
     c.add_argument("before", metavar="A", type=Path, help="result of `phi-bench run`")
     c.add_argument("after", metavar="B", type=Path, help="result of `phi-bench run`")
@@ -397,6 +397,11 @@ def _collect(args: argparse.Namespace) -> None:
     print(f"wrote {taken.path}" + ("" if taken.known else f"; {taken.device} is not a known device: unverified"))
 
 
+def _eval(args: argparse.Namespace) -> None:
+    _check_outputs(args.out)
+    evaluate(args)
+
+
 def _presets(args: argparse.Namespace) -> None:
     from rich.console import Console
 
@@ -467,7 +472,7 @@ _COMMANDS = {
     "report": _report,
     "import": _import,
     "build": _build,
-    "eval": evaluate,
+    "eval": _eval,
     "presets": _presets,
     "devices": _devices,
     "claim": _claim,

@@ -11,6 +11,8 @@ from support import run_here
 
 from phi_bench.evaluate import code
 from phi_bench.evaluate.code_tasks import Problem, first_function, in_block, mean_and_error, pass_at_k, read_task
+from phi_bench.evaluate.requests import RequestCache
+from phi_runtime.contract import encode
 from phi_runtime.errors import BenchmarkError, NotFoundError
 
 PROMPT = 'import math\n\n\ndef add(a, b):\n    """Add two numbers."""\n'
@@ -56,11 +58,11 @@ def test_post_processing_decides(tmp_path):
     problem = msgspec.convert(ROW, Problem)
     completion = "\n    return a + b\n\nmath.nothing"
     asked = code.Request(Path("m"), "humaneval")
-    settings = code.Settings("m", "", "", "", 1, False, "function", 1, 0.0, 1.0, 9, 0, "", "")
+    settings = code.Settings("m", "", "", "", 1, False, "function", 1, 0.0, 1.0, 9, 0, None, "", "")
 
     def judged(post, chat, text):
         made = msgspec.structs.replace(settings, post=post, chat=chat)
-        return code._judge(made, [problem], [code.Written("t/1", (text,))], asked)
+        return code._judge(made, [problem], [[text]], asked)
 
     assert judged("function", False, completion).kinds == {"passed": 1}
     assert judged("none", False, completion).kinds == {"error": 1}
@@ -95,7 +97,7 @@ def test_humaneval_is_there():
         (b"\xff\n", "line 1: "),
         (json.dumps({**ROW, "entry_point": "add(1)"}).encode(), "no name of a function"),
         (2 * (json.dumps(ROW).encode() + b"\n"), "task_id twice"),
-        (json.dumps({**ROW, "test": 3}).encode(), r"\$.test"),
+        (json.dumps({**ROW, "test": 3}).encode(), "line 1: test: .*got `int`"),
     ],
 )
 def test_a_file_of_problems_that_is_none(tmp_path, content, says):
@@ -129,9 +131,11 @@ def test_a_run_goes_on_where_it_was_killed(bundles, tmp_path):
     assert said.returncode == 0 and "pass@2: " in said.stdout
     kept = out.with_name("r.json.completions")
     assert not kept.exists()
-    lines = [code.encode_line(whole.settings)]
-    lines += [code.encode_line(code.Written(p.task_id, p.completions)) for p in whole.problems]
-    kept.write_bytes(lines[0] + lines[1] + lines[2][:-9])  # a kill in the middle of a line
+    with RequestCache(kept, encode(whole.settings)) as cache:
+        for problem in whole.problems[:2]:
+            cache.put(problem.completions, problem.task_id)
+    begun = kept.read_bytes()[:-9]  # a kill in the middle of a line
+    kept.write_bytes(begun)
     again = run_here("phi-bench", "eval", model, *options, "--out", out)
     assert again.returncode == 2 and "exists already" in again.stderr
     out.unlink()
@@ -139,10 +143,11 @@ def test_a_run_goes_on_where_it_was_killed(bundles, tmp_path):
     assert again.returncode == 0 and "1 of 3" not in again.stderr and "2 of 3" in again.stderr
     assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
 
-    kept.write_bytes(lines[0] + lines[1])
+    kept.write_bytes(begun)
     out.unlink()
     other = run_here("phi-bench", "eval", model, *options, "--seed", 5, "--out", out)
-    assert other.returncode == 2 and "begun with other settings" in other.stderr and not out.exists()
+    assert other.returncode == 2 and "begun with another model or other settings" in other.stderr and not out.exists()
+    assert kept.read_bytes() == begun
 
 
 @pytest.mark.integration
@@ -152,6 +157,7 @@ def test_a_run_goes_on_where_it_was_killed(bundles, tmp_path):
         (("--samples", 2), "needs --temperature"),
         (("--k", "3"), "pass@3 needs --samples 3"),
         (("--k", "x"), "--k 'x'"),
+        (("--out", "/nowhere-at-all/r.json"), "there is no folder /nowhere-at-all"),
         (("--temperature", "nan"), "--temperature is from 0 to 10"),
         (("--chat", "--task", "humaneval"), ""),
     ],
@@ -159,7 +165,7 @@ def test_a_run_goes_on_where_it_was_killed(bundles, tmp_path):
 def test_what_does_not_go_together(bundles, tmp_path, options, says):
     task = f"mbpp={problems_file(tmp_path, 1)}"
     command = ("phi-bench", "eval", bundles / "gguf", "--task", task, "--max-tokens", 4, "--limit", 1)
-    said = run_here(*command, *options, "--out", tmp_path / "r.json")
+    said = run_here(*command, "--out", tmp_path / "r.json", *options)
     assert "Traceback" not in said.stderr
     if says:
         assert said.returncode == 2 and says in said.stderr and not (tmp_path / "r.json").exists()

@@ -3,14 +3,19 @@
 import json
 import os
 import random
+import shutil
 
 import numpy as np
 import pytest
-from support import run_here
+from safetensors.torch import load_file, save_file
+from support import Served, run_here
 
 import phi_runtime
+from phi_bench.evaluate.harness import _known_tasks
 from phi_bench.evaluate.requests import RequestCache
-from phi_runtime.errors import PhiError, UsageError
+from phi_export.formats.gguf.unquantised import write_unquantised
+from phi_runtime.architecture.checkpoint import open_checkpoint
+from phi_runtime.errors import OutputExistsError, PhiError, UsageError
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 WORDS = ["import", "return", "class", "self", "value", "error", "message", "part", "line", "file", "name", "open"]
@@ -40,28 +45,76 @@ def likelihoods(result):
     return np.array([[float(answer) for answer in row["answers"]] for row in result["rows"]])
 
 
-def stock(checkpoint, rows, batch):
-    """As lm-eval itself reads a checkpoint."""
+def stock(lm, rows, shots):
+    """What one of lm-eval's own models makes of them."""
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
     data = {"data_files": {s: str(rows) for s in ("train", "validation", "test")}}
     task = {"task": "arc_easy", "dataset_path": "json", "dataset_name": None, "dataset_kwargs": data}
-    lm = HFLM(pretrained=str(checkpoint), dtype="float32", batch_size=batch, device="cpu")
-    found = simple_evaluate(lm, tasks=[{"group": "phi", "task": [task]}], bootstrap_iters=0, num_fewshot=2)
+    found = simple_evaluate(
+        lm, tasks=[{"group": "phi", "task": [task]}], bootstrap_iters=0, num_fewshot=shots, task_manager=_known_tasks()
+    )
     return found["results"]["arc_easy"], np.array(
         [[float(r[0]) for r in s["filtered_resps"]] for s in found["samples"]["arc_easy"]]
     )
 
 
-def test_a_checkpoint_has_the_scores_of_stock_lm_eval(checkpoint, rows, tmp_path):
+def transformers(checkpoint, batch):
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(checkpoint), dtype="float32", batch_size=batch, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def widest(checkpoint, tmp_path_factory):
+    """The checkpoint as GGUF in float32; in bfloat16, llama.cpp would round what enters a matrix."""
+    folder = tmp_path_factory.mktemp("widest")
+    shutil.copytree(checkpoint, folder / "ckpt", ignore=shutil.ignore_patterns("training"))
+    (weights,) = (folder / "ckpt").glob("*.safetensors")
+    save_file({name: t.float() for name, t in load_file(weights).items()}, weights, {"format": "pt"})
+    write_unquantised(open_checkpoint(folder / "ckpt"), folder / "model.gguf")
+    return folder / "model.gguf"
+
+
+@pytest.mark.parametrize(("batch", "ids"), [(1, False), (8, True)])
+def test_phi_run_serve_answers_stock_lm_eval(widest, checkpoint, rows, batch, ids):
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    server = Served(widest, "--kv", "f32")
+    try:
+        lm = LocalCompletionsAPI(
+            base_url=f"http://127.0.0.1:{server.port}/v1/completions",
+            model="model",
+            tokenizer=str(checkpoint),
+            tokenized_requests=ids,
+            batch_size=batch,
+        )
+        results, found = stock(lm, rows, 0)
+    finally:
+        server.close()
+    expected, exact = stock(transformers(checkpoint, 1), rows, 0)
+    np.testing.assert_allclose(found, exact, atol=1e-3)
+    assert results["acc,none"] == expected["acc,none"]
+
+
+def test_a_checkpoint_has_the_scores_of_stock_lm_eval(checkpoint, widest, rows, tmp_path):
     ours = evaluated(checkpoint, rows, tmp_path / "r.json", "--shots", 2)
     metrics = {m["name"]: m["value"] for m in ours["metrics"]}
     for batch in (1, 8):
-        results, found = stock(checkpoint, rows, batch)
+        results, found = stock(transformers(checkpoint, batch), rows, 2)
         np.testing.assert_allclose(likelihoods(ours), found, atol=1e-3)
         assert (results["acc,none"], results["acc_norm,none"]) == (metrics["acc"], metrics["acc_norm"])
     assert ours["shots"] == 2 and len(ours["rows"]) == 20 and ours["prompt"].endswith("?\nAnswer:")
+
+
+def test_a_model_in_float32_has_the_scores_of_its_checkpoint(checkpoint, widest, rows, tmp_path):
+    exact = likelihoods(evaluated(checkpoint, rows, tmp_path / "a.json"))
+    found = likelihoods(evaluated(widest, rows, tmp_path / "b.json", "--kv", "f32"))
+    np.testing.assert_allclose(found, exact, atol=1e-3)
+    done = run_here(
+        "phi-bench", "eval", checkpoint, "--task", f"arc_easy={rows}", "--out", tmp_path / "c.json", "--kv", "f32"
+    )
+    assert done.returncode == 2 and "is for bundles and GGUF files" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["gguf", "onnx"])
@@ -145,7 +198,11 @@ def test_kept_answers_are_of_one_model(tmp_path):
     with RequestCache(tmp_path / "c", "a") as cache:
         assert cache.get("score", [1, 2], 1) == [1.5, True] and cache.get("answer", [1], 2, []) == "é\n"
         assert cache.get("score", [1, 2], 2) is None
-    with RequestCache(tmp_path / "c", "b") as cache:
+    kept = (tmp_path / "c").read_bytes()
+    with pytest.raises(OutputExistsError, match="another model"):
+        RequestCache(tmp_path / "c", "b")
+    assert (tmp_path / "c").read_bytes() == kept
+    with RequestCache(tmp_path / "c", "b", force=True) as cache:
         assert cache.get("score", [1, 2], 1) is None
 
 

@@ -32,6 +32,12 @@ def swift(*command, **variables):
     return done.stdout
 
 
+def swift_test(*suites, **variables):
+    """Run Swift's tests, those of these suites or all, with warnings as errors; what was printed."""
+    filters = [part for suite in suites for part in ("--filter", suite)]
+    return swift("swift", "test", "-Xswiftc", "-warnings-as-errors", *filters, **variables)
+
+
 def manifest(contents, **changes):
     """A bundle's manifest that lists these files, by name, with their contents' sizes and digests; then `changes`."""
     good = json.loads((ROOT / "mobile/Tests/Golden/manifest.json").read_text())

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import swift_here
-from swift_here import ROOT, call, swift
+from swift_here import ROOT, call, swift_test
 
 pytestmark = [pytest.mark.swift, pytest.mark.timeout(900)]
 MODEL = np.random.default_rng(0).bytes(3_000_000)
@@ -197,15 +197,7 @@ def test_a_stop_in_the_middle(program):
     """In Swift's own test: stopped at the first bytes, then on to the end from there."""
     server = Server()
     with serving(server) as url:
-        swift(
-            "swift",
-            "test",
-            "-Xswiftc",
-            "-warnings-as-errors",
-            "--filter",
-            "PhiAppCoreTests.DownloadTests",
-            PHI_TEST_URL=url,
-        )
+        swift_test("PhiAppCoreTests.DownloadTests", PHI_TEST_URL=url)
     first, second = [where for name, where, _ in server.asked if name == "model.gguf"]
     assert first is None and second.startswith("bytes=")
 
@@ -214,15 +206,7 @@ def test_a_session_of_the_system(program):
     """In Swift's own tests, with a session that ends with the process: Linux has no other."""
     server = Server()
     with serving(server) as url:
-        swift(
-            "swift",
-            "test",
-            "-Xswiftc",
-            "-warnings-as-errors",
-            "--filter",
-            "PhiAppCoreTests.SystemDownloadTests",
-            PHI_TEST_SYSTEM=url,
-        )
+        swift_test("PhiAppCoreTests.SystemDownloadTests", PHI_TEST_SYSTEM=url)
 
 
 def test_no_server(program, place):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import swift_here
-from swift_here import ROOT, call, swift
+from swift_here import ROOT, call, swift, swift_test
 
 pytestmark = [pytest.mark.swift, pytest.mark.timeout(900)]
 WORDS = b" ".join(f"{n * n % 977} word".encode() for n in range(60_000))
@@ -297,7 +297,7 @@ def test_the_library_takes_an_archive(place):
     """In Swift's own tests: taken twice at once, again, stopped, removed."""
     write(place / "gguf.zip", top="gguf/")
     source = str((place / "gguf.zip").relative_to(ROOT))
-    swift("swift", "test", "-Xswiftc", "-warnings-as-errors", "--filter", "LibraryTests", PHI_TEST_IMPORT=source)
+    swift_test("LibraryTests", PHI_TEST_IMPORT=source)
 
 
 def test_a_result_is_handed_over(program, place, tmp_path):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from support import run
-from swift_here import FOLDER, ROOT, swift
+from swift_here import FOLDER, ROOT, swift, swift_test
 
 import phi_runtime
 from phi_bench import figures
@@ -82,7 +82,7 @@ def plan(bundle, context, kv):
 def test_package(real):
     """Warnings are errors. Greedy tokens of 20 prompts, ids of 2,000 texts, golden cases, broken bundles."""
     places = ":".join(str(p.relative_to(ROOT)) for p in real)
-    said = swift("swift", "test", "-Xswiftc", "-warnings-as-errors", PHI_TEST_BUNDLES=places)
+    said = swift_test(PHI_TEST_BUNDLES=places)
     assert "passed" in said
 
 

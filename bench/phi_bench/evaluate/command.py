@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from phi_bench.evaluate.code_tasks import TASKS
+from phi_bench.evaluate.code_tasks import TASKS, Request
 from phi_runtime.cli import positive
 from phi_runtime.errors import UsageError
 
@@ -26,19 +26,42 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--post",
         choices=["function", "none"],
-        default="function",
+        default=Request.post,
         help="what is run of a completion: up to the end of its function (default), or all of it",
     )
-    p.add_argument("--samples", type=positive, default=1, metavar="N", help="completions per problem (default 1)")
+    p.add_argument(
+        "--samples",
+        type=positive,
+        default=Request.samples,
+        metavar="N",
+        help="completions per problem (default %(default)s)",
+    )
     p.add_argument("--k", default="1", metavar="K,...", help="of pass@k (default 1)")
-    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default 0: the likeliest token")
-    p.add_argument("--top-p", type=float, default=0.95, metavar="P", help="with a temperature (default 0.95)")
-    p.add_argument("--max-tokens", type=positive, default=512, metavar="N", help="of a completion (default 512)")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples (default 0)")
+    p.add_argument(
+        "--temperature",
+        type=float,
+        default=Request.temperature,
+        metavar="T",
+        help="default %(default)s: the likeliest token",
+    )
+    p.add_argument(
+        "--top-p", type=float, default=Request.top_p, metavar="P", help="with a temperature (default %(default)s)"
+    )
+    p.add_argument(
+        "--max-tokens",
+        type=positive,
+        default=Request.max_tokens,
+        metavar="N",
+        help="of a completion (default %(default)s)",
+    )
+    p.add_argument("--seed", type=int, default=Request.seed, metavar="N", help="of the samples (default %(default)s)")
     p.add_argument("--shots", type=int, metavar="N", help="examples before each row (lm-eval; default: the task's)")
     p.add_argument("--limit", type=positive, metavar="N", help="the first N problems only")
     p.add_argument("--threads", type=positive, metavar="N", help="by default one per core")
-    p.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of each program (default 10)")
+    p.add_argument("--kv", metavar="TYPE", help="type of the KV cache, such as f32; by default the engine's")
+    p.add_argument(
+        "--seconds", type=float, default=Request.seconds, metavar="S", help="of each program (default %(default)s)"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -50,12 +73,13 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _harness(args: argparse.Namespace) -> None:
-    from phi_bench.evaluate.harness import Request, evaluate
+    from phi_bench.evaluate import harness
 
     given = {"chat": args.chat, "samples": args.samples > 1, "temperature": args.temperature, "k": args.k != "1"}
     if wrong := [name for name, value in given.items() if value]:
         raise UsageError(f"--{wrong[0]} is for {' and '.join(TASKS)}; leave it out")
-    result = evaluate(Request(args.model, args.task, args.shots, args.limit, args.threads), args.out, args.force)
+    asked = harness.Request(args.model, args.task, args.shots, args.limit, args.threads, args.kv)
+    result = harness.evaluate(asked, args.out, args.force)
     print(f"{result.task} (version {result.version}), {len({r.row for r in result.rows})} rows, {result.shots} shots")
     for m in result.metrics:
         said = "" if m.error is None else f" ± {m.error:.1%}"
@@ -67,7 +91,7 @@ def _harness(args: argparse.Namespace) -> None:
 def _code(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from phi_bench.evaluate.code import Request, evaluate
+    from phi_bench.evaluate.code import evaluate
 
     if args.shots is not None:
         raise UsageError(f"--shots is for tasks of lm-eval; leave it out with {' and '.join(TASKS)}")
@@ -81,7 +105,7 @@ def _code(args: argparse.Namespace) -> None:
         raise UsageError("--temperature is from 0 to 10, --top-p above 0 and up to 1, --seconds up to 3600")
     asked = Request(
         args.model, args.task, args.chat, args.post, args.samples, args.temperature, args.top_p, args.max_tokens,
-        args.seed, args.limit, k, args.threads, args.seconds,
+        args.seed, args.limit, k, args.threads, args.kv, args.seconds,
     )  # fmt: skip
     console = Console(stderr=True)
     result = evaluate(

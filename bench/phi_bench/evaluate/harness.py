@@ -15,6 +15,7 @@ from phi_bench.measure.models import describe
 from phi_runtime.contract import Contract, encode
 from phi_runtime.errors import BenchmarkError, NotFoundError, OutputExistsError, missing_extra
 from phi_runtime.files import sha256, write_file
+from phi_runtime.version import __version__
 
 SPLITS = ("train", "validation", "test")
 
@@ -47,6 +48,7 @@ class HarnessResult(Contract, frozen=True):
     files: dict[str, str]
     shots: int
     limit: int | None
+    kv: str | None
     lm_eval: str
     metrics: tuple[Metric, ...]
     prompt: str
@@ -56,7 +58,7 @@ class HarnessResult(Contract, frozen=True):
 @dataclass(frozen=True)
 class Request:
     """What is asked for. task: NAME=FILE, or NAME=FOLDER with train.jsonl, validation.jsonl, test.jsonl. shots:
-    examples before each row, the task's own number by default.
+    examples before each row, the task's own number by default. kv: type of the cache, the engine's own by default.
     """
 
     model: Path
@@ -64,6 +66,7 @@ class Request:
     shots: int | None = None
     limit: int | None = None
     threads: int | None = None
+    kv: str | None = None
 
 
 def evaluate(asked: Request, out: Path, force: bool = False) -> HarnessResult:
@@ -93,17 +96,19 @@ def evaluate(asked: Request, out: Path, force: bool = False) -> HarnessResult:
         raise BenchmarkError(f"lm-eval has no task {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
     digest = describe(asked.model, asked.model.name).sha256
     kept = out.with_name(out.name + ".requests")
-    if force:
-        kept.unlink(missing_ok=True)
-    scorer = open_scorer(asked.model, asked.threads)
+    scorer = open_scorer(asked.model, asked.threads, asked.kv)
     try:
-        with tempfile.TemporaryDirectory() as cache, RequestCache(kept, digest) as requests:
+        with (
+            tempfile.TemporaryDirectory() as cache,
+            RequestCache(kept, f"{digest} {__version__} {asked.kv}", force) as requests,
+        ):
             data = {"data_files": {s: str(p.resolve()) for s, p in files.items()}, "cache_dir": cache}
             task = {"task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": data}
             found = _run(simple_evaluate, PhiLM(scorer, requests), {"group": "phi", "task": [task]}, asked, tasks)
     finally:
         scorer.close()
-    result = _result(found, asked, name, digest, {s: sha256(p) for s, p in files.items()}, lm_eval.__version__)
+    digests = {p: sha256(p) for p in set(files.values())}
+    result = _result(found, asked, name, digest, {s: digests[p] for s, p in files.items()}, lm_eval.__version__)
     write_file(out, encode(result) + "\n")
     kept.unlink()
     return result
@@ -200,6 +205,7 @@ def _result(
         files=files,
         shots=int(found["n-shot"].get(name, 0)),
         limit=asked.limit,
+        kv=asked.kv,
         lm_eval=lm_eval,
         metrics=tuple(metrics),
         prompt=str(samples[0]["arguments"][0][0]),

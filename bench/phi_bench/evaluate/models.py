@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import phi_runtime
 from phi_bench.evaluate.requests import RequestCache
+from phi_runtime.errors import UsageError
 
 _MAX_TOKENS = 256  # of an answer where the task does not say
 
@@ -37,8 +38,8 @@ class Scorer(Protocol):
 class Runtime:
     """A bundle or a GGUF file."""
 
-    def __init__(self, path: Path, threads: int | None) -> None:
-        self._phi = phi_runtime.load(path, threads=threads)
+    def __init__(self, path: Path, threads: int | None, kv: str | None) -> None:
+        self._phi = phi_runtime.load(path, threads=threads, kv=kv)
         self.context, self.tokenize, self.score = self._phi.context, self._phi.tokenize, self._phi.score
         bos = self._phi.tokenize(self._phi.package.bos_token or "")
         self.prefix_token = bos[0] if len(bos) == 1 else min(self._phi.engine.stop_tokens)
@@ -94,10 +95,17 @@ class Torch:
         self._model = None
 
 
-def open_scorer(path: Path, threads: int | None) -> Scorer:
-    """A checkpoint folder by PyTorch, all else by the runtime, which raises the errors of `phi_runtime.load`."""
+def open_scorer(path: Path, threads: int | None, kv: str | None = None) -> Scorer:
+    """A checkpoint folder by PyTorch, all else by the runtime, which raises the errors of `phi_runtime.load`.
+
+    Raises UsageError for a type of cache with a checkpoint, which has one of float32.
+    """
     weights = ("model.safetensors", "model.safetensors.index.json")
-    return Torch(path, threads) if any((path / w).is_file() for w in weights) else Runtime(path, threads)
+    if not any((path / w).is_file() for w in weights):
+        return Runtime(path, threads, kv)
+    if kv is not None:
+        raise UsageError(f"--kv {kv}: is for bundles and GGUF files; {path} is a checkpoint, leave it out")
+    return Torch(path, threads)
 
 
 class PhiLM(TemplateLM):  # type: ignore[misc]

@@ -6,21 +6,29 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from phi_runtime.errors import OutputExistsError
 from phi_runtime.files import disk_full_named, write_file
 
 
 class RequestCache:
-    """Answers by request, a JSON line each, of one model: `said` names it and all that its answers depend on.
+    """Answers by request, a JSON line each; `said` is all that they depend on beside the request, such as the model.
 
-    A file of another model is begun anew; a line that a kill cut is dropped.
+    A line that a kill cut is dropped. Raises OutputExistsError for a file that was begun with something else; `force`
+    begins it anew.
     """
 
-    def __init__(self, path: Path, said: str) -> None:
+    def __init__(self, path: Path, said: str, force: bool = False) -> None:
         self.path = path
         self._known: dict[str, Any] = {}
+        if force:
+            path.unlink(missing_ok=True)
         first = json.dumps({"said": said}) + "\n"
         lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
-        whole = [line for line in lines[1:] if lines[0] == first and self._read(line)]
+        if lines and lines[0] != first:
+            raise OutputExistsError(
+                f"{path}: was begun with another model or other settings; name another file, or use --force"
+            )
+        whole = [line for line in lines[1:] if self._read(line)]
         write_file(path, first + "".join(whole))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by `close`
 
@@ -33,7 +41,7 @@ class RequestCache:
         return line.endswith("\n")
 
     def get(self, *request: object) -> Any:
-        """What was answered, None for nothing."""
+        """What was answered, None for a request that is not known."""
         return self._known.get(_key(request))
 
     def put(self, answer: Any, *request: object) -> None:

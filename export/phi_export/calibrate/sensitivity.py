@@ -65,7 +65,8 @@ class _Backward:
         which = sensitivity_windows(torch.arange(len(texts))[:, None, None], checkpoint).flatten().tolist()
         self.tokens = np.asarray([texts[i] for i in which])
         large = num_parameters(checkpoint.config) >= LARGE
-        self.parts = [list(range(len(which)))] if large else [[n] for n in range(len(which))]
+        count = len(which)  # windows; the parts of them that have a gradient each
+        self.parts = [slice(0, count)] if large else [slice(n, n + 1) for n in range(count)]
 
     def run(self) -> dict[str, float]:
         """Sensitivity by item."""
@@ -101,7 +102,7 @@ class _Backward:
         model, d = self.model, self.model.decoder
         x_BTE = self._entering(len(d.layers)).requires_grad_()
         normed = model.norm(x_BTE, d.final_norm)
-        x_NE = normed.detach().reshape(-1, normed.shape[-1])
+        x_NE, length = normed.detach().reshape(-1, normed.shape[-1]), normed.shape[1]
         (head,) = d.head.weight
         bias = self.checkpoint.read(d.head.bias[0]) if d.head.bias else np.zeros(d.vocab_size, np.float32)
         step = max(1, _LOGITS // len(x_NE))
@@ -126,9 +127,8 @@ class _Backward:
             root = torch.exp((y_NV - total[:, None]) / 2)
             g_NV = ((root * signs - root * root * mean[:, None]) * d.logit_scale).to(model.dtype)
             back_NE += (g_NV @ w_VE).float()
-            positions = torch.arange(len(x_NE)).reshape(x_BTE.shape[:2])
             for part in self.parts:
-                n = positions[part].flatten()
+                n = slice(part.start * length, part.stop * length)
                 self._add(head, start, g_NV[n].T @ x_NE[n].to(model.dtype), factor)
         normed.backward(back_NE.reshape(normed.shape))  # type: ignore[no-untyped-call]
         assert x_BTE.grad is not None

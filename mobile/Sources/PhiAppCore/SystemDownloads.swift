@@ -57,7 +57,8 @@ public final class SystemDownloads: NSObject, URLSessionDownloadDelegate, Sendab
             })
         else { throw PhiError(.download, "\(url.absoluteString): downloads have ended; start the app again") }
         defer { state.withLock { $0.waiting[key] = nil } }
-        let task = running(key, in: session) ?? start(url, key, path, in: session)
+        let task = running(key, in: session) ?? made(url, key, path, in: session)
+        task.resume()
         while true {
             if isCancelled() {
                 stop(task, resumable: path)
@@ -95,10 +96,9 @@ public final class SystemDownloads: NSObject, URLSessionDownloadDelegate, Sendab
         return found.withLock { $0 }
     }
 
-    private func start(_ url: URL, _ key: String, _ path: URL, in session: URLSession) -> URLSessionDownloadTask {
+    private func made(_ url: URL, _ key: String, _ path: URL, in session: URLSession) -> URLSessionDownloadTask {
         let task = resumed(path, in: session) ?? session.downloadTask(with: Self.request(url))
         task.taskDescription = key
-        task.resume()
         return task
     }
 
@@ -137,10 +137,8 @@ public final class SystemDownloads: NSObject, URLSessionDownloadDelegate, Sendab
             let why = "the server answers \(status); check the address, or try again"
             return end(downloadTask, .failure(PhiError(.download, why)))
         }
-        // The description comes from a task that a process of this app made; its folder is gone where it was given up.
-        guard let key = downloadTask.taskDescription, key.split(separator: "/").count == 2, !key.contains("..") else {
-            return
-        }
+        // A task that an earlier process of this app made; its folder is gone where the download was given up.
+        guard let key = downloadTask.taskDescription, staysInside(key) else { return }
         let path = folder.appendingPathComponent(key)
         try? FileManager.default.removeItem(at: path)
         do {

@@ -29,7 +29,9 @@ KV_TYPES = {
     "q4_1": (3, 5.0),
     "iq4_nl": (20, 4.5),
     "q4_0": (2, 4.5),
+    "f32": (0, 32.0),  # last: nobody's choice to save memory
 }
+WHOLE = ("f16", "f32")  # that need no flash attention
 
 
 class LlamaCppBackend:
@@ -164,9 +166,9 @@ class LlamaCppBackend:
             self._progress = params.progress_callback = when_allocated(self.library.llama_progress_callback)
 
     def _set_context(self, params: Any) -> None:
-        if self._kv == "f16" and self._device == "cpu":
-            # Its flash attention on processors takes 1.6 times as long per token behind a thousand tokens; only a
-            # cache of few bits cannot do without.
+        if self._kv in WHOLE and self._device == "cpu":
+            # Its flash attention on processors takes 1.6 times as long per token behind a thousand tokens, and rounds
+            # a cache of float32 to float16; only a cache of few bits cannot do without.
             params.flash_attn_type = self.library.LLAMA_FLASH_ATTN_TYPE_DISABLED
 
     def _free_model(self) -> None:
@@ -310,7 +312,7 @@ def _devices(engine: str) -> tuple[str, ...]:
 def _memory(package: Package, context: int, kv: str) -> tuple[int, int]:
     chunk, slots = min(CHUNK, context), -(-context // PADDED) * PADDED
     cache = int(kv_numbers(package) * slots * KV_TYPES[kv][1] / 8)
-    scores = 4 * package.shape.heads * chunk * slots if kv == "f16" else 0  # flash attention keeps none
+    scores = 4 * package.shape.heads * chunk * slots if kv in WHOLE else 0  # flash attention keeps none
     logits = logits_bytes(package, context) + (2 << 20) + 13 * chunk * slots
     return cache, max(logits, scores + (1 << 20)) + package.staging
 

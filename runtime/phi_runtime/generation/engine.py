@@ -96,9 +96,9 @@ class Engine:
     def score(self, tokens: list[int], start: int) -> tuple[list[float], bool]:
         """Natural-log probabilities of tokens[start:], each after all before it, and whether all are the likeliest.
 
-        What comes before `start` stays in the cache for the next call with the same beginning; nothing else is reused,
-        so that a score does not depend on what was asked before. Raises UsageError for a start that leaves nothing
-        before it or behind it, and the errors of `check`.
+        What comes before `start` stays in the cache for the next call with the same beginning; a cache that holds more
+        or less than that is read anew, so that scores do not depend on the order of calls. Raises UsageError for a
+        start that leaves nothing before it or behind it and where `cancelled` was set meanwhile, the errors of `check`.
         """
         self.check(tokens)
         if not 1 <= start < len(tokens):
@@ -112,6 +112,8 @@ class Engine:
                 self.forget()
                 self.cancelled = False
                 self._read(tokens[:held])
+                if self.cancelled:
+                    raise UsageError("the call was cancelled, or the model closed, before it was done")
             rows = self._forward(tokens[held:-1], all_logits=True)
             self._rewind(held)
         wanted = tokens[start:]

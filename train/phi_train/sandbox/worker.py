@@ -101,10 +101,8 @@ def _child(work: Any, pipes: list[int], printed: int | None, job: dict[str, Any]
     """Never returns. The pipes become 3, 4 and so on; nothing else of the worker stays open."""
     try:
         nothing = os.open("/dev/null", os.O_RDWR)
-        held = [os.dup(fd) for fd in pipes]
         out = nothing if printed is None else printed
-        base = [os.dup(nothing), os.dup(out), os.dup(out)]
-        moved = [os.dup2(fd, 100 + n) for n, fd in enumerate((*base, *held))]
+        moved = [os.dup2(fd, 100 + n) for n, fd in enumerate((nothing, out, out, *pipes))]  # out of each other's way
         for n, fd in enumerate(moved):
             os.dup2(fd, n)
         os.closerange(len(moved), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
