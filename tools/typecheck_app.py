@@ -32,7 +32,8 @@ def main() -> None:
 
 
 def _module(name: str, sources: str, more: str) -> str:
-    return f"swiftc -emit-module -module-name {name} -package-name PhiEdge {FLAGS} {more} {sources} -o {OUT}/{name}.swiftmodule"
+    named = f"-module-name {name} -package-name PhiEdge"
+    return f"swiftc -emit-module {named} {FLAGS} {more} {sources} -o {OUT}/{name}.swiftmodule"
 
 
 if __name__ == "__main__":
