@@ -28,11 +28,12 @@ def commands(page: str) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def desk(checkpoint, bundles, tmp_path_factory):
-    """A folder with a checkpoint, an adapter and bundles by the names that the pages use."""
+def desk(checkpoint, bundles, corpus, tmp_path_factory):
+    """A folder with a corpus, a checkpoint, an adapter and bundles by the names that the pages use."""
     folder = tmp_path_factory.mktemp("desk")
     shutil.copytree(checkpoint, folder / "my-phi", ignore=shutil.ignore_patterns("training"))
     shutil.copytree(bundles, folder / "bundles")
+    shutil.copytree(corpus, folder / "my-corpus")
     shutil.copy(checkpoint / "training" / "shards" / "heldout.txt", folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")

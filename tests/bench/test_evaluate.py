@@ -14,6 +14,7 @@ from phi_bench.evaluate.code_tasks import Problem, first_function, in_block, mea
 from phi_bench.evaluate.requests import RequestCache
 from phi_runtime.contract import encode
 from phi_runtime.errors import BenchmarkError, NotFoundError
+from phi_train.curate.report import ProblemReport, Report
 
 PROMPT = 'import math\n\n\ndef add(a, b):\n    """Add two numbers."""\n'
 TEST = "def check(candidate):\n    assert candidate(1, 2) == 3\n"
@@ -69,6 +70,28 @@ def test_post_processing_decides(tmp_path):
     answer = "Sure!\n```python\ndef add(a, b):\n    return math.fsum([a, b])\n```"
     assert judged("function", True, answer).scores == (code.Score(1, 1.0, 0.0),)
     assert judged("function", False, answer).kinds == {"error": 1}
+
+
+def test_scores_apart_by_what_the_corpus_is_like(bundles, tmp_path):
+    def report(names):
+        problems = [ProblemReport(i, i.endswith("1"), 1, 1.0, False, False) for i in names]
+        r = Report("", "humaneval", "", 0.9, 20, 13, None, 1, 0, 1, 1, {}, {}, (), tuple(problems), ())
+        (tmp_path / "report.json").write_text(encode(r))
+
+    names = [f"HumanEval/{n}" for n in range(4)]
+    options = ("--task", "humaneval", "--limit", 4, "--max-tokens", 4, "--split", tmp_path / "report.json")
+    command = ("phi-bench", "eval", bundles / "gguf", *options, "--out", tmp_path / "r.json")
+    assert "no such file" in run_here(*command).stderr
+    report(names[:3])
+    done = run_here(*command)
+    assert done.returncode == 2 and "humaneval, which has no HumanEval/3" in done.stderr
+    report(names)
+    done = run_here(*command)
+    assert done.returncode == 0, done.stderr
+    assert "1 problems similar to the corpus: pass@1 0.0%" in done.stdout
+    assert "3 problems not similar to the corpus: pass@1 0.0%" in done.stdout
+    halves = json.loads((tmp_path / "r.json").read_text())["halves"]
+    assert [(h["similar"], h["problems"]) for h in halves] == [(True, 1), (False, 3)]
 
 
 def test_pass_at_k_counts_subsets():

@@ -26,6 +26,7 @@ _USAGE = """phi-train RECIPE --out DIR [--set key=value ...] [--dry-run]
        phi-train sample --out DIR [--width N]
        phi-train tokenizer --corpus CORPUS --vocab-size N --out DIR
        phi-train shards --corpus CORPUS | --conversations FILE --tokenizer DIR --out DIR
+       phi-train data COMMAND …
        phi-train make-sft-data --corpus CORPUS --out FILE
        phi-train make-preferences CKPT --conversations FILE --out FILE"""
 
@@ -42,7 +43,7 @@ def main() -> NoReturn:
 def _main(argv: list[str]) -> None:
     commands = {"list": _list, "plan": _plan, "grow": _grow, "init": _init, "tokenizer": _tokenizer, "shards": _shards}
     commands |= {"make-sft-data": _make_sft_data, "sample": _sample, "make-preferences": _make_preferences}
-    commands |= {"extend": _extend}
+    commands |= {"extend": _extend, "data": _data}
     if argv and argv[0] in _RENAMED:
         new = _RENAMED[argv[0]]
         print(f"note: `phi-train {argv[0]}` is now `phi-train {new}`", file=sys.stderr)
@@ -94,6 +95,12 @@ def _train(argv: list[str]) -> None:
         f"held-out loss over {s.heldout_tokens:,} tokens: {s.initial_loss:.3f} at the start, "
         f"{s.final_loss:.3f} at the end{compared} (nats per {unit})"
     )
+
+
+def _data(argv: list[str]) -> None:
+    from phi_train.curate.command import main as curate
+
+    curate(argv)
 
 
 def _list(argv: list[str]) -> None:

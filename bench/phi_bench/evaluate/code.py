@@ -19,10 +19,11 @@ from phi_bench.evaluate.code_tasks import (
 )
 from phi_bench.evaluate.requests import RequestCache
 from phi_bench.measure.models import describe
-from phi_runtime.contract import Contract, encode
-from phi_runtime.errors import OutputExistsError, UsageError
+from phi_runtime.contract import Contract, encode, read_record
+from phi_runtime.errors import BenchmarkError, NotFoundError, OutputExistsError, UsageError
 from phi_runtime.files import write_file
 from phi_runtime.version import __version__
+from phi_train.curate.report import Report
 from phi_train.sandbox.run import Limits, Sandbox, run_all
 
 Progress = Callable[[int, int, str], None]  # problems done, of all, the last one's name
@@ -69,11 +70,20 @@ class Judged(Contract, frozen=True):
     messages: tuple[str, ...]
 
 
+class Half(Contract, frozen=True):
+    """The problems that a training corpus is similar to, or those that it is not, and the scores of these alone."""
+
+    similar: bool
+    problems: int
+    scores: tuple[Score, ...]
+
+
 class CodeResult(Contract, frozen=True):
-    """A whole evaluation. kinds: how many completions passed, failed, raised, ran too long."""
+    """A whole evaluation. kinds: how many completions passed, failed, raised, ran too long. halves: both, if asked."""
 
     settings: Settings
     scores: tuple[Score, ...]
+    halves: tuple[Half, ...]
     kinds: dict[str, int]
     problems: tuple[Judged, ...]
 
@@ -90,6 +100,7 @@ def evaluate(asked: Request, out: Path, force: bool = False, progress: Progress 
         raise OutputExistsError(f"{out}: exists already; name another file, or replace it with --force")
     digest, problems = read_task(asked.task)
     problems = problems[: asked.limit]
+    split = _split(asked.split, problems) if asked.split is not None else None
     with Sandbox():  # before hours of writing
         pass
     kept = out.with_name(out.name + ".completions")
@@ -105,7 +116,7 @@ def evaluate(asked: Request, out: Path, force: bool = False, progress: Progress 
                     cache.put(found, problem.task_id)
                     progress(n + 1, len(problems), problem.task_id)
                 written.append(found)
-    result = _judge(settings, problems, written, asked)
+    result = _judge(settings, problems, written, asked, split)
     write_file(out, encode(result) + "\n")
     kept.unlink()
     return result
@@ -162,7 +173,13 @@ def _completions(phi: phi_runtime.Phi, prompt: list[int], index: int, asked: Req
     ]
 
 
-def _judge(settings: Settings, problems: list[Problem], written: list[list[str]], asked: Request) -> CodeResult:
+def _judge(
+    settings: Settings,
+    problems: list[Problem],
+    written: list[list[str]],
+    asked: Request,
+    split: dict[str, bool] | None = None,
+) -> CodeResult:
     jobs = [
         p.job(c, settings.post, settings.chat)
         for p, completions in zip(problems, written, strict=True)
@@ -174,8 +191,28 @@ def _judge(settings: Settings, problems: list[Problem], written: list[list[str]]
         mine = list(islice(outcomes, len(completions)))
         kinds, messages = tuple(o.kind for o in mine), tuple(o.message for o in mine)
         judged.append(Judged(problem.task_id, tuple(completions), kinds, messages))
-    scores = []
-    for k in asked.k:
-        values = [pass_at_k(j.kinds.count("passed"), settings.samples, k) for j in judged]
-        scores.append(Score(k, *mean_and_error(values)))
-    return CodeResult(settings, tuple(scores), dict(Counter(kind for j in judged for kind in j.kinds)), tuple(judged))
+    halves = []
+    for similar in (True, False) if split is not None else ():
+        half = [j for j in judged if split is not None and split[j.task_id] == similar]
+        halves.append(Half(similar, len(half), _scores(half, settings.samples, asked.k) if half else ()))
+    scores = _scores(judged, settings.samples, asked.k)
+    return CodeResult(
+        settings, scores, tuple(halves), dict(Counter(kind for j in judged for kind in j.kinds)), tuple(judged)
+    )
+
+
+def _scores(judged: list[Judged], samples: int, ks: tuple[int, ...]) -> tuple[Score, ...]:
+    return tuple(
+        Score(k, *mean_and_error([pass_at_k(j.kinds.count("passed"), samples, k) for j in judged])) for k in ks
+    )
+
+
+def _split(report: Path, problems: list[Problem]) -> dict[str, bool]:
+    """Whether a training corpus is similar to a problem, by its name."""
+    if not report.is_file():
+        raise NotFoundError(f"--split {report}: no such file; give report.json of `phi-train data decontaminate`")
+    found = read_record(report, Report, BenchmarkError, "give report.json of `phi-train data decontaminate`")
+    similar = {p.id: p.similar for p in found.problems}
+    if missing := next((p.task_id for p in problems if p.task_id not in similar), None):
+        raise BenchmarkError(f"--split {report}: is about {found.against}, which has no {missing}; give this task's")
+    return similar

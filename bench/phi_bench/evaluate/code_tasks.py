@@ -50,7 +50,8 @@ class Problem(Contract, frozen=True):
 @dataclass(frozen=True)
 class Request:
     """What is asked for. limit: the first so many problems. k: of pass@k. kv: type of the cache, the
-    engine's own by default. seconds: of each program.
+    engine's own by default. split: a report of decontamination, by which scores are given apart. seconds: of each
+    program.
     """
 
     model: Path
@@ -66,6 +67,7 @@ class Request:
     k: tuple[int, ...] = (1,)
     threads: int | None = None
     kv: str | None = None
+    split: Path | None = None
     seconds: float = Limits.seconds
 
 

@@ -56,6 +56,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--seed", type=int, default=Request.seed, metavar="N", help="of the samples (default %(default)s)")
     p.add_argument("--shots", type=int, metavar="N", help="examples before each row (lm-eval; default: the task's)")
+    p.add_argument(
+        "--split",
+        type=Path,
+        metavar="REPORT",
+        help="report.json of `phi-train data decontaminate`: scores of problems that the corpus is similar to, apart",
+    )
     p.add_argument("--limit", type=positive, metavar="N", help="the first N problems only")
     p.add_argument("--threads", type=positive, metavar="N", help="by default one per core")
     p.add_argument("--kv", metavar="TYPE", help="type of the KV cache, such as f32; by default the engine's")
@@ -76,6 +82,7 @@ def _harness(args: argparse.Namespace) -> None:
     from phi_bench.evaluate import harness
 
     given = {"chat": args.chat, "samples": args.samples > 1, "temperature": args.temperature, "k": args.k != "1"}
+    given["split"] = args.split is not None
     if wrong := [name for name, value in given.items() if value]:
         raise UsageError(f"--{wrong[0]} is for {' and '.join(TASKS)}; leave it out")
     asked = harness.Request(args.model, args.task, args.shots, args.limit, args.threads, args.kv)
@@ -105,7 +112,7 @@ def _code(args: argparse.Namespace) -> None:
         raise UsageError("--temperature is from 0 to 10, --top-p above 0 and up to 1, --seconds up to 3600")
     asked = Request(
         args.model, args.task, args.chat, args.post, args.samples, args.temperature, args.top_p, args.max_tokens,
-        args.seed, args.limit, k, args.threads, args.kv, args.seconds,
+        args.seed, args.limit, k, args.threads, args.kv, args.split, args.seconds,
     )  # fmt: skip
     console = Console(stderr=True)
     result = evaluate(
@@ -116,5 +123,8 @@ def _code(args: argparse.Namespace) -> None:
     print(f"{s.task}, {s.problems} problems, {s.samples} samples each at temperature {s.temperature:g} ({form})")
     for score in result.scores:
         print(f"pass@{score.k}: {score.mean:.1%} ± {score.error:.1%}")
+    for half in result.halves:
+        shown = ", ".join(f"pass@{s.k} {s.mean:.1%} ± {s.error:.1%}" for s in half.scores) or "none"
+        print(f"{half.problems} problems {'similar' if half.similar else 'not similar'} to the corpus: {shown}")
     print("completions: " + ", ".join(f"{n} {kind}" for kind, n in sorted(result.kinds.items())))
     print(f"wrote {args.out}")

@@ -48,7 +48,7 @@ def documents(corpus: str) -> Iterator[Document]:
     """
     found, left_out = False, []
     for path, name in document_paths(corpus):
-        text = _decoded(path.read_bytes())
+        text = decoded(path.read_bytes())
         if text is None:
             left_out.append(name)
         elif text.strip():
@@ -65,7 +65,7 @@ def documents(corpus: str) -> Iterator[Document]:
         raise UsageError(f"corpus {corpus}: holds no text; give a folder of .txt, .md or .py files")
 
 
-def _decoded(raw: bytes) -> str | None:
+def decoded(raw: bytes) -> str | None:
     """The text of a file as Python opens it, None for one of an encoding that it does not name."""
     encoding = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
     try:
