@@ -29,6 +29,7 @@ def test_the_base_install_is_light():
         "hub",
         "export",
         "bench",
+        "data",
         "eval",
         "all",
         "dev",

@@ -1,6 +1,7 @@
 """`phi-train data`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -13,8 +14,44 @@ def main(argv: list[str]) -> None:
     p = argparse.ArgumentParser("phi-train data", description="Curate a corpus.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_decontaminate(commands.add_parser("decontaminate", help="take out of a corpus what is like an evaluation set"))
+    _add_run(commands.add_parser("run", help="run a pipeline over a corpus: filters, duplicates, tokens"))
     args = p.parse_args(argv)
-    {"decontaminate": _decontaminate}[args.command](args)
+    {"decontaminate": _decontaminate, "run": _run}[args.command](args)
+
+
+def _add_run(p: argparse.ArgumentParser) -> None:
+    p.description = "Run the steps of a .toml file over a corpus; the same command goes on where it was stopped."
+    p.add_argument("config", metavar="CONFIG", type=Path, help="a .toml file, see docs/how-to/data.md")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    p.add_argument("--workers", type=positive, metavar="N", help="processes (default: one per core)")
+    p.add_argument("--force", action="store_true", help="begin anew")
+
+
+def _run(args: argparse.Namespace) -> None:
+    try:
+        from phi_train.curate.config import read_config
+        from phi_train.curate.run import run
+        from phi_train.curate.shard import passes
+    except ImportError as e:
+        raise missing_extra(e, "data") from None
+    config = read_config(args.config)
+    count = len(passes(config))
+
+    def say(which: int, done: int, of: int) -> None:
+        print(f"\rpass {which + 1} of {count}: {done} of {of} shards", end="\n" if done == of else "", file=sys.stderr)
+
+    f = run(config, args.out, args.workers or os.cpu_count() or 1, args.force, say)
+    print(f"{f.read:,} documents of {f.files:,} files")
+    for why, n in f.unreadable.items():
+        print(f"  {n:,} records left out: {why}; see funnel.json")
+    for s in f.steps:
+        shown = ", ".join(f"{why} {n:,}" for why, n in sorted(s.reasons.items(), key=lambda r: -r[1])[:4])
+        changed = f", {s.changed:,} changed" if s.changed else ""
+        print(f"  {s.name}: {s.kept:,} of {s.documents:,} kept{changed}" + (f" ({shown})" if shown else ""))
+    print(f"{f.documents:,} documents are left ({f.documents / f.read:.1%})")
+    if config.tokenizer is not None:
+        print(f"{f.tokens:,} tokens to train on, {f.heldout_tokens:,} held out")
+    print(f"wrote {args.out}; open {args.out / 'funnel.html'}")
 
 
 def _add_decontaminate(p: argparse.ArgumentParser) -> None:

@@ -52,7 +52,9 @@ class Settings:
 class Decontaminator:
     """Finds what is like an evaluation set, and remembers how near each of its problems was come to."""
 
-    def __init__(self, against: EvaluationSet, settings: Settings, embed: Embed | None = None) -> None:
+    def __init__(
+        self, against: EvaluationSet, settings: Settings, embed: Embed | None = None, threads: int | None = None
+    ) -> None:
         if (settings.distance is None) != (embed is None):
             raise UsageError("an embedding needs a distance, and a distance an embedding; give both or neither")
         self.against, self.settings, self._embed = against, settings, embed
@@ -63,7 +65,7 @@ class Decontaminator:
         self._vectors: dict[int, npt.NDArray[np.float32]] = {}
         self._highest = [0.0] * len(against.items)
         self._hits = [0] * len(against.items)
-        self._threads = os.cpu_count() or 1
+        self._threads = threads or os.cpu_count() or 1
 
     def matches(self, documents: list[Document]) -> list[list[Match]]:
         """Of each document, the best with each problem; of trees, down to the lowest of `THRESHOLDS`."""

@@ -39,21 +39,16 @@ def read_documents(path: Path, field: str = "text") -> Iterator[Document | Unrea
     field: of a line, the text. A record that cannot be read is told of and the next one is read. Raises NotFoundError,
     UsageError for a file of another kind or a folder without documents.
     """
-    if path.is_dir():
-        lines = sorted(p for p in path.rglob("*") if is_json_lines(p))
-        files = [] if lines else document_paths(str(path))
-        if not lines and not files:
-            raise UsageError(f"{path}: holds no documents; give a folder of .jsonl, .txt, .md or .py files")
-        for file in lines:
-            yield from _lines(file, f"{file.relative_to(path).as_posix()}:", field)
-        for file, name in files:
-            yield _file(file, name)
-    elif not path.is_file():
-        raise NotFoundError(f"{path}: no such file; give documents as JSON lines, or a folder of texts")
-    elif is_json_lines(path):
-        yield from _lines(path, f"{path.name}:", field)
-    else:
-        raise UsageError(f"{path}: is neither .jsonl nor .jsonl.gz; give documents as JSON lines, or a folder of texts")
+    for file, name in _files(path):
+        if not is_json_lines(file):
+            yield _file(file, name, field)
+            continue
+        for number, (_, line) in enumerate(_bounded(file), 1):
+            where = f"{name}:{number}"
+            if line is None:
+                yield Unreadable(where, f"longer than {MAX_BYTES:,} bytes, or its archive is damaged")
+            elif line.strip():
+                yield _record(line, where, field)
 
 
 def is_json_lines(path: Path) -> bool:
@@ -66,37 +61,95 @@ def json_line(record: dict[str, Any]) -> bytes:
     return json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
-def _file(path: Path, name: str) -> Document | Unreadable:
+@dataclass(frozen=True)
+class Slice:
+    """The lines of a file that begin from byte `start` on and before `stop`; a file that is a document, whole."""
+
+    path: str
+    name: str
+    start: int
+    stop: int
+
+
+def slices(path: Path, size: int) -> list[list[Slice]]:
+    """The files of `read_documents`, in shards of about `size` bytes; a file of lines may be cut."""
+    shards: list[list[Slice]] = [[]]
+    filled = 0
+    for file, name in _files(path):
+        length, at = file.stat().st_size, 0
+        cut = file.name.endswith(".jsonl")
+        while at < length:
+            if filled >= size:
+                shards.append([])
+                filled = 0
+            stop = min(length, at + size - filled) if cut else length
+            shards[-1].append(Slice(str(file), name, at, stop))
+            filled += stop - at
+            at = stop
+    return [shard for shard in shards if shard]
+
+
+def read_slice(s: Slice, field: str) -> Iterator[Document | Unreadable]:
+    """Its documents; a record without an id is named by its file and first byte."""
+    path = Path(s.path)
+    if is_json_lines(path):
+        for at, line in _bounded(path, s.start, s.stop):
+            where = f"{s.name}@{at}"
+            if line is None:
+                yield Unreadable(where, f"longer than {MAX_BYTES:,} bytes, or its archive is damaged")
+            elif line.strip():
+                yield _record(line, where, field)
+    else:
+        yield _file(path, s.name, field)
+
+
+def _files(path: Path) -> list[tuple[Path, str]]:
+    """Each with its name. Raises NotFoundError, UsageError."""
+    if path.is_file():
+        if not is_json_lines(path):
+            raise UsageError(
+                f"{path}: is neither .jsonl nor .jsonl.gz; give documents as JSON lines, or a folder of texts"
+            )
+        return [(path, path.name)]
+    if not path.is_dir():
+        raise NotFoundError(f"{path}: no such file; give documents as JSON lines, or a folder of texts")
+    lines = [(p, p.relative_to(path).as_posix()) for p in path.rglob("*") if is_json_lines(p)]
+    found = sorted([*lines, *document_paths(str(path))], key=lambda pair: pair[1])
+    if not found:
+        raise UsageError(f"{path}: holds no documents; give a folder of .jsonl, .txt, .md or .py files")
+    return found
+
+
+def _file(path: Path, name: str, field: str) -> Document | Unreadable:
     if path.stat().st_size > MAX_BYTES:
         return Unreadable(name, f"larger than {MAX_BYTES:,} bytes")
     text = decoded(path.read_bytes())
-    return (
-        Unreadable(name, "not UTF-8") if text is None else Document(name, text, json_line({"id": name, "text": text}))
-    )
+    return Unreadable(name, "not UTF-8") if text is None else Document(name, text, json_line({"id": name, field: text}))
 
 
-def _lines(path: Path, prefix: str, field: str) -> Iterator[Document | Unreadable]:
-    for number, line in enumerate(_bounded(path), 1):
-        where = f"{prefix}{number}"
-        if line is None:
-            yield Unreadable(where, f"longer than {MAX_BYTES:,} bytes, or its archive is damaged")
-        elif line.strip():
-            yield _record(line, where, field)
-
-
-def _bounded(path: Path) -> Iterator[bytes | None]:
-    """Lines; None for one that is too long, and for the rest of a damaged archive."""
+def _bounded(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes | None]]:
+    """Lines and where each begins; None for one that is too long, and for the rest of a damaged archive."""
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
+        at = start
+        if start:
+            f.seek(start - 1)  # a line that begins at `start` is ours: what ends just before it is not
+            at += _rest(f.readline(MAX_BYTES), f) - 1
         try:
-            while line := f.readline(MAX_BYTES):
-                if len(line) < MAX_BYTES or line.endswith(b"\n"):
-                    yield line
-                else:
-                    while line and not line.endswith(b"\n"):
-                        line = f.readline(MAX_BYTES)
-                    yield None
+            while (stop is None or path.suffix == ".gz" or at < stop) and (line := f.readline(MAX_BYTES)):
+                whole = len(line) < MAX_BYTES or line.endswith(b"\n")
+                yield at, line if whole else None
+                at += len(line) if whole else _rest(line, f)
         except (EOFError, zlib.error, gzip.BadGzipFile):
-            yield None
+            yield at, None
+
+
+def _rest(line: bytes, f: Any) -> int:
+    """Read to the end of a line that was begun; its length."""
+    length = len(line)
+    while line and not line.endswith(b"\n"):
+        line = f.readline(MAX_BYTES)
+        length += len(line)
+    return length
 
 
 def _record(line: bytes, where: str, field: str) -> Document | Unreadable:

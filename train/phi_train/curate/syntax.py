@@ -56,6 +56,11 @@ def _functions(tree: ast.Module) -> list[str]:
     return [whole[start:end] for start, end in sorted(found)]
 
 
+def parses(text: str) -> bool:
+    """Whether it is Python."""
+    return _parsed(text) is not None
+
+
 def _parsed(code: str) -> ast.Module | None:
     try:
         with warnings.catch_warnings(action="ignore"):
