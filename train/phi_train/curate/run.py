@@ -28,8 +28,9 @@ from phi_train.curate.config import DataConfig
 from phi_train.curate.documents import Slice, slices
 from phi_train.curate.funnel import Funnel, StepCount, page
 from phi_train.curate.minhash import duplicates
-from phi_train.curate.shard import Pass, Record, ShardRunner, done, open_tokenizer, passes
+from phi_train.curate.shard import Pass, Record, ShardRunner, done, passes
 from phi_train.curate.steps import build
+from phi_train.data.encoding import open_encoder
 
 _DONE = ".done"
 # Told the pass, its shards that are done, and all of them.
@@ -62,7 +63,7 @@ def run(
         build(step)  # before anything is written
     shards = [shard for source in config.input for shard in slices(Path(source), config.shard_bytes)]
     if config.tokenizer is not None:
-        open_tokenizer(Path(config.tokenizer))
+        open_encoder(Path(config.tokenizer))
     asked = _asked(config, shards)
     _begin(asked, out, force)
 
@@ -245,7 +246,7 @@ def _finish(asked: Run, out: Path, funnel: Funnel, shards: int) -> None:
     if asked.config.tokenizer is not None:
         if not funnel.tokens or not funnel.heldout_tokens:
             raise UsageError(f"{out}: too few documents are left to train on some and hold others out")
-        tokenizer, _, dtype = open_tokenizer(Path(asked.config.tokenizer))
+        encoder, _ = open_encoder(Path(asked.config.tokenizer))
         for suffix in ("bin", "txt"):
             with open(out / "shards" / f"heldout.{suffix}", "wb") as whole:
                 for n in range(shards):
@@ -255,11 +256,11 @@ def _finish(asked: Run, out: Path, funnel: Funnel, shards: int) -> None:
                 os.fsync(whole.fileno())
         train = sorted(p for p in (out / "shards").glob("train-*.bin"))
         index = {
-            "dtype": dtype,
+            "dtype": encoder.dtype,
             "train": [p.name for p in train if p.stat().st_size],
             "train_tokens": funnel.tokens,
             "heldout_tokens": funnel.heldout_tokens,
-            "vocab_size": tokenizer.vocab_size,
+            "vocab_size": encoder.tokenizer.vocab_size,
             "tokenizer_sha256": asked.tokenizer_sha256,
         }
         write_file(out / "shards" / "shards.json", json.dumps(index, indent=1) + "\n")

@@ -12,16 +12,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from phi_runtime.errors import UsageError
 from phi_runtime.files import write_file
-from phi_runtime.text.tokenizer import Tokenizer
 from phi_train.curate.config import DataConfig, MinHash, Step
 from phi_train.curate.documents import Document, Slice, read_slice
 from phi_train.curate.funnel import StepCount
 from phi_train.curate.minhash import Signer
 from phi_train.curate.steps import Apply, Dropped, build
 from phi_train.data.corpus import held_out
-from phi_train.data.tokenizer import END_OF_TEXT
+from phi_train.data.encoding import open_encoder
 
 _UNREADABLE_SHOWN = 10
 
@@ -69,9 +67,9 @@ class ShardRunner:
     def __init__(self, config: DataConfig, which: Pass, folder: Path) -> None:
         self._config, self._pass, self._folder = config, which, folder
         self._last = which.minhash is None
-        self._tokenizer, self._end = None, 0
+        self._encoder, self._end = None, b""
         if self._last and config.tokenizer is not None:
-            self._tokenizer, self._end, self._dtype = open_tokenizer(Path(config.tokenizer))
+            self._encoder, self._end = open_encoder(Path(config.tokenizer))
 
     def run(self, number: int, shard: list[Slice], duplicates: np.ndarray | None) -> Record:
         """Write its files and, last, its record. duplicates: of the documents that the pass before left."""
@@ -120,9 +118,9 @@ class ShardRunner:
             out.lines.append(_line(document, text, self._config.field))
         if out.sign is not None:
             out.signatures.append(out.sign(text))
-        if self._tokenizer is not None:
+        if self._encoder is not None:
             split = held_out(document.id)
-            out.tokens[split].append(np.array([*self._tokenizer.encode(text), self._end], self._dtype))
+            out.tokens[split] += [self._encoder.encode(text), self._end]
             if split:
                 out.texts.append(text)
 
@@ -137,9 +135,9 @@ class ShardRunner:
             files[work / f"{name}.sig"] = np.concatenate([empty, *(s[None] for s in out.signatures)]).tobytes()
         elif self._config.documents:
             files[folder / "documents" / f"{number:05d}.jsonl"] = b"".join(out.lines)
-        if self._tokenizer is not None:
-            parts = {split: b"".join(t.tobytes() for t in out.tokens[split]) for split in (False, True)}
-            record.tokens, record.heldout_tokens = (sum(map(len, out.tokens[split])) for split in (False, True))
+        if self._encoder is not None:
+            parts = {split: b"".join(out.tokens[split]) for split in (False, True)}
+            record.tokens, record.heldout_tokens = (len(parts[split]) // len(self._end) for split in (False, True))
             files[folder / "shards" / f"train-{number:05d}.bin"] = parts[False]
             files[work / f"heldout-{number:05d}.bin"] = parts[True]
             files[work / f"heldout-{number:05d}.txt"] = "".join(f"{t}\n" for t in out.texts).encode()
@@ -156,7 +154,7 @@ class _Out:
         self.lines: list[bytes] = []
         self.sign = None if minhash is None else Signer(minhash)
         self.signatures: list[np.ndarray] = []
-        self.tokens: dict[bool, list[np.ndarray]] = {False: [], True: []}
+        self.tokens: dict[bool, list[bytes]] = {False: [], True: []}
         self.texts: list[str] = []
 
 
@@ -173,15 +171,6 @@ def done(folder: Path, which: int, number: int) -> Record | None:
     except (OSError, msgspec.MsgspecError):
         return None
     return record if whole else None
-
-
-def open_tokenizer(folder: Path) -> tuple[Tokenizer, int, str]:
-    """With the token that ends a document, and the type of its ids on disk. Raises UsageError, NotFoundError."""
-    tokenizer = Tokenizer(folder)
-    end = tokenizer.id(END_OF_TEXT)
-    if end is None:
-        raise UsageError(f"{folder}: its tokenizer has no {END_OF_TEXT}, which separates documents")
-    return tokenizer, end, "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
 def _line(document: Document, text: str, field: str) -> bytes:

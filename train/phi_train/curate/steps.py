@@ -98,7 +98,7 @@ def _datatrove(step: config.Step) -> Apply:
         config.FineWebQuality: FineWebQualityFilter,
         config.C4Quality: C4QualityFilter,
     }
-    block = kinds[type(step)](language=_words(), **options)
+    block = kinds[type(step)](language=words_tokenizer(), **options)
 
     def apply(text: str) -> str | Dropped:
         document = Doc(text=text, id="")  # a filter may change the text
@@ -113,7 +113,7 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 _SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
 
 
-def _words() -> Any:
+def words_tokenizer() -> Any:
     """Words by a regular expression: datatrove's English ones want spaCy, which takes thirteen times as long."""
     from datatrove.utils.word_tokenizers import WordTokenizer
 

@@ -14,9 +14,9 @@ import numpy.typing as npt
 from phi_runtime.architecture.config import read_json
 from phi_runtime.errors import NotFoundError, OutputExistsError, UsageError
 from phi_runtime.files import sha256, staged_folder
-from phi_runtime.text.tokenizer import FILE, Tokenizer
+from phi_runtime.text.tokenizer import FILE
 from phi_train.data.corpus import documents
-from phi_train.data.tokenizer import END_OF_TEXT
+from phi_train.data.encoding import open_encoder
 
 _INDEX = "shards.json"
 _SHARD_TOKENS = 1 << 20
@@ -32,42 +32,41 @@ def write_shards(corpus: str, tokenizer_folder: Path, out: Path) -> None:
     """
     if out.exists():
         raise OutputExistsError(f"{out}: exists already; choose another --out")
-    tokenizer = Tokenizer(tokenizer_folder)
-    end = tokenizer.id(END_OF_TEXT)
-    if end is None:
-        raise UsageError(f"{tokenizer_folder}: its tokenizer has no {END_OF_TEXT}, which separates documents")
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    pending: dict[bool, list[int]] = {False: [], True: []}
+    encoder, end = open_encoder(tokenizer_folder)
+    pending = bytearray()
     counts = {False: 0, True: 0}
-    texts = []
     shards: list[str] = []
-    with staged_folder(out) as stage:
+    with (
+        staged_folder(out) as stage,
+        open(stage / "heldout.bin", "wb") as heldout,
+        open(stage / "heldout.txt", "w", encoding="utf-8") as texts,
+    ):
 
-        def flush(tokens: list[int]) -> None:
+        def flush() -> None:
             shards.append(f"train-{len(shards):05d}.bin")
-            (stage / shards[-1]).write_bytes(np.array(tokens, dtype).tobytes())
+            (stage / shards[-1]).write_bytes(pending)
+            pending.clear()
 
         for document in documents(corpus):
-            tokens = [*tokenizer.encode(document.text), end]
-            pending[document.held_out] += tokens
-            counts[document.held_out] += len(tokens)
+            tokens = encoder.encode(document.text) + end
             if document.held_out:
-                texts.append(document.text)
-            elif len(pending[False]) >= _SHARD_TOKENS:
-                flush(pending[False])
-                pending[False] = []
-        if pending[False]:
-            flush(pending[False])
-        if not shards or not pending[True]:
+                heldout.write(tokens)
+                texts.write(("\n" if counts[True] else "") + document.text)
+            else:
+                pending += tokens
+            counts[document.held_out] += len(tokens) // len(end)
+            if len(pending) >= _SHARD_TOKENS * len(end):
+                flush()
+        if pending:
+            flush()
+        if not shards or not counts[True]:
             raise UsageError(f"corpus {corpus}: too few documents to train on some and hold others out")
-        (stage / "heldout.bin").write_bytes(np.array(pending[True], dtype).tobytes())
-        (stage / "heldout.txt").write_text("\n".join(texts), encoding="utf-8")
         index = {
-            "dtype": dtype,
+            "dtype": encoder.dtype,
             "train": shards,
             "train_tokens": counts[False],
             "heldout_tokens": counts[True],
-            "vocab_size": tokenizer.vocab_size,
+            "vocab_size": encoder.tokenizer.vocab_size,
             "tokenizer_sha256": sha256(tokenizer_folder / FILE),
         }
         (stage / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
@@ -92,7 +91,7 @@ class Data:
         for shard in self.shards:
             count = len(shard) // length
             if index < count:
-                return np.asarray(shard[index * length : (index + 1) * length], np.int64)
+                return self._read(shard, index, length)
             index -= count
         raise IndexError(index)
 
@@ -100,18 +99,27 @@ class Data:
         """Up to `most` windows [n, length], spread evenly over the held-out tokens."""
         count = len(self.heldout) // length
         chosen = np.unique(np.linspace(0, count - 1, min(most, count)).astype(int))
-        return np.stack([np.asarray(self.heldout[i * length : (i + 1) * length], np.int64) for i in chosen])
+        return np.stack([self._read(self.heldout, i, length) for i in chosen])
+
+    def _read(self, part: np.memmap, index: int, length: int) -> Tokens:
+        """Checked as it is read: a token beyond the vocabulary would be read from beyond the embedding."""
+        window = np.asarray(part[index * length : (index + 1) * length], np.int64)
+        if window.max() >= self.vocab_size:
+            raise UsageError(f"{part.filename}: holds a token beyond its vocabulary of {self.vocab_size}; make it anew")
+        return window
 
     def unigram_loss(self, targets: Tokens) -> float:
         """Mean negative log-likelihood, nats, of `targets` under the training tokens' frequencies (add one)."""
         counts = np.ones(self.vocab_size)
         for shard in self.shards:
-            counts += np.bincount(shard, minlength=self.vocab_size)
+            for start in range(0, len(shard), _SHARD_TOKENS):
+                found = np.bincount(shard[start : start + _SHARD_TOKENS], minlength=self.vocab_size)
+                counts += found[: self.vocab_size]
         return float(-np.log(counts / counts.sum())[targets].mean())
 
 
 def open_data(folder: Path) -> Data:
-    """Map a data folder. Raises NotFoundError, or UsageError where it is damaged or holds ids beyond its vocabulary."""
+    """Map a data folder. Raises NotFoundError, UsageError where it is damaged."""
     if not (folder / _INDEX).is_file():
         raise NotFoundError(f"{folder}: holds no {_INDEX}; make it with phi-train shards")
     index = read_json(folder / _INDEX)
@@ -124,9 +132,6 @@ def open_data(folder: Path) -> Data:
         raise UsageError(
             f"{folder}: is damaged ({type(e).__name__}: {e}); make it anew with phi-train shards"
         ) from None
-    for part in (*shards, heldout):
-        if int(part.max()) >= vocab_size:
-            raise UsageError(f"{part.filename}: holds a token beyond its vocabulary of {vocab_size}; make it anew")
     return Data(folder, shards, heldout, digest, vocab_size)
 
 
