@@ -72,6 +72,9 @@ def collects(command, desk):
 
 def runs(page, desk, corpus, done=()):
     """A page's commands and programs run as they are written; of phi-train, at a size that tests can wait for."""
+    for block in blocks(page, "toml"):
+        if block.startswith("# "):  # its name
+            (desk / block.splitlines()[0].removeprefix("# ")).write_text(block)
     for command in commands(page):
         if not command[0].startswith("phi-") or command in done:
             continue

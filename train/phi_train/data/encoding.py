@@ -1,8 +1,8 @@
 """Texts to token ids as bytes, for corpora: the ids of `Tokenizer.encode`, several times as fast where it can be.
 
 A BPE without a pre-tokenizer (Llama's, phi-3's) takes a text as one word. Where no token of its vocabulary reaches
-from one line into the next, nor from a word into the spaces behind it, no merge does: pieces cut there have the ids that
-they have within the text, and those of a piece that was met before are known.
+from one line into the next, nor from a word into the spaces behind it, no merge does: pieces cut there have the ids
+that they have within the text, and those of a piece that was met before are known.
 """
 
 import json
