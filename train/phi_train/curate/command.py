@@ -15,8 +15,55 @@ def main(argv: list[str]) -> None:
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_decontaminate(commands.add_parser("decontaminate", help="take out of a corpus what is like an evaluation set"))
     _add_run(commands.add_parser("run", help="run a pipeline over a corpus: filters, duplicates, tokens"))
+    _add_mixture(commands.add_parser("mixture", help="write the manifest of a mixture of data folders"))
+    c = commands.add_parser("card", help="a mixture's data card in Markdown; checks every file's digest")
+    c.add_argument("mixture", metavar="MIXTURE", type=Path, help="a manifest of `phi-train data mixture`")
+    c.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write it, such as CARD.md")
+    commands.add_parser("mixtures", help="the papers' mixtures")
     args = p.parse_args(argv)
-    {"decontaminate": _decontaminate, "run": _run}[args.command](args)
+    run = {"decontaminate": _decontaminate, "run": _run, "mixture": _mixture, "card": _card, "mixtures": _mixtures}
+    run[args.command](args)
+
+
+def _add_mixture(p: argparse.ArgumentParser) -> None:
+    p.description = "Write a manifest that a recipe takes as data.shards, with the folders' sizes and digests."
+    p.add_argument(
+        "sources", metavar="NAME=FOLDER:RATIO", nargs="+", help="a data folder and its share of the training tokens"
+    )
+    p.add_argument("--name", metavar="NAME", help="of the mixture (default: the file's)")
+    p.add_argument("--repeat", metavar="NAME=X", action="append", default=[], help="how often a token may be seen (1)")
+    p.add_argument("--licence", metavar="NAME=TEXT", action="append", default=[], help="under which a source is used")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the manifest, such as mixture.toml")
+
+
+def _mixture(args: argparse.Namespace) -> None:
+    from phi_train.curate.mixtures import write_mixture
+
+    written = write_mixture(args.sources, args.out, args.name or args.out.stem, args.repeat, args.licence)
+    for s in written.source:
+        print(f"{s.name}: {s.ratio:.1%} of the tokens, from {s.tokens:,}")
+    print(f"wrote {args.out}; train on it with --set data.shards={args.out}")
+
+
+def _card(args: argparse.Namespace) -> None:
+    from phi_runtime.files import write_file
+    from phi_train.curate.mixtures import card
+
+    write_file(args.out, card(args.mixture))
+    print(f"wrote {args.out}")
+
+
+def _mixtures(args: argparse.Namespace) -> None:
+    from phi_train.data.published_mixtures import MIXTURES, NOT_PUBLIC
+
+    for name, mixture in MIXTURES.items():
+        print(f"{name}: {mixture.seen:g} B tokens seen ({mixture.source})")
+        for c in mixture.components:
+            times = mixture.repetition(c)
+            size = "" if times is None else f", of {c.tokens:g} B: {times:.1f} times each"
+            print(f"  {c.ratio:6.1%}  {c.name}{size}")
+    for name, said in NOT_PUBLIC.items():
+        print(f"{name}: {said}")
 
 
 def _add_run(p: argparse.ArgumentParser) -> None:

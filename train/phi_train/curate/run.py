@@ -5,7 +5,6 @@ A run's folder holds `run.json` (what it was asked for and of which files), `wor
 """
 
 import hashlib
-import json
 import os
 import shutil
 import threading
@@ -31,6 +30,7 @@ from phi_train.curate.minhash import duplicates
 from phi_train.curate.shard import Pass, Record, ShardRunner, done, passes
 from phi_train.curate.steps import build
 from phi_train.data.encoding import open_encoder
+from phi_train.data.shards import INDEX, index_text
 
 _DONE = ".done"
 # Told the pass, its shards that are done, and all of them.
@@ -254,15 +254,7 @@ def _finish(asked: Run, out: Path, funnel: Funnel, shards: int) -> None:
                         shutil.copyfileobj(part, whole)
                 whole.flush()
                 os.fsync(whole.fileno())
-        train = sorted(p for p in (out / "shards").glob("train-*.bin"))
-        index = {
-            "dtype": encoder.dtype,
-            "train": [p.name for p in train if p.stat().st_size],
-            "train_tokens": funnel.tokens,
-            "heldout_tokens": funnel.heldout_tokens,
-            "vocab_size": encoder.tokenizer.vocab_size,
-            "tokenizer_sha256": asked.tokenizer_sha256,
-        }
-        write_file(out / "shards" / "shards.json", json.dumps(index, indent=1) + "\n")
+        train = [p.name for p in sorted((out / "shards").glob("train-*.bin")) if p.stat().st_size]
+        write_file(out / "shards" / INDEX, index_text(out / "shards", train, encoder, Path(asked.config.tokenizer)))
     write_file(out / "funnel.html", page(funnel))
     write_file(out / "funnel.json", encode(funnel))

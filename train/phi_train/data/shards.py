@@ -16,9 +16,9 @@ from phi_runtime.errors import NotFoundError, OutputExistsError, UsageError
 from phi_runtime.files import sha256, staged_folder
 from phi_runtime.text.tokenizer import FILE
 from phi_train.data.corpus import documents
-from phi_train.data.encoding import open_encoder
+from phi_train.data.encoding import CorpusEncoder, open_encoder
 
-_INDEX = "shards.json"
+INDEX = "shards.json"
 _SHARD_TOKENS = 1 << 20
 
 Tokens = npt.NDArray[np.int64]
@@ -61,15 +61,25 @@ def write_shards(corpus: str, tokenizer_folder: Path, out: Path) -> None:
             flush()
         if not shards or not counts[True]:
             raise UsageError(f"corpus {corpus}: too few documents to train on some and hold others out")
-        index = {
-            "dtype": encoder.dtype,
-            "train": shards,
-            "train_tokens": counts[False],
-            "heldout_tokens": counts[True],
-            "vocab_size": encoder.tokenizer.vocab_size,
-            "tokenizer_sha256": sha256(tokenizer_folder / FILE),
-        }
-        (stage / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        heldout.flush()
+        (stage / INDEX).write_text(index_text(stage, shards, encoder, tokenizer_folder))
+
+
+def index_text(folder: Path, shards: list[str], encoder: CorpusEncoder, tokenizer: Path) -> str:
+    """The content of `shards.json` for the shards in a folder; digests so that a mixture can name the folder by one."""
+    size = np.dtype(encoder.dtype).itemsize
+    names = [*shards, "heldout.bin"]
+    tokens = {name: (folder / name).stat().st_size // size for name in names}
+    index = {
+        "dtype": encoder.dtype,
+        "train": shards,
+        "train_tokens": sum(tokens[name] for name in shards),
+        "heldout_tokens": tokens["heldout.bin"],
+        "vocab_size": encoder.tokenizer.vocab_size,
+        "tokenizer_sha256": sha256(tokenizer / FILE),
+        "sha256": {name: sha256(folder / name) for name in names},
+    }
+    return json.dumps(index, indent=1) + "\n"
 
 
 @dataclass(frozen=True)
@@ -110,19 +120,24 @@ class Data:
 
     def unigram_loss(self, targets: Tokens) -> float:
         """Mean negative log-likelihood, nats, of `targets` under the training tokens' frequencies (add one)."""
+        counts = self.token_counts()
+        return float(-np.log(counts / counts.sum())[targets].mean())
+
+    def token_counts(self) -> npt.NDArray[np.float64]:
+        """How often each token occurs in the training shards, and one more."""
         counts = np.ones(self.vocab_size)
         for shard in self.shards:
             for start in range(0, len(shard), _SHARD_TOKENS):
                 found = np.bincount(shard[start : start + _SHARD_TOKENS], minlength=self.vocab_size)
                 counts += found[: self.vocab_size]
-        return float(-np.log(counts / counts.sum())[targets].mean())
+        return counts
 
 
 def open_data(folder: Path) -> Data:
     """Map a data folder. Raises NotFoundError, UsageError where it is damaged."""
-    if not (folder / _INDEX).is_file():
-        raise NotFoundError(f"{folder}: holds no {_INDEX}; make it with phi-train shards")
-    index = read_json(folder / _INDEX)
+    if not (folder / INDEX).is_file():
+        raise NotFoundError(f"{folder}: holds no {INDEX}; make it with phi-train shards")
+    index = read_json(folder / INDEX)
     try:
         dtype = np.dtype({"uint16": np.uint16, "uint32": np.uint32}[index["dtype"]])
         shards = tuple(np.memmap(folder / Path(name).name, dtype, "r") for name in index["train"])

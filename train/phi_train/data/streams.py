@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +10,8 @@ import torch
 from phi_runtime.errors import UsageError
 from phi_runtime.text.tokenizer import Tokenizer
 from phi_train.data.batch import Batch, BatchStream, Order
-from phi_train.data.conversations import INDEX, Conversations, Preferences, open_examples
+from phi_train.data.conversations import INDEX, Conversations, Examples, Preferences, open_examples
+from phi_train.data.mixture import MixedWindows, MixtureOrder, open_mixture
 from phi_train.data.shards import Data, check_tokenizer, open_data, write_shards
 from phi_train.data.tokenizer import END_OF_TEXT, train_tokenizer
 from phi_train.recipes.config import Recipe
@@ -21,16 +23,15 @@ Say = Callable[[str], None]
 class Packed:
     """Windows of a corpus, documents one after the other."""
 
-    def __init__(self, data: Data, r: Recipe, end: int | None) -> None:
-        self._data, self._size, self._length, self._most = (
-            data,
-            r.data.batch_size,
-            r.data.sequence_length,
-            r.data.eval_windows,
-        )
+    def __init__(self, data: Data | MixedWindows, r: Recipe, end: int | None, steps: int) -> None:
+        self._data: Any = data
+        self._size, self._length, self._most = r.data.batch_size, r.data.sequence_length, r.data.eval_windows
         self._end = end if r.data.separate_documents else None
         self._short_interval = r.data.short_context_interval
         self._short = getattr(r.model, "original_max_position_embeddings", None) or r.data.sequence_length
+        if isinstance(data, MixedWindows):
+            self._order: Order | MixtureOrder = data.order(steps * self._size, self._length, r.seed)
+            return
         available = data.windows(r.data.sequence_length)
         if len(data.heldout) < r.data.sequence_length:
             raise UsageError(
@@ -56,7 +57,7 @@ class Packed:
 
     def unigram_loss(self) -> float | None:
         """Of a model that knows the tokens' frequencies alone."""
-        return self._data.unigram_loss(self._data.heldout_windows(self._length, self._most)[:, 1:])
+        return float(self._data.unigram_loss(self._data.heldout_windows(self._length, self._most)[:, 1:]))
 
     def _batch(self, rows: np.ndarray) -> Batch:
         tokens = torch.from_numpy(rows)
@@ -101,10 +102,12 @@ def make_data(recipe: Recipe, training: Path, say: Say) -> None:
 def open_stream(recipe: Recipe, training: Path, say: Say) -> tuple[Path, BatchStream]:
     """The tokenizer's folder and the stream of a recipe. Raises UsageError for data that do not fit it."""
     tokenizer, folder = _folders(recipe, training)
-    stream = _open(folder, tokenizer, recipe, say)
-    if recipe.data.phase2_shards is not None:
-        stream = Phases(stream, _open(Path(recipe.data.phase2_shards), tokenizer, recipe, say), recipe.data.phase2_step)
-    return tokenizer, stream
+    steps, begins = recipe.schedule.steps, recipe.data.phase2_step
+    if recipe.data.phase2_shards is None:
+        return tokenizer, _open(folder, tokenizer, recipe, say, steps)
+    first = _open(folder, tokenizer, recipe, say, begins)
+    then = _open(Path(recipe.data.phase2_shards), tokenizer, recipe, say, steps - begins)
+    return tokenizer, Phases(first, then, begins)
 
 
 def _folders(recipe: Recipe, training: Path) -> tuple[Path, Path]:
@@ -112,9 +115,12 @@ def _folders(recipe: Recipe, training: Path) -> tuple[Path, Path]:
     return tokenizer, Path(recipe.data.shards) if recipe.data.shards else training / "shards"
 
 
-def _open(folder: Path, tokenizer: Path, r: Recipe, say: Say) -> BatchStream:
+def _open(folder: Path, tokenizer: Path, r: Recipe, say: Say, steps: int) -> BatchStream:
     examples = open_examples(folder) if (folder / INDEX).is_file() else None
-    data = examples or open_data(folder)
+    if folder.suffix == ".toml":
+        data: Examples | Data | MixedWindows = MixedWindows(folder, *open_mixture(folder))
+    else:
+        data = examples or open_data(folder)
     check_tokenizer(folder, data.tokenizer_sha256, tokenizer)
     if data.vocab_size > r.model.vocab_size:
         raise UsageError(f"{folder}: has {data.vocab_size} token ids, the model {r.model.vocab_size}")
@@ -123,8 +129,8 @@ def _open(folder: Path, tokenizer: Path, r: Recipe, say: Say) -> BatchStream:
     found = "a corpus" if examples is None else examples.kind
     if found != wanted:
         raise UsageError(f"{folder}: holds {found}, {r.name} learns from {wanted}; choose another")
-    if isinstance(data, Data):
-        return Packed(data, r, end)
+    if isinstance(data, (Data, MixedWindows)):
+        return Packed(data, r, end, steps)
     kind = Conversations if found == "conversations" else Preferences
     stream = kind(data, r.data.batch_size, r.data.sequence_length, r.seed, r.data.eval_windows, end or 0)
     if stream.left_out:

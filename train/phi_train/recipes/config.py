@@ -28,7 +28,8 @@ class Data(StrictContract, frozen=True, kw_only=True):
     """What it learns from.
 
     batch_size: sequences of an optimizer step, over all processes. sequence_length: tokens. corpus: `stdlib` or a
-    folder of texts; read only where `tokenizer` or `shards` names no folder. separate_documents: packed documents do
+    folder of texts; read only where `tokenizer` or `shards` names no folder. shards: a data folder, or a mixture of
+    them (.toml). separate_documents: packed documents do
     not attend to each other. phase2_shards: the data from step `phase2_step` on. short_context_interval: every such
     step cuts its windows to the context before LongRoPE, 0 for none. eval_windows: held-out sequences of an evaluation.
     """
