@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from phi_bench.evaluate.command import add_arguments as add_eval
+from phi_bench.evaluate.command import add_card_arguments as add_card
 from phi_bench.evaluate.command import main as evaluate
+from phi_bench.evaluate.command import write_card
 from phi_bench.peers.environments import PACKAGES
 from phi_runtime.cli import parser, positive, run
 from phi_runtime.errors import (
@@ -51,6 +53,7 @@ def _main(argv: list[str]) -> None:
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands.add_parser("run", help="measure models and write a result"))
     add_eval(commands.add_parser("eval", help="what a model can do: HumanEval, MBPP, tasks of lm-eval"))
+    add_card(commands.add_parser("card", help="results of `eval` side by side, with paired errors"))
     c = commands.add_parser("compare", help="what changed between two results; exit code 1 for the worse")
     c.add_argument("before", metavar="A", type=Path, help="result of `phi-bench run`")
     c.add_argument("after", metavar="B", type=Path, help="result of `phi-bench run`")
@@ -473,6 +476,7 @@ _COMMANDS = {
     "import": _import,
     "build": _build,
     "eval": _eval,
+    "card": write_card,
     "presets": _presets,
     "devices": _devices,
     "claim": _claim,

@@ -70,6 +70,22 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
 
 
+def add_card_arguments(p: argparse.ArgumentParser) -> None:
+    """Those of `phi-bench card`."""
+    p.add_argument("results", metavar="RESULT", type=Path, nargs="+", help="of `phi-bench eval`; the first model leads")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write it, such as CARD.md")
+
+
+def write_card(args: argparse.Namespace) -> None:
+    """`phi-bench card`."""
+    from phi_bench.evaluate.card import card
+    from phi_runtime.files import write_file
+
+    text = card(args.results)
+    write_file(args.out, text)
+    print(f"{text}\nwrote {args.out}")
+
+
 def main(args: argparse.Namespace) -> None:
     """Evaluate and say what came of it."""
     if args.task.partition("=")[0] in TASKS:

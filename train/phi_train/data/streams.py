@@ -23,14 +23,16 @@ Say = Callable[[str], None]
 class Packed:
     """Windows of a corpus, documents one after the other."""
 
-    def __init__(self, data: Data | MixedWindows, r: Recipe, end: int | None, steps: int) -> None:
+    def __init__(self, data: Data | MixedWindows, r: Recipe, end: int | None, steps: int | None = None) -> None:
         self._data: Any = data
         self._size, self._length, self._most = r.data.batch_size, r.data.sequence_length, r.data.eval_windows
         self._end = end if r.data.separate_documents else None
         self._short_interval = r.data.short_context_interval
         self._short = getattr(r.model, "original_max_position_embeddings", None) or r.data.sequence_length
         if isinstance(data, MixedWindows):
-            self._order: Order | MixtureOrder = data.order(steps * self._size, self._length, r.seed)
+            self._order: Order | MixtureOrder = data.order(
+                (r.schedule.steps if steps is None else steps) * self._size, self._length, r.seed
+            )
             return
         available = data.windows(r.data.sequence_length)
         if len(data.heldout) < r.data.sequence_length:
