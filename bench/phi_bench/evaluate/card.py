@@ -1,5 +1,6 @@
 """Several results of `phi-bench eval` side by side, each model against the first, row by row: `phi-bench card`."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from math import comb, sqrt
 from pathlib import Path
@@ -45,12 +46,10 @@ def read_result(path: Path) -> list[Measured]:
         raw = path.read_bytes()
     except OSError:
         raise NotFoundError(f"{path}: no such file; give results of `phi-bench eval`") from None
-    for kind in (CodeResult, HarnessResult):
-        try:
-            found = msgspec.json.decode(raw, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            continue
-        return _of_code(found) if isinstance(found, CodeResult) else _of_harness(found)
+    with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        return _of_code(msgspec.json.decode(raw, type=CodeResult))
+    with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        return _of_harness(msgspec.json.decode(raw, type=HarnessResult))
     raise BenchmarkError(f"{path}: is no result of `phi-bench eval`; measure it with this version")
 
 
