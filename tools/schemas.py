@@ -9,7 +9,9 @@ from pathlib import Path
 from phi_bench.records import Benchmark
 from phi_runtime.contract import json_schema
 from phi_runtime.package.manifest import Manifest
-from phi_runtime.server.requests import ChatRequest, TextRequest
+from phi_runtime.server.requests import ChatRequest, ResponsesRequest, TextRequest
+from phi_train.curate.config import DataConfig
+from phi_train.data.mixture import Mixture
 from phi_train.recipes.config import RecipeFile
 from phi_train.trainer.summary import Summary
 
@@ -21,6 +23,9 @@ RECORDS = {
     "recipe": RecipeFile,
     "chat-completions-request": ChatRequest,
     "completions-request": TextRequest,
+    "responses-request": ResponsesRequest,
+    "pipeline": DataConfig,
+    "mixture": Mixture,
 }
 
 

@@ -6,6 +6,7 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import jsonschema
 import openai
 import pytest
 from support import Served, run
@@ -237,6 +238,77 @@ def test_hostile_requests_are_answered_and_forgotten(served):
     assert served.ask("GET", post)[0] == 405
     assert served.ask("GET", "/../../etc/passwd")[0] == 404
     assert served.ask("GET", "/health")[0] == 200
+
+
+def test_the_responses_api_answers_whole_and_streamed(served):
+    client = served.client()
+    options = {"model": "gguf", "input": "def f(x):", "max_output_tokens": 12, "temperature": 0}
+    chat = client.chat.completions.create(model="gguf", messages=SAY, max_tokens=12, temperature=0)
+    whole = client.responses.create(**options)
+    assert whole.output_text == chat.choices[0].message.content
+    assert (whole.usage.input_tokens, whole.usage.output_tokens) == (chat.usage.prompt_tokens, 12)
+    assert whole.status == "incomplete" and whole.incomplete_details.reason == "max_output_tokens"
+    parts = [{"type": "input_text", "text": "def f("}, {"type": "input_text", "text": "x):"}]
+    listed = client.responses.create(**options | {"input": [{"role": "user", "content": parts}]})
+    assert listed.output_text == whole.output_text
+    told = client.responses.create(**options, instructions="Write Python.")
+    system = [{"role": "system", "content": "Write Python."}, *SAY]
+    assert (
+        told.usage.input_tokens
+        == client.chat.completions.create(model="gguf", messages=system, max_tokens=1).usage.prompt_tokens
+    )
+    events = list(client.responses.create(**options, stream=True))
+    assert [e.sequence_number for e in events] == list(range(len(events)))
+    kinds = [e.type for e in events]
+    assert kinds[:4] == [
+        "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
+    ]  # fmt: skip
+    assert kinds[-4:] == [
+        "response.output_text.done", "response.content_part.done", "response.output_item.done", "response.incomplete",
+    ]  # fmt: skip
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == whole.output_text
+    assert events[-1].response.output_text == whole.output_text and events[-1].response.usage == whole.usage
+    schema = {"type": "json_schema", "name": "a", "schema": {"type": "boolean"}}
+    with client.responses.stream(**options, text={"format": schema}) as stream:  # the SDK's own reader
+        final = stream.get_final_response()
+    assert final.output_text in ("true", "false") and final.status == "completed" and not final.incomplete_details
+    held = client.responses.create(**options | {"max_output_tokens": 60}, text={"format": {"type": "json_object"}})
+    assert held.output_text.lstrip().startswith("{")
+    for change, says in (
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"tools": [{"type": "function", "name": "f", "parameters": {}, "strict": True}]}, "tools"),
+        ({"input": []}, "input"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "only text"),
+        ({"extra_body": {"inputs": 1}}, "did you mean input"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=says):
+            client.responses.create(**options | change)
+
+
+def test_unknown_routes_and_the_description(served):
+    for method, path, status, says in (
+        ("POST", "/v1/completion", 404, "did you mean /v1/completions?"),
+        ("GET", "/nowhere/at/all", 404, "no route"),
+        ("GET", "/v1/completions", 405, "POST"),
+        ("DELETE", "/v1/models", 405, "GET"),
+    ):
+        code, body = served.ask(method, path)
+        error = json.loads(body)["error"]
+        assert code == status and says in error["message"] and error["type"] == "invalid_request_error"
+    described = json.loads(served.ask("GET", "/openapi.json")[1])
+    schemas = described["components"]["schemas"]
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
+        assert path in described["paths"]
+        ref = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        jsonschema.Draft202012Validator.check_schema(schemas[ref.rsplit("/", 1)[1]])
+        assert served.ask("POST", path, "{}")[0] == 400
+    for path in described["paths"]:
+        assert served.ask("GET", path)[0] in (200, 405)
+    fit = {"$ref": "#/components/schemas/ChatRequest", "components": described["components"]}
+    jsonschema.validate({"messages": SAY, "n": 2}, fit)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"messages": SAY, "n": 0}, fit)
 
 
 def test_a_full_queue_says_so(bundles):

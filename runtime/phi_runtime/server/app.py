@@ -3,7 +3,6 @@
 import asyncio
 import hmac
 import ipaddress
-import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -18,14 +17,17 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from phi_runtime.contract import nearest
 from phi_runtime.errors import PhiError, UsageError
 from phi_runtime.generation.config import Options
 from phi_runtime.generation.sampler import log_probability, most_likely
 from phi_runtime.model import Chunk, Phi
 from phi_runtime.planning.memory import resident
 from phi_runtime.server.grammar import Grammars
-from phi_runtime.server.requests import ChatRequest, CompletionRequest, TextRequest, parse, resolve
-from phi_runtime.server.responses import Answered, Chat, Completion, Form, Score, usage
+from phi_runtime.server.openapi import openapi
+from phi_runtime.server.requests import ChatRequest, CompletionRequest, ResponsesRequest, TextRequest, parse, resolve
+from phi_runtime.server.responses import Answered, Chat, Completion, Form, Score
+from phi_runtime.server.responses_api import Responses
 from phi_runtime.version import __version__
 
 _MOST_BODY = 4_000_000  # bytes
@@ -62,6 +64,13 @@ class _Server:
         asked = resolve(body)
         prompts = [self.phi.tokenize(p) if isinstance(p, str) else p for p in body.prompts()]
         return await self._answer(request, asked, prompts, Completion(self.name, asked))
+
+    async def respond(self, request: Request) -> Response:
+        body = parse(await self._body(request), ResponsesRequest)
+        chat = body.as_chat()
+        asked = resolve(chat)
+        prompt = self.phi.chat_prompt(chat.conversation())
+        return await self._answer(request, asked, [prompt], Responses(self.name, asked, body))
 
     async def models(self, request: Request) -> Response:
         self._check(request)
@@ -183,25 +192,22 @@ class _Server:
             self.counts["cancelled"] += not ended
 
     async def _events(self, asked: CompletionRequest, wanted: list[_Wanted], form: Form) -> AsyncGenerator[str, None]:
-        def event(data: dict[str, Any]) -> str:
-            return f"data: {json.dumps(data)}\n\n"
-
-        if (first := form.first()) is not None:
-            yield event(first)
-        count = 0
+        for data in form.first():
+            yield form.frame(data)
+        said: list[Chunk] = []
         try:
             for index, (tokens, options) in enumerate(wanted):
                 async with aclosing(self._pieces(tokens, options)) as pieces:
                     async for piece in pieces:
-                        count += 1
-                        yield event(form.part(piece, self.phi, index))
+                        said.append(piece)
+                        yield form.frame(form.part(piece, self.phi, index))
         except (PhiError, _RefusedError) as e:
-            yield event(_error(str(e), "server_error"))
+            yield form.frame(_error(str(e), "server_error"))
             return
-        if asked.usage:
-            read = sum(len(tokens) for tokens, _ in wanted[:: asked.choices])
-            yield event(form.head() | {"choices": [], "usage": usage(read, count)})
-        yield "data: [DONE]\n\n"
+        for data in form.last(said, sum(len(tokens) for tokens, _ in wanted[:: asked.choices])):
+            yield form.frame(data)
+        if form.closing:
+            yield form.closing
 
 
 class _Stream(StreamingResponse):
@@ -252,6 +258,19 @@ def app(phi: Phi, token: str | None = None, queue: int = 16, timeout: float = 60
     async def left(request: Request, e: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it
 
+    async def unknown(request: Request, e: Exception) -> Response:
+        paths = [route.path for route in request.app.routes]
+        hint = nearest(request.url.path, paths) or f"; there are {', '.join(paths)}"
+        return JSONResponse(_error(f"no route {request.url.path}{hint}", "invalid_request_error"), 404)
+
+    async def method(request: Request, e: Exception) -> Response:
+        allowed = (getattr(e, "headers", None) or {}).get("Allow", "")
+        message = f"{request.url.path}: {request.method} is not what it takes, which is {allowed}"
+        return JSONResponse(_error(message, "invalid_request_error"), 405, headers={"Allow": allowed})
+
+    async def describe(request: Request) -> Response:
+        return JSONResponse(openapi(server.name))
+
     hosts = ["*"] if anywhere else ["localhost", "127.0.0.1", "[::1]"]
     return Starlette(
         routes=[
@@ -261,9 +280,17 @@ def app(phi: Phi, token: str | None = None, queue: int = 16, timeout: float = 60
             Route("/v1/models", server.models),
             Route("/v1/chat/completions", server.chat, methods=["POST"]),
             Route("/v1/completions", server.complete, methods=["POST"]),
+            Route("/v1/responses", server.respond, methods=["POST"]),
+            Route("/openapi.json", describe),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
-        exception_handlers={PhiError: refused(400), _RefusedError: refused(400), ClientDisconnect: left},
+        exception_handlers={
+            PhiError: refused(400),
+            _RefusedError: refused(400),
+            ClientDisconnect: left,
+            404: unknown,
+            405: method,
+        },
     )
 
 

@@ -110,6 +110,86 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
         return [_turn(m) for m in self.messages]
 
 
+class InputPart(Contract, frozen=True):
+    """A part of an item's content: of type input_text, or output_text where a reply is sent back."""
+
+    type: str
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.type not in ("input_text", "output_text"):
+            raise ValueError(f"a part of type {self.type!r}; only text is supported")
+
+
+class InputItem(Contract, frozen=True):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[InputPart]
+    type: Literal["message"] = "message"
+
+
+class TextFormat(Contract, frozen=True):
+    """What an answer is held to."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    schema: dict[str, Any] | None = None
+
+
+class TextSettings(Contract, frozen=True):
+    """Of the Responses API."""
+
+    format: TextFormat | None = None
+
+
+class ResponsesRequest(StrictContract, frozen=True, kw_only=True):
+    """The body of /v1/responses, in its plain form: a conversation in, a message out, nothing remembered."""
+
+    input: str | Annotated[list[InputItem], msgspec.Meta(min_length=1)]
+    model: str | None = None
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stream: bool | None = None
+    text: TextSettings | None = None
+    # Fields that say nothing about the answer.
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    # Fields whose only honoured value is their default. A response is never stored.
+    store: bool | None = None
+    truncation: Literal["disabled"] | None = None
+    background: Literal[False] | None = None
+    previous_response_id: None = None
+    tools: Annotated[list[Any], msgspec.Meta(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+
+    def as_chat(self) -> ChatRequest:
+        """The same asked of /v1/chat/completions."""
+        first = [Message("system", self.instructions)] if self.instructions is not None else []
+        items = [InputItem("user", self.input)] if isinstance(self.input, str) else self.input
+        held = None if self.text is None else self.text.format
+        return ChatRequest(
+            messages=[*first, *(Message(i.role, _joined(i.content)) for i in items)],
+            model=self.model,
+            max_tokens=self.max_output_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            stream=self.stream,
+            response_format=None
+            if held is None
+            else ResponseFormat(held.type, None if held.schema is None else JsonSchema(held.schema)),
+        )
+
+
+def _joined(content: str | list[InputPart]) -> str:
+    return content if isinstance(content, str) else "".join(p.text for p in content)
+
+
 _Tokens = Annotated[list[int], msgspec.Meta(min_length=1)]
 
 
@@ -136,7 +216,7 @@ class TextRequest(GenerationRequest, frozen=True, kw_only=True):
         )
 
 
-R = TypeVar("R", bound=GenerationRequest)
+R = TypeVar("R", bound=StrictContract)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Responses of each endpoint, in OpenAI's format."""
 
+import json
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -11,7 +12,7 @@ from phi_runtime.generation.engine import FinishReason
 from phi_runtime.model import Chunk, Phi
 from phi_runtime.server.requests import CompletionRequest
 
-_FINISH: dict[FinishReason | None, str] = {
+FINISH: dict[FinishReason | None, str] = {
     "stop_token": "stop",
     "stop_text": "stop",
     "max_tokens": "length",
@@ -36,32 +37,59 @@ class Answered:
 class Form(ABC):
     """One answer, whole or in parts."""
 
-    kind, prefix, chunk = "", "", ""
+    kind, prefix = "", ""
+    closing = "data: [DONE]\n\n"  # of a stream
 
     def __init__(self, model: str, asked: CompletionRequest) -> None:
         self._model, self._asked = model, asked
         self._id, self._created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+
+    def frame(self, data: dict[str, Any]) -> str:
+        """An event of the stream."""
+        return f"data: {json.dumps(data)}\n\n"
+
+    def first(self) -> list[dict[str, Any]]:
+        """What goes out before the first token."""
+        return []
+
+    @abstractmethod
+    def part(self, piece: Chunk, phi: Phi, index: int) -> dict[str, Any]:
+        """One step of the stream of an answer."""
+
+    def last(self, pieces: list[Chunk], read: int) -> list[dict[str, Any]]:
+        """What goes out behind the last token. read: tokens of the prompts."""
+        return []
+
+    @abstractmethod
+    def whole(self, answers: list[Answered], phi: Phi) -> dict[str, Any]:
+        """All answers."""
+
+
+class Choices(Form):
+    """Of the endpoints that answer with choices."""
+
+    chunk = ""
 
     def head(self) -> dict[str, Any]:
         """What every part carries."""
         kind = self.chunk if self._asked.stream else self.kind
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
 
-    def first(self) -> dict[str, Any] | None:
-        """What goes out before the first token, if anything."""
-        return None
-
     def part(self, piece: Chunk, phi: Phi, index: int) -> dict[str, Any]:
         """One step of the stream of an answer."""
         stop = piece.step.finish_reason
-        choice = self._choice(self.delta(piece.text), self._logprobs([piece], phi), _FINISH[stop] if stop else None)
+        choice = self._choice(self.delta(piece.text), self._logprobs([piece], phi), FINISH[stop] if stop else None)
         return self.head() | {"choices": [choice | {"index": index}]}
+
+    def last(self, pieces: list[Chunk], read: int) -> list[dict[str, Any]]:
+        """The usage, if asked."""
+        return [self.head() | {"choices": [], "usage": usage(read, len(pieces))}] if self._asked.usage else []
 
     def whole(self, answers: list[Answered], phi: Phi) -> dict[str, Any]:
         """All answers; usage counts each prompt once."""
         choices = []
         for index, a in enumerate(answers):
-            finish = _FINISH[a.pieces[-1].step.finish_reason] if a.pieces else "length"
+            finish = FINISH[a.pieces[-1].step.finish_reason] if a.pieces else "length"
             text = a.echoed + "".join(p.text for p in a.pieces)
             logprobs = self._logprobs(a.pieces, phi, a)
             choices.append(self._choice(self.content(text), logprobs, finish) | {"index": index})
@@ -87,15 +115,15 @@ class Form(ABC):
         """The log-probabilities of some steps, behind those of an echoed prompt."""
 
 
-class Chat(Form):
+class Chat(Choices):
     """Of /v1/chat/completions."""
 
     kind, prefix, chunk = "chat.completion", "chatcmpl", "chat.completion.chunk"
 
-    def first(self) -> dict[str, Any]:
+    def first(self) -> list[dict[str, Any]]:
         """The role."""
         choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-        return self.head() | {"choices": [choice]}
+        return [self.head() | {"choices": [choice]}]
 
     def delta(self, text: str) -> dict[str, Any]:
         """The text of one step."""
@@ -117,7 +145,7 @@ class Chat(Form):
         return {"content": rows, "refusal": None}
 
 
-class Completion(Form):
+class Completion(Choices):
     """Of /v1/completions."""
 
     kind, prefix, chunk = "text_completion", "cmpl", "text_completion"
