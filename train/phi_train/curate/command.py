@@ -15,14 +15,53 @@ def main(argv: list[str]) -> None:
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_decontaminate(commands.add_parser("decontaminate", help="take out of a corpus what is like an evaluation set"))
     _add_run(commands.add_parser("run", help="run a pipeline over a corpus: filters, duplicates, tokens"))
+    _add_classifier(commands.add_parser("classifier", help="train phi-1's quality filter: a forest on embeddings"))
     _add_mixture(commands.add_parser("mixture", help="write the manifest of a mixture of data folders"))
     c = commands.add_parser("card", help="a mixture's data card in Markdown; checks every file's digest")
     c.add_argument("mixture", metavar="MIXTURE", type=Path, help="a manifest of `phi-train data mixture`")
     c.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write it, such as CARD.md")
     commands.add_parser("mixtures", help="the papers' mixtures")
     args = p.parse_args(argv)
-    run = {"decontaminate": _decontaminate, "run": _run, "mixture": _mixture, "card": _card, "mixtures": _mixtures}
+    run = {
+        "decontaminate": _decontaminate,
+        "run": _run,
+        "classifier": _classifier,
+        "mixture": _mixture,
+        "card": _card,
+        "mixtures": _mixtures,
+    }
     run[args.command](args)
+
+
+def _add_classifier(p: argparse.ArgumentParser) -> None:
+    p.description = "Annotate documents, embed them, train a random forest; write FILE.npz and FILE.json, its report."
+    p.add_argument("source", metavar="DOCUMENTS", type=Path, help="as of `decontaminate`")
+    p.add_argument("--embed", type=Path, required=True, metavar="CKPT", help="checkpoint whose hidden states are read")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="the classifier")
+    p.add_argument("--annotations", type=Path, metavar="FILE", help="JSON lines of id and score (default: rules)")
+    p.add_argument("--share", type=float, default=1 / 6, help="of the documents that are good (default 1/6)")
+    p.add_argument("--documents", type=positive, default=3000, metavar="N", help="to learn from (default %(default)s)")
+    p.add_argument("--tokens", type=positive, default=256, metavar="N", help="read of each (default %(default)s)")
+    p.add_argument("--trees", type=positive, default=500, metavar="N", help="of the forest (default %(default)s)")
+    p.add_argument("--field", default="text", metavar="NAME", help="text of a document's line (default %(default)s)")
+
+
+def _classifier(args: argparse.Namespace) -> None:
+    try:
+        from phi_train.curate.classifier import train_classifier
+    except ImportError as e:
+        raise missing_extra(e, "data") from None
+    r = train_classifier(
+        args.source, args.embed, args.out, args.annotations, args.share, args.documents, args.tokens, args.trees,
+        args.field, progress=lambda n, of: print(f"\r{n:,} of {of:,} embedded", end="", file=sys.stderr),
+    )  # fmt: skip
+    print(file=sys.stderr)
+    print(f"{r.documents:,} documents of {r.groups:,} groups, {r.good:,} good ones by {r.annotator}")
+    print(f"agreement on {r.heldout_documents:,} documents of other groups: AUC {r.auc:.3f}")
+    print(f"out-of-bag accuracy {r.oob:.3f}; always saying no has {r.base:.3f}")
+    for k in r.keep_rates:
+        print(f"  threshold {k.threshold:.3f}: keeps {k.kept:.1%}, {k.good:.1%} of them good")
+    print(f"wrote {args.out} and {args.out.with_suffix('.json')}")
 
 
 def _add_mixture(p: argparse.ArgumentParser) -> None:

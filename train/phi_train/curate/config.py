@@ -99,6 +99,14 @@ class Decontaminate(StrictContract, frozen=True, tag_field="name", tag="decontam
     ngram: int = 13
 
 
+class Classifier(StrictContract, frozen=True, tag_field="name", tag="classifier"):
+    """By a forest of `phi-train data classifier`; checkpoint: that whose embeddings it was trained on."""
+
+    model: str
+    checkpoint: str
+    threshold: _Share
+
+
 Step = (
     Length
     | Parses
@@ -110,6 +118,7 @@ Step = (
     | Pii
     | MinHash
     | Decontaminate
+    | Classifier
 )
 STEPS: dict[str, type] = {str(kind.__struct_config__.tag): kind for kind in Step.__args__}
 

@@ -4,9 +4,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from phi_runtime.errors import missing_extra
+from phi_runtime.errors import UsageError, missing_extra
 from phi_train.curate import config
 from phi_train.curate.decontaminate import Decontaminator, Settings
 from phi_train.curate.documents import Document
@@ -36,6 +37,8 @@ def build(step: config.Step) -> Apply:
             return _language(step.languages)
         case config.Decontaminate():
             return _decontaminate(step)
+        case config.Classifier():
+            return _classifier(step)
         case config.MinHash():
             raise AssertionError("not of one document alone")
         case _:
@@ -72,6 +75,26 @@ def _decontaminate(step: config.Decontaminate) -> Apply:
         (matches,) = by.matches([Document("", text, b"")])
         similar = [m for m in matches if by.similar(m)]
         return Dropped(similar[0].problem) if similar else text
+
+    return apply
+
+
+def _classifier(step: config.Classifier) -> Apply:
+    import torch
+
+    from phi_train.curate.classifier import fingerprint
+    from phi_train.curate.embed import Embedder
+    from phi_train.curate.forest import load_forest
+
+    torch.set_num_threads(1)  # there is a process for each core
+    forest, checkpoint = load_forest(Path(step.model)), Path(step.checkpoint)
+    length = int(forest.embedder.split(" ")[0])
+    embed = Embedder(checkpoint, length)
+    if forest.embedder != fingerprint(checkpoint, length):
+        raise UsageError(f"{step.model}: was trained on the embeddings of another checkpoint than {checkpoint}")
+
+    def apply(text: str) -> str | Dropped:
+        return text if forest(embed([text]))[0] >= step.threshold else Dropped("below the threshold")
 
     return apply
 
