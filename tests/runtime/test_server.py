@@ -281,6 +281,8 @@ def test_the_responses_api_answers_whole_and_streamed(served):
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "only text"),
         ({"extra_body": {"inputs": 1}}, "did you mean input"),
+        ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "json_schema needs a schema"),
+        ({"text": {"fromat": {"type": "json_object"}}}, "did you mean format"),
     ):
         with pytest.raises(openai.BadRequestError, match=says):
             client.responses.create(**options | change)

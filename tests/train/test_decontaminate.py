@@ -15,6 +15,7 @@ from phi_train.curate.decontaminate import Decontaminator, Settings
 from phi_train.curate.documents import Document, Unreadable, read_documents
 from phi_train.curate.evaluation_set import EvaluationSet, Item, read_evaluation_set
 from phi_train.curate.ngrams import NgramIndex, words
+from phi_train.curate.report import Match
 from phi_train.curate.syntax import functions, similarities
 
 FIB = "def f(n):\n    if n == 0:\n        return 0\n    if n == 1:\n        return 1\n    return f(n - 1) + f(n - 2)\n"
@@ -77,6 +78,13 @@ def test_a_similar_function_is_found_and_its_problem_named():
     for wrong in ({"similarity": 0.5}, {"similarity": 1.1}, {"nodes": 0}, {"ngram": -1}):
         with pytest.raises(UsageError):
             Settings(**wrong)
+
+
+def test_a_similarity_of_just_the_threshold_counts():
+    against = EvaluationSet("x", "", (Item("x/0", (), ("a" * 20,)),))
+    by = Decontaminator(against, Settings(similarity=0.9))
+    assert similarities(["a" * 18 + "bb"], ["a" * 20], 0.8, 1)[0, 0] == 0.9
+    assert by.similar(Match("d", "x/0", "tree", 0.9)) and not by.similar(Match("d", "x/0", "tree", 0.89))
 
 
 def test_an_embedding_that_is_far_saves_a_document():

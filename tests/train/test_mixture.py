@@ -79,21 +79,13 @@ def test_the_trainer_reads_it(mixed, checkpoint, tmp_path):
     assert done.returncode == 2 and "which repeats them" in done.stderr and "max_repetition" in done.stderr
 
 
-def test_its_card(mixed, tmp_path):
-    card = tmp_path / "CARD.md"
-    assert run_here("phi-train", "data", "card", mixed, "--out", card).returncode == 0
-    text = card.read_text()
-    assert (
-        "| web | 50.0% | 40,000 | 1 | 80,000 | CC-BY-4.0 |" in text and "| books | 20.0% | 2,000 | 4 | 40,000 |" in text
-    )
-
-
 def test_a_card_is_of_the_files_that_were_written(checkpoint, tmp_path):
     shutil.copytree(checkpoint / "training" / "shards", tmp_path / "shards")
     mixture, card = tmp_path / "mix.toml", tmp_path / "CARD.md"
     assert run_here("phi-train", "data", "mixture", f"all={tmp_path / 'shards'}:1", "--out", mixture).returncode == 0
     assert 'shards = "shards"' in mixture.read_text()
     assert run_here("phi-train", "data", "card", mixture, "--out", card).returncode == 0
+    assert "| all | 100.0% |" in card.read_text() and "| not told |" in card.read_text()
     path = tmp_path / "shards" / "train-00000.bin"
     raw = bytearray(path.read_bytes())
     raw[10] ^= 1
@@ -103,6 +95,26 @@ def test_a_card_is_of_the_files_that_were_written(checkpoint, tmp_path):
     path.unlink()
     assert run_here("phi-train", "data", "card", mixture, "--out", tmp_path / "other.md").returncode == 2
     assert not (tmp_path / "other.md").exists()
+
+
+def test_names_beyond_ascii_and_a_card_in_place_of_its_manifest(mixed, tmp_path, checkpoint):
+    out = tmp_path / "e.toml"
+    name = "\U0001f600 | a\nb"
+    given = (f"{name}={tmp_path / 'web'}:1", "--licence", f"{name}=free \U0001f600", "--out", out)
+    assert run_here("phi-train", "data", "mixture", *given).returncode == 0
+    assert read_mixture(out).source[0].name == name
+    before = mixed.read_text()
+    done = run_here("phi-train", "data", "card", mixed, "--out", mixed)
+    assert done.returncode == 2 and mixed.read_text() == before
+    index = json.loads((tmp_path / "code" / "shards.json").read_text())
+    for change in ({"tokenizer_sha256": "0" * 64}, {"vocab_size": -5}, {"train": []}, {"train": ["heldout.bin"]}):
+        (tmp_path / "code" / "shards.json").write_text(json.dumps(index | change))
+        given = (f"web={tmp_path / 'web'}:0.5", f"code={tmp_path / 'code'}:0.5", "--out", tmp_path / "o.toml")
+        assert run_here("phi-train", "data", "mixture", *given).returncode == 2
+        assert not (tmp_path / "o.toml").exists()
+    (tmp_path / "funnel.json").write_text("{}")  # somebody else's
+    done = run_here("phi-train", "data", "mixture", f"web={tmp_path / 'web'}:1", "--out", tmp_path / "f.toml")
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_is_no_mixture(mixed, tmp_path, checkpoint):

@@ -121,22 +121,31 @@ class InputPart(Contract, frozen=True):
             raise ValueError(f"a part of type {self.type!r}; only text is supported")
 
 
-class InputItem(Contract, frozen=True):
+class InputItem(StrictContract, frozen=True):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[InputPart]
     type: Literal["message"] = "message"
+    id: str | None = None  # of a reply that is sent back
+    status: str | None = None
 
 
-class TextFormat(Contract, frozen=True):
+class TextFormat(StrictContract, frozen=True):
     """What an answer is held to."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     schema: dict[str, Any] | None = None
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.type == "json_schema" and self.schema is None:
+            raise ValueError("json_schema needs a schema")
 
 
-class TextSettings(Contract, frozen=True):
+class TextSettings(StrictContract, frozen=True):
     """Of the Responses API."""
 
     format: TextFormat | None = None

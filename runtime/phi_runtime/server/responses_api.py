@@ -72,6 +72,7 @@ class Responses(Form):
             "total_tokens": read + written,
         }
         options, body = self._asked.options, self._body
+        held = None if body.text is None else body.text.format
         return {
             "id": self._id,
             "object": self.kind,
@@ -88,8 +89,8 @@ class Responses(Form):
             "previous_response_id": None,
             "store": False,
             "temperature": options["temperature"],
-            "text": {"format": {"type": "text"}},
-            "tool_choice": "auto",
+            "text": {"format": {"type": held.type if held is not None else "text"}},
+            "tool_choice": body.tool_choice or "auto",
             "tools": [],
             "top_p": options["top_p"],
             "truncation": "disabled",

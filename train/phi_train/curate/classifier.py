@@ -71,8 +71,8 @@ def train_classifier(
     """Write OUT (.npz) and OUT with .json, its report.
 
     annotations: JSON lines of an id and a score; by default the rubric's. share: of documents that are good, the
-    highest scores. most: documents, drawn by their names. length: tokens of a document that are read. Raises OutputExistsError,
-    MissingExtraError, and UsageError for too few documents or groups, or scores that tell none apart.
+    highest scores. most: documents, drawn by their names. length: tokens of a document that are read. Raises
+    OutputExistsError, MissingExtraError, and UsageError for too few documents or groups, or equal scores.
     """
     try:
         from sklearn.ensemble import RandomForestClassifier
@@ -88,7 +88,7 @@ def train_classifier(
     scores = None if annotations is None else read_annotations(annotations)
     documents = _drawn(source, field, scores, most)
     found = np.array([rubric(d.text) if scores is None else scores[d.id] for d in documents])
-    good = found >= np.quantile(found, 1 - share) if len(found) else np.zeros(0, bool)
+    good = _highest(found, share)
     groups = np.array([d.id.split("/")[0] if "/" in d.id else d.id for d in documents])
     heldout = np.array([shuffle_hash(f"group {g}") % 100 < _HELD_OUT_OF_100 for g in groups], bool)
     for part, name in ((good[~heldout], "train on"), (good[heldout], "hold out")):
@@ -149,6 +149,15 @@ def read_annotations(path: Path) -> dict[str, float]:
                 raise UsageError(f"{path}: line {number}: its id is no text or stands twice, or its score is no number")
             scores[name] = score
     return scores
+
+
+def _highest(scores: np.ndarray, share: float) -> np.ndarray:
+    """The highest scores; of many that are equal, all or none."""
+    if not len(scores):
+        return np.zeros(0, bool)
+    cut = np.quantile(scores, 1 - share)
+    good: np.ndarray = scores >= cut
+    return scores > cut if good.all() else good
 
 
 def _drawn(source: Path, field: str, scores: dict[str, float] | None, most: int) -> list[Document]:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from phi_runtime.cli import positive
-from phi_runtime.errors import missing_extra
+from phi_runtime.errors import OutputExistsError, missing_extra
 
 
 def main(argv: list[str]) -> None:
@@ -88,7 +88,10 @@ def _card(args: argparse.Namespace) -> None:
     from phi_runtime.files import write_file
     from phi_train.curate.mixtures import card
 
-    write_file(args.out, card(args.mixture))
+    text = card(args.mixture)
+    if args.out.exists():
+        raise OutputExistsError(f"{args.out}: exists already; choose another --out")
+    write_file(args.out, text)
     print(f"wrote {args.out}")
 
 

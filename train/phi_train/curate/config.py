@@ -16,8 +16,12 @@ _Count = Annotated[int, msgspec.Meta(ge=1)]
 class Length(StrictContract, frozen=True, tag_field="name", tag="length"):
     """Characters of a text."""
 
-    min_chars: int = 1
-    max_chars: int | None = None
+    min_chars: Annotated[int, msgspec.Meta(ge=0)] = 1
+    max_chars: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_chars is not None and self.max_chars < self.min_chars:
+            raise ValueError("max_chars is below min_chars: nothing would be kept")
 
 
 class Parses(StrictContract, frozen=True, tag_field="name", tag="parses"):
@@ -27,7 +31,11 @@ class Parses(StrictContract, frozen=True, tag_field="name", tag="parses"):
 class Language(StrictContract, frozen=True, tag_field="name", tag="language"):
     """By py3langid, of the first thousands of characters; codes of ISO 639-1."""
 
-    languages: tuple[str, ...] = ("en",)
+    languages: tuple[Annotated[str, msgspec.Meta(pattern="^[a-z]{2}$")], ...] = ("en",)
+
+    def __post_init__(self) -> None:
+        if not self.languages:
+            raise ValueError("languages: names none")
 
 
 class GopherQuality(StrictContract, frozen=True, tag_field="name", tag="gopher-quality"):
@@ -83,10 +91,10 @@ class MinHash(StrictContract, frozen=True, tag_field="name", tag="minhash"):
     at 0.8, by the defaults, which are FineWeb's.
     """
 
-    ngram: _Count = 5
+    ngram: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 5
     buckets: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 14
     hashes: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 8
-    seed: int = 1
+    seed: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)] = 1
 
 
 class Decontaminate(StrictContract, frozen=True, tag_field="name", tag="decontaminate"):
@@ -139,7 +147,7 @@ class DataConfig(StrictContract, frozen=True, kw_only=True):
     documents: bool = True
 
     def __post_init__(self) -> None:
-        if not self.input:
+        if not self.input or not all(self.input):
             raise ValueError("input: names nothing")
         if not self.documents and self.tokenizer is None:
             raise ValueError("documents: nothing would be written without them and without a tokenizer")
@@ -151,8 +159,8 @@ def read_config(path: Path) -> DataConfig:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NotFoundError(f"{path}: no such file; give a pipeline as TOML") from None
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise UsageError(f"{path}: is not TOML ({e})") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise UsageError(f"{path}: is not TOML ({' '.join(str(e).split())})") from None
     steps = raw.get("step")
     for n, step in enumerate(steps if isinstance(steps, list) else []):
         name = step.get("name") if isinstance(step, dict) else None

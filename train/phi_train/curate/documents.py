@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,22 +72,39 @@ class Slice:
     stop: int
 
 
-def slices(path: Path, size: int) -> list[list[Slice]]:
-    """The files of `read_documents`, in shards of about `size` bytes; a file of lines may be cut."""
+def slices(paths: list[Path], size: int) -> list[list[Slice]]:
+    """The files of `read_documents`, in shards of about `size` bytes; a .jsonl may be cut, another file may not.
+
+    Of several paths, names begin with their path. Raises UsageError for a file that is there twice, and the errors of
+    `read_documents`.
+    """
     shards: list[list[Slice]] = [[]]
+    seen: set[Path] = set()
     filled = 0
-    for file, name in _files(path):
+    for file, name in ((f, n if len(paths) == 1 else f"{p}/{n}") for p in paths for f, n in _files(p)):
+        if (whole := file.resolve()) in seen:
+            raise UsageError(f"{file}: is read twice; name each input once")
+        seen.add(whole)
         length, at = file.stat().st_size, 0
         cut = file.name.endswith(".jsonl")
-        while at < length:
+        while at < length or (at == 0 and not cut):
             if filled >= size:
                 shards.append([])
                 filled = 0
             stop = min(length, at + size - filled) if cut else length
             shards[-1].append(Slice(str(file), name, at, stop))
             filled += stop - at
-            at = stop
+            at = max(1, stop)
     return [shard for shard in shards if shard]
+
+
+def read_own(path: Path, field: str) -> Iterator[Document]:
+    """The lines that a pass before has written, of whatever length."""
+    with open(path, "rb") as f:
+        for line in f:
+            found = _record(line, path.name, field)
+            assert isinstance(found, Document), found
+            yield found
 
 
 def read_slice(s: Slice, field: str) -> Iterator[Document | Unreadable]:
@@ -113,10 +131,15 @@ def _files(path: Path) -> list[tuple[Path, str]]:
         return [(path, path.name)]
     if not path.is_dir():
         raise NotFoundError(f"{path}: no such file; give documents as JSON lines, or a folder of texts")
-    lines = [(p, p.relative_to(path).as_posix()) for p in path.rglob("*") if is_json_lines(p)]
+    lines = [(p, p.relative_to(path).as_posix()) for p in path.rglob("*") if is_json_lines(p) and p.is_file()]
     found = sorted([*lines, *document_paths(str(path))], key=lambda pair: pair[1])
     if not found:
         raise UsageError(f"{path}: holds no documents; give a folder of .jsonl, .txt, .md or .py files")
+    for file, name in found:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{os.fsencode(file)!r}: its name is not UTF-8; rename it") from None
     return found
 
 
@@ -159,8 +182,10 @@ def _record(line: bytes, where: str, field: str) -> Document | Unreadable:
         return Unreadable(where, "not UTF-8" if _is_foreign(line, e) else "not JSON")
     if not isinstance(record, dict) or not isinstance(text := record.get(field), str):
         return Unreadable(where, f"without a text in {field!r}")
-    name = record.get("id")
-    return Document(name if isinstance(name, str) else where, text, line if line.endswith(b"\n") else line + b"\n")
+    name = record.get("id", where)
+    if isinstance(name, bool) or not isinstance(name, (str, int)):
+        return Unreadable(where, "with an id that is neither a text nor a number")
+    return Document(str(name), text, line if line.endswith(b"\n") else line + b"\n")
 
 
 def _is_foreign(line: bytes, e: Exception) -> bool:

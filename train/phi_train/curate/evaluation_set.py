@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def read_evaluation_set(name: str, fields: tuple[str, ...] = ()) -> EvaluationSe
     raw = path.read_bytes()
     try:
         lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).splitlines()
-    except (OSError, EOFError) as e:
+    except (OSError, EOFError, zlib.error) as e:
         raise UsageError(f"--against {name}: is no whole archive ({e}); fetch it again") from None
     items = tuple(_item(line, f"{name}: line {n}", n, fields) for n, line in enumerate(lines, 1) if line.strip())
     if not items:

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 from phi_runtime.architecture.config import read_json
+from phi_runtime.contract import decode
 from phi_runtime.errors import NotFoundError, OutputExistsError, UsageError
 from phi_runtime.files import sha256, write_file
+from phi_train.curate.funnel import Funnel
 from phi_train.data.mixture import Mixture, Source, open_mixture
 from phi_train.data.shards import INDEX, open_data
 
@@ -29,8 +31,8 @@ def write_mixture(sources: list[str], out: Path, name: str, repeat: list[str], l
         mixture = Mixture(name=name, source=found)
     except ValueError as e:
         raise UsageError(str(e)) from None
+    open_mixture(out, mixture)
     write_file(out, _toml(mixture))
-    open_mixture(out)
     return mixture
 
 
@@ -60,7 +62,6 @@ def _source(name: str, value: str, out: Path, times: float, licence: str | None)
     if share > 1:
         raise UsageError(f"{name}: ratio {ratio} is above one")
     data = open_data(folder)
-    funnel = folder.parent / "funnel.json"
     return Source(
         name=name,
         shards=_relative(folder, out.parent),
@@ -69,8 +70,21 @@ def _source(name: str, value: str, out: Path, times: float, licence: str | None)
         tokens=sum(map(len, data.shards)),
         sha256=sha256(folder / INDEX),
         licence=licence,
-        filter=str(read_json(funnel)["fingerprint"]) if funnel.is_file() else None,
+        filter=_fingerprint(folder.parent / "funnel.json"),
     )
+
+
+def _read_funnel(path: Path) -> Funnel | None:
+    """None for a file that is not there, or is something else of this name."""
+    try:
+        return decode(path.read_bytes(), Funnel)
+    except (OSError, ValueError):
+        return None
+
+
+def _fingerprint(path: Path) -> str | None:
+    found = _read_funnel(path)
+    return None if found is None else found.fingerprint
 
 
 def _relative(folder: Path, start: Path) -> str:
@@ -80,12 +94,17 @@ def _relative(folder: Path, start: Path) -> str:
 
 
 def _toml(mixture: Mixture) -> str:
-    lines = [f"name = {json.dumps(mixture.name)}"]
+    lines = [f"name = {_quoted(mixture.name)}"]
     for s in mixture.source:
         lines += ["", "[[source]]"]
         values = {field: getattr(s, field) for field in Source.__struct_fields__}
-        lines += [f"{field} = {json.dumps(value)}" for field, value in values.items() if value is not None]
+        lines += [f"{field} = {_quoted(value)}" for field, value in values.items() if value is not None]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(value: object) -> str:
+    """A TOML value: JSON's, but for characters beyond the first plane, which JSON may write as halves."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def card(path: Path) -> str:
@@ -97,7 +116,7 @@ def card(path: Path) -> str:
         tokens = sum(map(len, data.shards))
         most = tokens * s.max_repetition / s.ratio
         cells = (f"{s.ratio:.1%}", f"{tokens:,}", f"{s.max_repetition:g}", f"{most:,.0f}", s.licence or "not told")
-        rows.append(f"| {s.name} | {' | '.join(cells)} |")
+        rows.append("| " + " | ".join(_cell(c) for c in (s.name, *cells)) + " |")
     lines = [
         f"# Data card: {mixture.name}",
         "",
@@ -114,9 +133,17 @@ def card(path: Path) -> str:
     return "\n".join(lines)
 
 
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
 def _check_files(folder: Path, where: str) -> None:
-    for name, digest in read_json(folder / INDEX).get("sha256", {}).items():
-        file = folder / Path(name).name
+    index = read_json(folder / INDEX)
+    digests = index.get("sha256")
+    if not isinstance(digests, dict):
+        raise UsageError(f"{where}: {folder / INDEX} has no digests; make the folder anew with this version")
+    for name in (*index["train"], "heldout.bin"):
+        file, digest = folder / Path(name).name, digests.get(name)
         if not file.is_file():
             raise NotFoundError(f"{where}: {file} is gone; make the folder anew")
         if sha256(file) != digest:
@@ -124,14 +151,14 @@ def _check_files(folder: Path, where: str) -> None:
 
 
 def _funnel(path: Path, fingerprint: str | None) -> list[str]:
-    if fingerprint is None or not path.is_file():
+    if fingerprint is None:
         return ["Made without a pipeline of `phi-train data run`.", ""]
-    f = read_json(path)
-    if f["fingerprint"] != fingerprint:
+    f = _read_funnel(path)
+    if f is None or f.fingerprint != fingerprint:
         return [f"Its pipeline (`{fingerprint}`) is no longer beside it.", ""]
-    rows = [f"| {s['name']} | {s['documents']:,} | {s['kept']:,} | {s['changed']:,} |" for s in f["steps"]]
+    rows = [f"| {s.name} | {s.documents:,} | {s.kept:,} | {s.changed:,} |" for s in f.steps]
     return [
-        f"Pipeline `{fingerprint}`: {f['read']:,} documents read, {f['documents']:,} kept.",
+        f"Pipeline `{fingerprint}`: {f.read:,} documents read, {f.documents:,} kept.",
         "",
         "| step | given | kept | changed |",
         "|---|---|---|---|",

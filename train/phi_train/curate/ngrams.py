@@ -25,6 +25,7 @@ class NgramIndex:
                 for at in range(len(ids) - length + 1):
                     self._items.setdefault(tuple(ids[at : at + length]), set()).add(number)
                     self.without.discard(number)
+        self._spelled = list(self._ids)
 
     def find(self, text: str) -> dict[int, str]:
         """Items that share an n-gram with a text, and the first such n-gram of each."""
@@ -38,9 +39,6 @@ class NgramIndex:
             run.append(number)
             if len(run) >= self.length:
                 for item in self._items.get(tuple(run[-self.length :]), ()):
-                    found.setdefault(item, " ".join(self._spelled(run[-self.length :])))
+                    if item not in found:
+                        found[item] = " ".join(self._spelled[n] for n in run[-self.length :])
         return found
-
-    def _spelled(self, ids: list[int]) -> list[str]:
-        spelled = list(self._ids)
-        return [spelled[i] for i in ids]

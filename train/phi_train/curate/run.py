@@ -32,7 +32,8 @@ from phi_train.curate.steps import build
 from phi_train.data.encoding import open_encoder
 from phi_train.data.shards import INDEX, index_text
 
-_DONE = ".done"
+_RUN, _DONE = "run.json", ".done"
+_WRITTEN = ("work", "documents", "shards", "funnel.json", "funnel.html")  # of a run
 # Told the pass, its shards that are done, and all of them.
 Progress = Callable[[int, int, int], None]
 
@@ -61,26 +62,49 @@ def run(
     which = passes(config)
     for step in (s for p in which for s in p.steps):
         build(step)  # before anything is written
-    shards = [shard for source in config.input for shard in slices(Path(source), config.shard_bytes)]
+    shards = slices([Path(source) for source in config.input], config.shard_bytes)
+    if not shards:
+        raise UsageError(f"{', '.join(config.input)}: holds no documents; give files that are not empty")
+    _apart(config, out)
+    if out.exists() and not out.is_dir():
+        raise OutputExistsError(f"{out}: is a file; choose another --out")
     if config.tokenizer is not None:
         open_encoder(Path(config.tokenizer))
     asked = _asked(config, shards)
-    _begin(asked, out, force)
+    with disk_full_named(out):
+        out.mkdir(parents=True, exist_ok=True)
 
     def busy() -> None:
         raise PhiError(f"{out}: another run is writing it; wait for it, or choose another --out")
 
-    with locked(out / "work", busy), disk_full_named(out):
+    with locked(out, busy), disk_full_named(out):
+        _begin(asked, out, force)
         records: list[list[Record]] = []
         for p in which:
             records.append(_run_pass(config, p, out, shards, workers, progress))
             if p.minhash is not None:
                 _find_duplicates(out, p, len(shards))
+        _check_unchanged(asked)
         funnel = _funnel(asked, records, len(shards))
         _finish(asked, out, funnel, len(shards))
     os.rename(out / "work", out / _DONE)  # at once: half of it would have to be made again
     shutil.rmtree(out / _DONE)
     return funnel
+
+
+def _apart(config: DataConfig, out: Path) -> None:
+    """What is read is not below what is written, nor the other way round."""
+    mine = out.resolve()
+    for name in (*config.input, *([config.tokenizer] if config.tokenizer is not None else [])):
+        other = Path(name).resolve()
+        if other.is_relative_to(mine) or mine.is_relative_to(other):
+            raise UsageError(f"{out}: --out and {name}, which is read, lie in each other; choose another --out")
+
+
+def _check_unchanged(asked: Run) -> None:
+    for path, digest in asked.files.items():
+        if not Path(path).is_file() or sha256(Path(path)) != digest:
+            raise UsageError(f"{path}: has changed while it was read; begin anew with --force")
 
 
 def _asked(config: DataConfig, shards: list[list[Slice]]) -> Run:
@@ -91,26 +115,27 @@ def _asked(config: DataConfig, shards: list[list[Slice]]) -> Run:
 
 def _begin(asked: Run, out: Path, force: bool) -> None:
     """Make the folder, or see that what is there was begun with the same."""
-    if out.exists() and not out.is_dir():
-        raise OutputExistsError(f"{out}: is a file; choose another --out")
-    begun = (out / "run.json").is_file()
+    begun = (out / _RUN).is_file()
     if not begun and out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
         raise OutputExistsError(f"{out}: exists already and is no run of phi-train data; choose another --out")
-    if begun and force:
-        shutil.rmtree(out)
-    elif begun:
-        _check_same(asked, out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_file(out / "run.json", encode(asked))
+    before = read_record(out / _RUN, Run, OutputExistsError, "it is no run of ours; choose another") if begun else None
+    shutil.rmtree(out / _DONE, ignore_errors=True)  # of a run that was killed at its very end
+    if before is not None and force:
+        for name in _WRITTEN:
+            shutil.rmtree(out / name, ignore_errors=True)
+            if not (out / name).is_dir():
+                (out / name).unlink(missing_ok=True)
+    elif before is not None:
+        _check_same(before, asked, out)
+    write_file(out / _RUN, encode(asked))
     wanted = {"work": True, "documents": asked.config.documents, "shards": asked.config.tokenizer is not None}
     for name in (n for n, is_wanted in wanted.items() if is_wanted):
         (out / name).mkdir(exist_ok=True)
 
 
-def _check_same(asked: Run, out: Path) -> None:
+def _check_same(before: Run, asked: Run, out: Path) -> None:
     if (out / "funnel.json").is_file() and not (out / "work").exists():
         raise OutputExistsError(f"{out}: is complete; choose another --out, or replace it with --force")
-    before = read_record(out / "run.json", Run, OutputExistsError, "replace it with --force")
     if before != asked:
         raise OutputExistsError(
             f"{out}: was begun with {_difference(before, asked)}; choose another --out, or begin anew with --force"
@@ -120,7 +145,8 @@ def _check_same(asked: Run, out: Path) -> None:
 def _difference(before: Run, asked: Run) -> str:
     for path in sorted(before.files.keys() | asked.files.keys()):
         if before.files.get(path) != asked.files.get(path):
-            return f"another {path}" if path in asked.files and path in before.files else f"or without {path}"
+            both = path in asked.files and path in before.files
+            return f"another {path}" if both else f"{'' if path in before.files else 'no '}{path} among its files"
     for name in DataConfig.__struct_fields__:
         if getattr(before.config, name) != getattr(asked.config, name):
             return f"another {name}"
@@ -147,7 +173,10 @@ def _work(
     if workers == 1:
         _prepare(config, which, out)
         for n in left:
-            yield n, _task(n, shards[n])
+            try:
+                yield n, _task(n, shards[n])
+            except FileNotFoundError as e:
+                raise UsageError(f"{e.filename}: has gone while it was read; begin anew with --force") from None
         return
     pool = ProcessPoolExecutor(
         min(workers, len(left)), get_context("spawn"), _prepare, (config, which, out, os.getpid())
@@ -156,6 +185,8 @@ def _work(
         futures = {pool.submit(_task, n, shards[n]): n for n in left}
         for future in as_completed(futures):
             yield futures[future], future.result()
+    except FileNotFoundError as e:
+        raise UsageError(f"{e.filename}: has gone while it was read; begin anew with --force") from None
     except BrokenProcessPool:
         raise PhiError(
             f"{out}: a worker was killed, perhaps for want of memory; the same command goes on, "
@@ -245,7 +276,10 @@ def _finish(asked: Run, out: Path, funnel: Funnel, shards: int) -> None:
         raise UsageError(f"{', '.join(asked.config.input)}: none of the records is a document{said}")
     if asked.config.tokenizer is not None:
         if not funnel.tokens or not funnel.heldout_tokens:
-            raise UsageError(f"{out}: too few documents are left to train on some and hold others out")
+            raise UsageError(
+                f"{out}: {funnel.documents:,} documents are left, too few to train on some and hold 4 % out; give "
+                "more, or leave the tokenizer out, and begin anew with --force"
+            )
         encoder, _ = open_encoder(Path(asked.config.tokenizer))
         for suffix in ("bin", "txt"):
             with open(out / "shards" / f"heldout.{suffix}", "wb") as whole:

@@ -14,7 +14,7 @@ import numpy as np
 
 from phi_runtime.files import write_file
 from phi_train.curate.config import DataConfig, MinHash, Step
-from phi_train.curate.documents import Document, Slice, read_slice
+from phi_train.curate.documents import Document, Slice, read_own, read_slice
 from phi_train.curate.funnel import StepCount
 from phi_train.curate.minhash import Signer
 from phi_train.curate.steps import Apply, Dropped, build
@@ -101,8 +101,10 @@ class ShardRunner:
     def _documents(self, number: int, shard: list[Slice], record: Record) -> Iterator[Document]:
         field = self._config.field
         if self._pass.number:
-            path = self._folder / "work" / f"{self._pass.number - 1}-{number:05d}.jsonl"
-            shard = [Slice(str(path), path.name, 0, path.stat().st_size)]
+            for document in read_own(self._folder / "work" / f"{self._pass.number - 1}-{number:05d}.jsonl", field):
+                record.read += 1
+                yield document
+            return
         for one in shard:
             for found in read_slice(one, field):
                 if isinstance(found, Document):

@@ -74,8 +74,8 @@ def _is_comment(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def similarities(found: list[str], known: list[str], cutoff: float, threads: int) -> npt.NDArray[np.float32]:
+def similarities(found: list[str], known: list[str], cutoff: float, threads: int) -> npt.NDArray[np.float64]:
     """1 - edit distance / length of the longer, of each pair [found, known]; 0 below the cutoff."""
     return cdist(
-        found, known, scorer=Levenshtein.normalized_similarity, score_cutoff=cutoff, dtype=np.float32, workers=threads
+        found, known, scorer=Levenshtein.normalized_similarity, score_cutoff=cutoff, dtype=np.float64, workers=threads
     )

@@ -67,7 +67,7 @@ def documents(corpus: str) -> Iterator[Document]:
 
 def decoded(raw: bytes) -> str | None:
     """The text of a file as Python opens it, None for one of an encoding that it does not name."""
-    encoding = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
+    encoding = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError:

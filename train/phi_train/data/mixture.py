@@ -36,7 +36,7 @@ class Source(StrictContract, frozen=True, kw_only=True):
     name: str
     shards: str
     ratio: _Ratio
-    max_repetition: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    max_repetition: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 1.0
     tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
     sha256: str | None = None
     licence: str | None = None
@@ -65,17 +65,17 @@ def read_mixture(path: Path) -> Mixture:
         return convert(tomllib.loads(path.read_text(encoding="utf-8")), Mixture)
     except FileNotFoundError:
         raise NotFoundError(f"{path}: no such file; give a mixture's .toml, or a data folder") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UsageError(f"{path}: {' '.join(str(e).split())}") from None
 
 
-def open_mixture(path: Path) -> tuple[Mixture, list[Data]]:
-    """The manifest and its opened folders.
+def open_mixture(path: Path, mixture: Mixture | None = None) -> tuple[Mixture, list[Data]]:
+    """The manifest and its opened folders; `mixture` where its file is yet to be written.
 
     Raises NotFoundError and UsageError for a source that is gone, is not the one of the manifest, or was tokenised
     otherwise than the first.
     """
-    mixture, opened = read_mixture(path), []
+    mixture, opened = mixture or read_mixture(path), []
     for s in mixture.source:
         folder = path.parent / s.shards
         if not (folder / INDEX).is_file():

@@ -143,6 +143,8 @@ def open_data(folder: Path) -> Data:
         shards = tuple(np.memmap(folder / Path(name).name, dtype, "r") for name in index["train"])
         heldout = np.memmap(folder / "heldout.bin", dtype, "r")
         vocab_size, digest = int(index["vocab_size"]), str(index["tokenizer_sha256"])
+        if not shards or len({s.filename for s in (*shards, heldout)}) <= len(shards) or not 0 < vocab_size < 1 << 31:
+            raise ValueError("no shards, one twice, or no vocabulary")
     except (KeyError, TypeError, ValueError, OSError, OverflowError) as e:
         raise UsageError(
             f"{folder}: is damaged ({type(e).__name__}: {e}); make it anew with phi-train shards"

@@ -1,0 +1,121 @@
+"""`phi-train data classifier`: a forest that is kept as arrays says what scikit-learn's does, and a pipeline asks it."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from sklearn.ensemble import RandomForestClassifier
+from support import run_here
+
+from phi_runtime.errors import NotFoundError, UsageError
+from phi_train.curate.forest import from_sklearn, load_forest
+from phi_train.curate.rubric import rubric
+
+GOOD = '''def mean(values):
+    """Return the arithmetic mean of some values, which must not be empty."""
+    # the sum of no values has no mean
+    return sum(values) / len(values)
+'''
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(400, 8)).astype(np.float32)
+    model = RandomForestClassifier(30, random_state=0).fit(x, x[:, 0] * x[:, 1] + 0.3 * draw.normal(size=400) > 0)
+    return model, draw.normal(size=(300, 8)).astype(np.float32)
+
+
+def test_arrays_say_what_the_forest_says(fitted, tmp_path):
+    model, x = fitted
+    forest = from_sklearn(model, "me", 8)
+    np.testing.assert_allclose(forest(x), model.predict_proba(x)[:, 1], atol=1e-6)
+    at = np.unique(forest.threshold[forest.feature == 0])[:50]
+    edges = np.repeat(x[:1], len(at), 0)
+    edges[:, 0] = at  # on a threshold: to the left, as there
+    np.testing.assert_allclose(forest(edges), model.predict_proba(edges)[:, 1], atol=1e-6)
+    forest.save(tmp_path / "f.npz")
+    again = load_forest(tmp_path / "f.npz")
+    assert np.array_equal(again(x), forest(x)) and again.embedder == "me"
+
+
+def test_damaged_forests_are_refused(fitted, tmp_path):
+    forest = from_sklearn(fitted[0], "me", 8)
+    path = tmp_path / "f.npz"
+    forest.save(path)
+    raw = path.read_bytes()
+    for content in (b"", raw[: len(raw) // 2], b"PK" + raw[2:100]):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match="no classifier"):
+            load_forest(path)
+    for name, value in (("left", 0), ("right", 10**6), ("feature", 99)):
+        wrong = getattr(forest, name).copy()
+        wrong[0, 0] = value
+        arrays = {n: getattr(forest, n) for n in ("feature", "threshold", "left", "right", "value")} | {name: wrong}
+        np.savez(path, **arrays, embedder=np.frombuffer(b"me", np.uint8), size=np.array(8))
+        with pytest.raises(UsageError, match="is damaged"):
+            load_forest(path)
+    np.savez(path, feature=np.array([object()], object))
+    with pytest.raises(UsageError):
+        load_forest(path)
+    with pytest.raises(NotFoundError):
+        load_forest(tmp_path / "none.npz")
+
+
+def test_the_rubric_prefers_what_explains():
+    bare = "def m(v):\n    s = 0\n    for a in v:\n        s += a\n    return s / len(v)\n"
+    assert rubric(GOOD) > 0.8 > 0.5 > rubric(bare) and rubric("x = 1") == rubric("def f(:") == 0
+
+
+@pytest.fixture(scope="module")
+def corpus_of_groups(tmp_path_factory):
+    folder, draw = tmp_path_factory.mktemp("groups"), random.Random(0)
+    with open(folder / "x.jsonl", "w") as f:
+        for n in range(200):
+            good = draw.random() < 0.3
+            words = ["error", "value", "class", "self"] if good else ["0", "1", "(", "["]
+            text = " ".join(draw.choices(words, k=60))
+            f.write(json.dumps({"id": f"p{n % 20}/{n}", "text": text, "score": float(good)}) + "\n")
+    return folder / "x.jsonl"
+
+
+def test_a_classifier_is_trained_and_a_pipeline_asks_it(checkpoint, corpus_of_groups, tmp_path):
+    out = tmp_path / "c.npz"
+    command = ("phi-train", "data", "classifier", corpus_of_groups, "--embed", checkpoint, "--trees", 20)
+    command += ("--annotations", corpus_of_groups, "--share", 0.3, "--tokens", 40)
+    done = run_here(*command, "--out", out)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "c.json").read_text())
+    assert report["auc"] > 0.95 and report["documents"] == 200 and report["groups"] == 20
+    assert report["annotator"] == "x.jsonl" and len(report["sources"]) > 2
+    pipeline = tmp_path / "p.toml"
+    step = f'[[step]]\nname = "classifier"\nmodel = "{out}"\ncheckpoint = "{checkpoint}"\nthreshold = 0.5\n'
+    pipeline.write_text(f'input = ["{corpus_of_groups}"]\n{step}')
+    done = run_here("phi-train", "data", "run", pipeline, "--out", tmp_path / "run", "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    lines = b"".join(p.read_bytes() for p in sorted((tmp_path / "run" / "documents").iterdir())).splitlines()
+    kept = [json.loads(line)["score"] for line in lines]
+    assert 40 < len(kept) < 80 and sum(kept) / len(kept) > 0.95
+    again = run_here(*command, "--out", out)
+    assert again.returncode == 2 and "exists already" in again.stderr
+
+
+def test_what_teaches_nothing(checkpoint, corpus_of_groups, tmp_path):
+    rows = corpus_of_groups.read_text().splitlines()
+    (tmp_path / "few.jsonl").write_text("\n".join(rows[:2]))
+    (tmp_path / "wrong.jsonl").write_text(rows[0] + "\n" + '{"id": "a"}')
+    (tmp_path / "nan.jsonl").write_text('{"id": "a", "score": NaN}')
+    for source, notes, out, says in (
+        (tmp_path / "few.jsonl", corpus_of_groups, "o.npz", "leave none that are good"),
+        (corpus_of_groups, tmp_path / "wrong.jsonl", "o.npz", "line 2: is not an id and a score"),
+        (corpus_of_groups, tmp_path / "nan.jsonl", "o.npz", "its score is no number"),
+        (corpus_of_groups, tmp_path / "gone.jsonl", "o.npz", "no such file"),
+        (corpus_of_groups, corpus_of_groups, "o.pkl", "is a .npz file"),
+    ):
+        done = run_here(
+            "phi-train", "data", "classifier", source, "--embed", checkpoint, "--annotations", notes,
+            "--out", tmp_path / out,
+        )  # fmt: skip
+        assert done.returncode == 2 and says in done.stderr, done.stderr
+        assert not (tmp_path / out).exists()
