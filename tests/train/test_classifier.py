@@ -1,4 +1,4 @@
-"""`phi-train data classifier`: a forest that is kept as arrays says what scikit-learn's does, and a pipeline asks it."""
+"""`phi-train data classifier`: a forest kept as arrays says what scikit-learn's does, and a pipeline asks it."""
 
 import json
 import random
