@@ -60,6 +60,7 @@ def test_a_batch_is_a_function_of_its_number_and_the_seed():
 
 def test_quotas():
     assert quotas([0.5, 0.3, 0.2], 10) == [5, 3, 2] and quotas([1 / 3] * 3, 1000) == [334, 333, 333]
+    assert quotas([0.19, 0.27, 0.54], 10) == [2, 3, 5]  # the largest remainders
     assert quotas([0.9999, 0.0001], 1000) == [999, 1] and sum(quotas([0.123, 0.456, 0.421], 997)) == 997
 
 
