@@ -11,7 +11,8 @@ from support import run_here
 
 from phi_runtime.errors import UsageError
 from phi_train.curate import documents as reading
-from phi_train.curate.decontaminate import Decontaminator, Settings
+from phi_train.curate.config import Settings
+from phi_train.curate.decontaminate import Decontaminator
 from phi_train.curate.documents import Document, Unreadable, read_documents
 from phi_train.curate.evaluation_set import EvaluationSet, Item, read_evaluation_set
 from phi_train.curate.ngrams import NgramIndex, words

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from phi_runtime.cli import positive
 from phi_runtime.errors import OutputExistsError, missing_extra
+from phi_train.curate.config import Settings
 
 
 def main(argv: list[str]) -> None:
@@ -157,21 +158,21 @@ def _add_decontaminate(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--similarity",
         type=float,
-        default=0.9,
+        default=Settings.similarity,
         metavar="X",
         help="of functions' syntax trees, 0.8 to 1, from which on a document is taken out (default %(default)s)",
     )
     p.add_argument(
         "--nodes",
         type=positive,
-        default=20,
+        default=Settings.nodes,
         metavar="N",
         help="a tree's least size, to be compared (default %(default)s)",
     )
     p.add_argument(
         "--ngram",
         type=int,
-        default=13,
+        default=Settings.ngram,
         metavar="N",
         help="words in a row that suffice; 0 for none (default %(default)s)",
     )
@@ -181,7 +182,7 @@ def _add_decontaminate(p: argparse.ArgumentParser) -> None:
 
 def _decontaminate(args: argparse.Namespace) -> None:
     try:
-        from phi_train.curate.decontaminate import Decontaminator, Settings, decontaminate
+        from phi_train.curate.decontaminate import Decontaminator, decontaminate
         from phi_train.curate.evaluation_set import read_evaluation_set
     except ImportError as e:
         raise missing_extra(e, "data") from None

@@ -1,6 +1,7 @@
 """The file of `phi-train data run`: where documents come from, the steps that they pass, what is made of them."""
 
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -97,14 +98,33 @@ class MinHash(StrictContract, frozen=True, tag_field="name", tag="minhash"):
     seed: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)] = 1
 
 
+THRESHOLDS = (0.95, 0.90, 0.85, 0.80)  # of trees, that phi-1 prunes at
+
+
+@dataclass(frozen=True)
+class Settings:
+    """When a document is similar. ngram: words in a row; 0 to leave them out. distance: of embeddings, 0 to 2."""
+
+    similarity: float = 0.9
+    nodes: int = 20
+    ngram: int = 13
+    distance: float | None = None
+
+    def __post_init__(self) -> None:
+        if not THRESHOLDS[-1] <= self.similarity <= 1:
+            raise UsageError(f"similarity {self.similarity} is not between {THRESHOLDS[-1]} and 1")
+        if self.nodes < 1 or self.ngram < 0:
+            raise UsageError("nodes is 1 or more, ngram 0 or more")
+
+
 class Decontaminate(StrictContract, frozen=True, tag_field="name", tag="decontaminate"):
     """As `phi-train data decontaminate`, without embeddings."""
 
     against: str
     fields: tuple[str, ...] = ()
-    similarity: float = 0.9
-    nodes: int = 20
-    ngram: int = 13
+    similarity: float = Settings.similarity
+    nodes: int = Settings.nodes
+    ngram: int = Settings.ngram
 
 
 class Classifier(StrictContract, frozen=True, tag_field="name", tag="classifier"):

@@ -8,7 +8,6 @@ functions are all alike. With an embedding, a similar tree counts only within a 
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +16,13 @@ import numpy.typing as npt
 from phi_runtime.contract import encode
 from phi_runtime.errors import OutputExistsError, UsageError
 from phi_runtime.files import staged_folder
+from phi_train.curate.config import THRESHOLDS, Settings
 from phi_train.curate.documents import Document, Unreadable, read_documents
 from phi_train.curate.evaluation_set import EvaluationSet
-from phi_train.curate.ngrams import LENGTH, NgramIndex
+from phi_train.curate.ngrams import NgramIndex
 from phi_train.curate.report import Match, ProblemReport, Report
 from phi_train.curate.syntax import functions, similarities
 
-THRESHOLDS = (0.95, 0.90, 0.85, 0.80)  # that phi-1 prunes at
 _AT_A_TIME, _BYTES_AT_A_TIME = 512, 8 << 20  # documents
 _SHOWN, _SHOWN_UNREADABLE = 200, 10  # of a report
 
@@ -31,22 +30,6 @@ _SHOWN, _SHOWN_UNREADABLE = 200, 10  # of a report
 Progress = Callable[[int], None]
 # Texts to vectors of length one, [N, D].
 Embed = Callable[[list[str]], npt.NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """When a document is similar. ngram: words in a row; 0 to leave them out. distance: of embeddings, 0 to 2."""
-
-    similarity: float = 0.9
-    nodes: int = 20
-    ngram: int = LENGTH
-    distance: float | None = None
-
-    def __post_init__(self) -> None:
-        if not THRESHOLDS[-1] <= self.similarity <= 1:
-            raise UsageError(f"similarity {self.similarity} is not between {THRESHOLDS[-1]} and 1")
-        if self.nodes < 1 or self.ngram < 0:
-            raise UsageError("nodes is 1 or more, ngram 0 or more")
 
 
 class Decontaminator:
@@ -59,7 +42,7 @@ class Decontaminator:
             raise UsageError("an embedding needs a distance, and a distance an embedding; give both or neither")
         self.against, self.settings, self._embed = against, settings, embed
         texts = [i.texts if settings.ngram else () for i in against.items]
-        self._ngrams = NgramIndex(texts, settings.ngram or LENGTH)
+        self._ngrams = NgramIndex(texts, settings.ngram or 1)
         trees = [(n, f) for n, i in enumerate(against.items) for f in i.functions if len(f) >= settings.nodes]
         self._owners, self._trees = [n for n, _ in trees], [f for _, f in trees]
         self._vectors: dict[int, npt.NDArray[np.float32]] = {}

@@ -59,7 +59,7 @@ class StepCount(msgspec.Struct):
 
 
 class Funnel(Contract, frozen=True):
-    """A whole run. seconds: of processors, by step, and of the clock; what a run before a kill took counts too."""
+    """A whole run; a step's seconds are summed over processes, and what a run before a kill took counts too."""
 
     fingerprint: str
     files: int

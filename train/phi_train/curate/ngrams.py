@@ -2,7 +2,6 @@
 
 import re
 
-LENGTH = 13
 _WORD = re.compile(r"\w+")
 
 
@@ -14,7 +13,7 @@ def words(text: str) -> list[str]:
 class NgramIndex:
     """The n-grams of some items' texts; what is found is exact."""
 
-    def __init__(self, items: list[tuple[str, ...]], length: int = LENGTH) -> None:
+    def __init__(self, items: list[tuple[str, ...]], length: int) -> None:
         self.length = length
         self._ids: dict[str, int] = {}
         self._items: dict[tuple[int, ...], set[int]] = {}

@@ -159,9 +159,12 @@ def _run_pass(
     found = {n: r for n in range(len(shards)) if (r := done(out, which.number, n)) is not None}
     left = [n for n in range(len(shards)) if n not in found]
     progress(which.number, len(found), len(shards))
-    for n, record in _work(config, which, out, shards, left, workers):
-        found[n] = record
-        progress(which.number, len(found), len(shards))
+    try:
+        for n, record in _work(config, which, out, shards, left, workers):
+            found[n] = record
+            progress(which.number, len(found), len(shards))
+    except FileNotFoundError as e:
+        raise UsageError(f"{e.filename}: has gone while it was read; begin anew with --force") from None
     return [found[n] for n in range(len(shards))]
 
 
@@ -173,10 +176,7 @@ def _work(
     if workers == 1:
         _prepare(config, which, out)
         for n in left:
-            try:
-                yield n, _task(n, shards[n])
-            except FileNotFoundError as e:
-                raise UsageError(f"{e.filename}: has gone while it was read; begin anew with --force") from None
+            yield n, _task(n, shards[n])
         return
     pool = ProcessPoolExecutor(
         min(workers, len(left)), get_context("spawn"), _prepare, (config, which, out, os.getpid())
@@ -185,8 +185,6 @@ def _work(
         futures = {pool.submit(_task, n, shards[n]): n for n in left}
         for future in as_completed(futures):
             yield futures[future], future.result()
-    except FileNotFoundError as e:
-        raise UsageError(f"{e.filename}: has gone while it was read; begin anew with --force") from None
     except BrokenProcessPool:
         raise PhiError(
             f"{out}: a worker was killed, perhaps for want of memory; the same command goes on, "

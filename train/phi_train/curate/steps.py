@@ -9,7 +9,7 @@ from typing import Any
 
 from phi_runtime.errors import UsageError, missing_extra
 from phi_train.curate import config
-from phi_train.curate.decontaminate import Decontaminator, Settings
+from phi_train.curate.decontaminate import Decontaminator
 from phi_train.curate.documents import Document
 from phi_train.curate.evaluation_set import read_evaluation_set
 from phi_train.curate.syntax import parses
@@ -69,7 +69,7 @@ def _language(wanted: tuple[str, ...]) -> Apply:
 
 def _decontaminate(step: config.Decontaminate) -> Apply:
     against = read_evaluation_set(step.against, step.fields)
-    by = Decontaminator(against, Settings(step.similarity, step.nodes, step.ngram), threads=1)
+    by = Decontaminator(against, config.Settings(step.similarity, step.nodes, step.ngram), threads=1)
 
     def apply(text: str) -> str | Dropped:
         (matches,) = by.matches([Document("", text, b"")])
