@@ -11,10 +11,10 @@ from support import run_here
 
 from phi_bench.evaluate import code
 from phi_bench.evaluate.code_tasks import Problem, first_function, in_block, mean_and_error, pass_at_k, read_task
-from phi_bench.evaluate.requests import RequestCache
 from phi_runtime.contract import encode
 from phi_runtime.errors import BenchmarkError, NotFoundError
 from phi_train.curate.report import ProblemReport, Report
+from phi_train.teacher.cache import RequestCache
 
 PROMPT = 'import math\n\n\ndef add(a, b):\n    """Add two numbers."""\n'
 TEST = "def check(candidate):\n    assert candidate(1, 2) == 3\n"

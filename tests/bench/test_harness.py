@@ -12,10 +12,10 @@ from support import Served, run_here
 
 import phi_runtime
 from phi_bench.evaluate.harness import _known_tasks
-from phi_bench.evaluate.requests import RequestCache
 from phi_export.formats.gguf.unquantised import write_unquantised
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.errors import OutputExistsError, PhiError, UsageError
+from phi_train.teacher.cache import RequestCache
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 WORDS = ["import", "return", "class", "self", "value", "error", "message", "part", "line", "file", "name", "open"]

@@ -98,9 +98,15 @@ def _train(argv: list[str]) -> None:
 
 
 def _data(argv: list[str]) -> None:
-    from phi_train.curate.command import main as curate
+    from phi_train.curate import command as curate
+    from phi_train.synthesize import command as synthesize
 
-    curate(argv)
+    p = argparse.ArgumentParser("phi-train data", description="Curate a corpus, or have one written.")
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    curate.add_commands(commands)
+    synthesize.add_commands(commands)
+    args = p.parse_args(argv)
+    args.run(args)
 
 
 def _list(argv: list[str]) -> None:

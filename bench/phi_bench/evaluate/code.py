@@ -17,7 +17,6 @@ from phi_bench.evaluate.code_tasks import (
     pass_at_k,
     read_task,
 )
-from phi_bench.evaluate.requests import RequestCache
 from phi_bench.measure.models import describe
 from phi_runtime.contract import Contract, encode, read_record
 from phi_runtime.errors import BenchmarkError, NotFoundError, OutputExistsError, UsageError
@@ -25,6 +24,7 @@ from phi_runtime.files import write_file
 from phi_runtime.version import __version__
 from phi_train.curate.report import Report
 from phi_train.sandbox.run import Limits, Sandbox, run_all
+from phi_train.teacher.cache import RequestCache
 
 Progress = Callable[[int, int, str], None]  # problems done, of all, the last one's name
 

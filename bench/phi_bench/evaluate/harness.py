@@ -87,7 +87,7 @@ def evaluate(asked: Request, out: Path, force: bool = False) -> HarnessResult:
     except ImportError as e:
         raise missing_extra(e, "eval") from None
     from phi_bench.evaluate.models import PhiLM, open_scorer
-    from phi_bench.evaluate.requests import RequestCache
+    from phi_train.teacher.cache import RequestCache
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = _known_tasks()

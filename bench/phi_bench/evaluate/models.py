@@ -10,8 +10,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import phi_runtime
-from phi_bench.evaluate.requests import RequestCache
 from phi_runtime.errors import UsageError
+from phi_train.teacher.cache import RequestCache
 
 _MAX_TOKENS = 256  # of an answer where the task does not say
 

@@ -10,31 +10,21 @@ from phi_runtime.errors import OutputExistsError, missing_extra
 from phi_train.curate.config import Settings
 
 
-def main(argv: list[str]) -> None:
-    """Dispatch its commands."""
-    p = argparse.ArgumentParser("phi-train data", description="Curate a corpus.")
-    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_decontaminate(commands.add_parser("decontaminate", help="take out of a corpus what is like an evaluation set"))
+def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Its own, to those of `phi-train data`."""
     _add_run(commands.add_parser("run", help="run a pipeline over a corpus: filters, duplicates, tokens"))
+    _add_decontaminate(commands.add_parser("decontaminate", help="take out of a corpus what is like an evaluation set"))
     _add_classifier(commands.add_parser("classifier", help="train phi-1's quality filter: a forest on embeddings"))
     _add_mixture(commands.add_parser("mixture", help="write the manifest of a mixture of data folders"))
     c = commands.add_parser("card", help="a mixture's data card in Markdown; checks every file's digest")
     c.add_argument("mixture", metavar="MIXTURE", type=Path, help="a manifest of `phi-train data mixture`")
     c.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write it, such as CARD.md")
-    commands.add_parser("mixtures", help="the papers' mixtures")
-    args = p.parse_args(argv)
-    run = {
-        "decontaminate": _decontaminate,
-        "run": _run,
-        "classifier": _classifier,
-        "mixture": _mixture,
-        "card": _card,
-        "mixtures": _mixtures,
-    }
-    run[args.command](args)
+    c.set_defaults(run=_card)
+    commands.add_parser("mixtures", help="the papers' mixtures").set_defaults(run=_mixtures)
 
 
 def _add_classifier(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run=_classifier)
     p.description = "Annotate documents, embed them, train a random forest; write FILE.npz and FILE.json, its report."
     p.add_argument("source", metavar="DOCUMENTS", type=Path, help="as of `decontaminate`")
     p.add_argument("--embed", type=Path, required=True, metavar="CKPT", help="checkpoint whose hidden states are read")
@@ -66,6 +56,7 @@ def _classifier(args: argparse.Namespace) -> None:
 
 
 def _add_mixture(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run=_mixture)
     p.description = "Write a manifest that a recipe takes as data.shards, with the folders' sizes and digests."
     p.add_argument(
         "sources", metavar="NAME=FOLDER:RATIO", nargs="+", help="a data folder and its share of the training tokens"
@@ -110,6 +101,7 @@ def _mixtures(args: argparse.Namespace) -> None:
 
 
 def _add_run(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run=_run)
     p.description = "Run the steps of a .toml file over a corpus; the same command goes on where it was stopped."
     p.add_argument("config", metavar="CONFIG", type=Path, help="a .toml file, see docs/how-to/data.md")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
@@ -145,6 +137,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _add_decontaminate(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run=_decontaminate)
     p.description = "Write DIR/kept.jsonl, DIR/similar.jsonl and DIR/report.json, as in phi-1's report (section 5)."
     p.add_argument(
         "source", metavar="DOCUMENTS", type=Path, help=".jsonl, .jsonl.gz, or a folder of these or of texts and sources"

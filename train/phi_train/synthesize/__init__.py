@@ -1,0 +1,1 @@
+"""Synthetic corpora as in the Phi papers: TinyStories, textbooks, exercises."""

@@ -1,0 +1,1 @@
+"""A teacher: a language model behind an endpoint, that writes, annotates or judges texts."""
