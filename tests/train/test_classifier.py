@@ -119,3 +119,80 @@ def test_what_teaches_nothing(checkpoint, corpus_of_groups, tmp_path):
         )  # fmt: skip
         assert done.returncode == 2 and says in done.stderr, done.stderr
         assert not (tmp_path / out).exists()
+
+
+@pytest.fixture
+def annotating():
+    """A teacher that finds words where there are some, and gives no score to every tenth document."""
+    from chat_server import Server, reply
+
+    asked = []
+
+    def script(number, body):
+        prompt = body["messages"][0]["content"]
+        asked.append(prompt)
+        document = prompt.split("-" * 40)[1]
+        value = 4 if "error" in document or "value" in document else 1
+        if "memorise" in prompt:
+            value = 5 - value
+        return reply("I cannot say." if len(asked) % 10 == 0 else f"It has words, or not.\n\n**Score:** {value}/5")
+
+    server = Server(script)
+    yield server
+    server.server.shutdown()
+
+
+def test_a_teacher_annotates_once_and_by_an_axis(corpus_of_groups, checkpoint, annotating, tmp_path):
+    def train(name, *options):
+        return run_here(
+            "phi-train", "data", "classifier", corpus_of_groups, "--embed", checkpoint, "--out", tmp_path / name,
+            "--trees", 30, "--tokens", 32, "--teacher", annotating.url, "--model", "judge", *options,
+        )  # fmt: skip
+
+    done = train("reasoning.npz", "--axis", "reasoning", "--least", 3)
+    assert done.returncode == 0, done.stderr
+    assert "20 documents had no score of judge" in done.stdout
+    report = json.loads((tmp_path / "reasoning.json").read_text())
+    assert (report["annotator"], report["axis"], report["unscored"], report["documents"]) == (
+        "judge",
+        "reasoning",
+        20,
+        180,
+    )
+    assert report["auc"] > 0.9 and 30 < report["good"] < 80
+    assert len(annotating.asked) == 200 and annotating.asked[0][1]["temperature"] == 0
+    (tmp_path / "reasoning.npz").unlink()
+    assert train("reasoning.npz", "--axis", "reasoning", "--least", 3).returncode == 0
+    assert len(annotating.asked) == 200  # replies are kept
+    assert train("knowledge.npz", "--axis", "knowledge", "--least", 3).returncode == 0
+    done = train("x.npz", "--annotations", corpus_of_groups)
+    assert done.returncode == 2 and "give one of both" in done.stderr
+
+    def kept(size):
+        config = tmp_path / "p.toml"
+        config.write_text(
+            f'input = ["{corpus_of_groups}"]\n[[step]]\nname = "data-optimal"\ncheckpoint = "{checkpoint}"\n'
+            f'knowledge = "{tmp_path / "knowledge.npz"}"\nreasoning = "{tmp_path / "reasoning.npz"}"\nsize = "{size}"\n'
+            'thresholds = { "1.3B" = [0.5, 0.5], "14B" = [1.0, 0.0] }\n'
+        )
+        done = run_here("phi-train", "data", "run", config, "--out", tmp_path / f"run-{size}", "--workers", 1)
+        if done.returncode:
+            return done.stderr
+        return (tmp_path / f"run-{size}" / "documents").glob("*")
+
+    lines = [line for file in kept("1.3B") for line in file.read_text().splitlines()]
+    assert 30 < len(lines) < 80 and sum("error" in line or "value" in line for line in lines) > 0.8 * len(lines)
+    assert sum(len(file.read_text().splitlines()) for file in kept("14B")) == 200
+    assert "thresholds: has none for size '7B'" in kept("7B")
+
+
+def test_scores_are_read_from_the_end_of_a_reply():
+    from phi_train.curate.annotate import request, score
+
+    for reply, expected in (
+        ("Score: 3", 3), ("It is a score of 1.\nScore: 4.5\n", 4.5), ("**Score:** 2/5", 2), ("Score: 10", None),
+        ("Score: 7", None), ("", None), ("score five", None), ("Score - 0.", 0),
+    ):  # fmt: skip
+        assert score(reply) == expected, reply
+    asked = request("x" * 10_000, "educational").prompt
+    assert len(asked) < 7000 and "[the rest is left out]" in asked

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 from phi_runtime.cli import positive
-from phi_runtime.errors import OutputExistsError, missing_extra
+from phi_runtime.errors import OutputExistsError, UsageError, missing_extra
+from phi_train.curate.annotate import AXES
 from phi_train.curate.config import Settings
+from phi_train.teacher.options import add_teacher, open_teacher
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -30,23 +32,37 @@ def _add_classifier(p: argparse.ArgumentParser) -> None:
     p.add_argument("--embed", type=Path, required=True, metavar="CKPT", help="checkpoint whose hidden states are read")
     p.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="the classifier")
     p.add_argument("--annotations", type=Path, metavar="FILE", help="JSON lines of id and score (default: rules)")
+    p.add_argument("--axis", choices=sorted(AXES), default="educational", help="what a teacher scores (%(default)s)")
     p.add_argument("--share", type=float, default=1 / 6, help="of the documents that are good (default 1/6)")
+    p.add_argument("--least", type=float, metavar="X", help="score of a good document, instead of --share")
     p.add_argument("--documents", type=positive, default=3000, metavar="N", help="to learn from (default %(default)s)")
     p.add_argument("--tokens", type=positive, default=256, metavar="N", help="read of each (default %(default)s)")
     p.add_argument("--trees", type=positive, default=500, metavar="N", help="of the forest (default %(default)s)")
     p.add_argument("--field", default="text", metavar="NAME", help="text of a document's line (default %(default)s)")
+    add_teacher(p)
 
 
 def _classifier(args: argparse.Namespace) -> None:
     try:
-        from phi_train.curate.classifier import train_classifier
+        from phi_train.curate.classifier import Teacher, train_classifier
     except ImportError as e:
         raise missing_extra(e, "data") from None
-    r = train_classifier(
-        args.source, args.embed, args.out, args.annotations, args.share, args.documents, args.tokens, args.trees,
-        args.field, progress=lambda n, of: print(f"\r{n:,} of {of:,} embedded", end="", file=sys.stderr),
-    )  # fmt: skip
-    print(file=sys.stderr)
+    if args.teacher and args.annotations:
+        raise UsageError("--teacher and --annotations: give one of both")
+    endpoint = open_teacher(args, Path(f"{args.out}.replies")) if args.teacher else None
+    annotator = args.annotations if endpoint is None else Teacher(endpoint, args.axis)
+    try:
+        r = train_classifier(
+            args.source, args.embed, args.out, annotator, args.share, args.least, args.documents, args.tokens,
+            args.trees, args.field,
+            progress=lambda what, n, of: print(f"\r{n:,} of {of:,} {what}", end="", file=sys.stderr),
+        )  # fmt: skip
+    finally:
+        print(file=sys.stderr)
+        if endpoint is not None:
+            endpoint.close()
+    if r.unscored:
+        print(f"{r.unscored:,} documents had no score of {r.annotator} and are left out")
     print(f"{r.documents:,} documents of {r.groups:,} groups, {r.good:,} good ones by {r.annotator}")
     print(f"agreement on {r.heldout_documents:,} documents of other groups: AUC {r.auc:.3f}")
     print(f"out-of-bag accuracy {r.oob:.3f}; always saying no has {r.base:.3f}")

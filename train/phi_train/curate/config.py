@@ -135,6 +135,25 @@ class Classifier(StrictContract, frozen=True, tag_field="name", tag="classifier"
     threshold: _Share
 
 
+class DataOptimal(StrictContract, frozen=True, tag_field="name", tag="data-optimal"):
+    """phi-3's choice of data for a model's size: what is mostly facts and teaches little reasoning goes.
+
+    knowledge, reasoning: forests of `phi-train data classifier --axis`. thresholds: by size, of both; a document is
+    dropped whose knowledge load is at or above the first and whose reasoning value is below the second.
+    """
+
+    knowledge: str
+    reasoning: str
+    checkpoint: str
+    size: str
+    thresholds: dict[str, tuple[_Share, _Share]]
+
+    def __post_init__(self) -> None:
+        if self.size not in self.thresholds:
+            known = ", ".join(self.thresholds) or "none"
+            raise ValueError(f"thresholds: has none for size {self.size!r}, only {known}")
+
+
 Step = (
     Length
     | Parses
@@ -147,6 +166,7 @@ Step = (
     | MinHash
     | Decontaminate
     | Classifier
+    | DataOptimal
 )
 STEPS: dict[str, type] = {str(kind.__struct_config__.tag): kind for kind in Step.__args__}
 

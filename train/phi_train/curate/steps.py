@@ -39,6 +39,8 @@ def build(step: config.Step) -> Apply:
             return _decontaminate(step)
         case config.Classifier():
             return _classifier(step)
+        case config.DataOptimal():
+            return _data_optimal(step)
         case config.MinHash():
             raise AssertionError("not of one document alone")
         case _:
@@ -80,6 +82,27 @@ def _decontaminate(step: config.Decontaminate) -> Apply:
 
 
 def _classifier(step: config.Classifier) -> Apply:
+    probability = _forests(step.checkpoint, step.model)
+
+    def apply(text: str) -> str | Dropped:
+        return text if probability(text)[0] >= step.threshold else Dropped("below the threshold")
+
+    return apply
+
+
+def _data_optimal(step: config.DataOptimal) -> Apply:
+    probability = _forests(step.checkpoint, step.knowledge, step.reasoning)
+    most, least = step.thresholds[step.size]
+
+    def apply(text: str) -> str | Dropped:
+        knowledge, reasoning = probability(text)
+        return Dropped("facts without reasoning") if knowledge >= most and reasoning < least else text
+
+    return apply
+
+
+def _forests(checkpoint: str, *models: str) -> Callable[[str], list[float]]:
+    """What some forests say of a text that is embedded once. Raises UsageError for those of other embeddings."""
     import torch
 
     from phi_train.curate.classifier import fingerprint
@@ -87,16 +110,20 @@ def _classifier(step: config.Classifier) -> Apply:
     from phi_train.curate.forest import load_forest
 
     torch.set_num_threads(1)  # there is a process for each core
-    forest, checkpoint = load_forest(Path(step.model)), Path(step.checkpoint)
-    length = int(forest.embedder.split(" ")[0])
-    embed = Embedder(checkpoint, length)
-    if forest.embedder != fingerprint(checkpoint, length):
-        raise UsageError(f"{step.model}: was trained on the embeddings of another checkpoint than {checkpoint}")
+    forests = [load_forest(Path(m)) for m in models]
+    length = int(forests[0].embedder.split(" ")[0])
+    embed, wanted = Embedder(Path(checkpoint), length), fingerprint(Path(checkpoint), length)
+    for name, forest in zip(models, forests, strict=True):
+        if forest.embedder != wanted:
+            raise UsageError(
+                f"{name}: was trained on other embeddings than those of {length} tokens by {checkpoint}; train it again"
+            )
 
-    def apply(text: str) -> str | Dropped:
-        return text if forest(embed([text]))[0] >= step.threshold else Dropped("below the threshold")
+    def probability(text: str) -> list[float]:
+        features = embed([text])
+        return [float(forest(features)[0]) for forest in forests]
 
-    return apply
+    return probability
 
 
 def _datatrove(step: config.Step) -> Apply:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from phi_runtime.cli import positive
 from phi_runtime.errors import UsageError, missing_extra
+from phi_train.teacher.options import add_teacher, open_teacher
 
 if TYPE_CHECKING:
     from phi_train.synthesize.kinds import Kind
     from phi_train.synthesize.run import SynthesisReport
     from phi_train.synthesize.topics import Taxonomy
-    from phi_train.teacher.endpoint import Endpoint
 
 KINDS = ("tinystories", "textbooks", "exercises")
 
@@ -33,7 +33,9 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default %(default)s)")
     p.add_argument("--force", action="store_true", help="replace DIR; replies are kept")
-    add_teacher(p, required=True)
+    p.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of a reply (default %(default)s)")
+    p.add_argument("--max-tokens", type=positive, metavar="N", help="of a reply (default: by kind)")
+    add_teacher(p, "simulator, or ", required=True)
     p.set_defaults(run=_synthesize)
 
 
@@ -102,35 +104,3 @@ def _show(r: "SynthesisReport", args: argparse.Namespace) -> None:
         cost = f", ${r.dollars:.4f}" if r.dollars else ""
         print(f"{r.tokens:,} tokens{cost}; {r.cached:,} replies were there from before, in {args.out}.replies")
     print(f"wrote {args.out}")
-
-
-def add_teacher(p: argparse.ArgumentParser, required: bool) -> None:
-    """What names an endpoint, and what it may cost."""
-    what = "simulator, or an OpenAI-compatible endpoint such as http://127.0.0.1:8080/v1; OPENAI_API_KEY is its key"
-    p.add_argument("--teacher", metavar="URL", required=required, help=what)
-    p.add_argument("--model", metavar="NAME", help="of the endpoint")
-    p.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of a reply (default %(default)s)")
-    p.add_argument("--max-tokens", type=positive, metavar="N", help="of a reply (default: by kind)")
-    p.add_argument("--at-once", type=positive, default=8, metavar="N", help="requests (default %(default)s)")
-    p.add_argument("--seconds", type=positive, default=300, metavar="N", help="for a reply (default %(default)s)")
-    p.add_argument("--budget-tokens", type=positive, metavar="N", help="read and written, at most")
-    p.add_argument("--budget-dollars", type=float, metavar="X", help="at most, by --prices")
-    p.add_argument("--prices", metavar="IN,OUT", help="dollars per million tokens read, and written")
-
-
-def open_teacher(args: argparse.Namespace, cache: Path) -> "Endpoint":
-    """The endpoint of `add_teacher`'s options. Raises UsageError for one that is missing or wrong."""
-    from phi_train.teacher.budget import Budget
-    from phi_train.teacher.endpoint import Endpoint
-
-    if not args.model:
-        raise UsageError(f"--teacher {args.teacher}: names no model; give --model NAME")
-    prices = (0.0, 0.0)
-    if args.prices is not None:
-        try:
-            read, written = map(float, args.prices.split(","))
-        except ValueError:
-            raise UsageError(f"--prices {args.prices}: is not two numbers; give such as 0.15,0.60") from None
-        prices = read, written
-    budget = Budget(args.budget_tokens, args.budget_dollars, prices)
-    return Endpoint(args.teacher, args.model, cache, budget, args.at_once, seconds=args.seconds)
