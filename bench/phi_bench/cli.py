@@ -13,6 +13,8 @@ from phi_bench.evaluate.command import add_arguments as add_eval
 from phi_bench.evaluate.command import add_card_arguments as add_card
 from phi_bench.evaluate.command import main as evaluate
 from phi_bench.evaluate.command import write_card
+from phi_bench.evaluate.story_command import add_arguments as add_stories
+from phi_bench.evaluate.story_command import main as stories
 from phi_bench.peers.environments import PACKAGES
 from phi_runtime.cli import parser, positive, run
 from phi_runtime.errors import (
@@ -53,6 +55,7 @@ def _main(argv: list[str]) -> None:
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands.add_parser("run", help="measure models and write a result"))
     add_eval(commands.add_parser("eval", help="what a model can do: HumanEval, MBPP, tasks of lm-eval"))
+    add_stories(commands.add_parser("stories", help="how well a model completes stories, by a judge's scores"))
     add_card(commands.add_parser("card", help="results of `eval` side by side, with paired errors"))
     c = commands.add_parser("compare", help="what changed between two results; exit code 1 for the worse")
     c.add_argument("before", metavar="A", type=Path, help="result of `phi-bench run`")
@@ -477,6 +480,7 @@ _COMMANDS = {
     "build": _build,
     "eval": _eval,
     "card": write_card,
+    "stories": stories,
     "presets": _presets,
     "devices": _devices,
     "claim": _claim,

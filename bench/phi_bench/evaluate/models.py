@@ -28,8 +28,10 @@ class Scorer(Protocol):
     def score(self, tokens: list[int], start: int) -> tuple[list[float], bool]:
         """Log-probabilities of tokens[start:], and whether all are the likeliest."""
 
-    def generate(self, prompt: list[int], max_tokens: int, stop: Sequence[str]) -> str:
-        """The likeliest answer."""
+    def generate(
+        self, prompt: list[int], max_tokens: int, stop: Sequence[str], temperature: float = 0.0, seed: int = 0
+    ) -> str:
+        """The likeliest answer; with a temperature, a drawn one."""
 
     def close(self) -> None:
         """Give back the memory."""
@@ -45,9 +47,13 @@ class Runtime:
         self.prefix_token = bos[0] if len(bos) == 1 else min(self._phi.engine.stop_tokens)
         self.close = self._phi.close
 
-    def generate(self, prompt: list[int], max_tokens: int, stop: Sequence[str]) -> str:
+    def generate(
+        self, prompt: list[int], max_tokens: int, stop: Sequence[str], temperature: float = 0.0, seed: int = 0
+    ) -> str:
         """By the runtime's own loop."""
-        return self._phi.generate(prompt, max_tokens=max_tokens, stop=tuple(stop), temperature=0.0).text
+        return self._phi.generate(
+            prompt, max_tokens=max_tokens, stop=tuple(stop), temperature=temperature, top_p=1.0, seed=seed
+        ).text
 
 
 class Torch:
@@ -75,15 +81,21 @@ class Torch:
         found = rows.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
         return found.tolist(), bool((rows.argmax(-1) == wanted).all())
 
-    def generate(self, prompt: list[int], max_tokens: int, stop: Sequence[str]) -> str:
+    def generate(
+        self, prompt: list[int], max_tokens: int, stop: Sequence[str], temperature: float = 0.0, seed: int = 0
+    ) -> str:
         """By transformers, cut at the first of the stop texts."""
+        drawn: dict[str, Any] = {"do_sample": temperature > 0}
+        if temperature > 0:
+            torch.manual_seed(seed)
+            drawn |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
         with torch.inference_mode():
             given = torch.tensor([prompt])
             out = self._model.generate(
                 given,
                 attention_mask=torch.ones_like(given),
                 max_new_tokens=max_tokens,
-                do_sample=False,
+                **drawn,
                 tokenizer=self._tokenizer,
                 stop_strings=list(stop) or None,
             )

@@ -5,7 +5,7 @@ age group is a bucket of the other scores, a stand-in for a language model's gue
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -51,6 +51,10 @@ class SimulatorJudge:
         copied = 0.0 if self._training is None else self._training.precision(completion)
         creativity = 10 * (1 - copied) if completion.strip() else 0.0
         return Scores(grammar, consistency, creativity, age_of((grammar + consistency) / 2))
+
+    def judged(self, pairs: Iterable[tuple[str, str]]) -> Iterator[Scores | None]:
+        """Of beginnings and completions, in order."""
+        return (self(*pair) for pair in pairs)
 
 
 def age_of(score: float) -> str:
