@@ -213,7 +213,7 @@ def test_what_cannot_be_compared(tmp_path, content, options, says):
 def test_other_places(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "empty").mkdir()
-    for source, says in (("none", "no such file"), ("a.txt", "neither .jsonl"), ("empty", "holds no documents")):
+    for source, says in (("none", "no such file"), ("a.txt", "is none of .jsonl"), ("empty", "holds no documents")):
         done = run_here(
             "phi-train", "data", "decontaminate", tmp_path / source, "--against", "humaneval", "--out", tmp_path / "o"
         )

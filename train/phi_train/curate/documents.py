@@ -1,4 +1,4 @@
-"""Documents of a corpus, read one at a time: files of JSON lines, or folders of texts and sources."""
+"""Documents of a corpus, read one at a time: JSON lines, Parquet, web archives, folders of texts and sources."""
 
 import gzip
 import json
@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from phi_runtime.errors import NotFoundError, UsageError
+from phi_train.curate.readers import PARQUET, WEB, parquet_lines, web_texts
 from phi_train.data.corpus import decoded, document_paths
 
 MAX_BYTES = 16 << 20  # of a document; a line without an end would otherwise fill the memory
@@ -35,26 +36,51 @@ class Unreadable:
 
 
 def read_documents(path: Path, field: str = "text") -> Iterator[Document | Unreadable]:
-    """The documents of a .jsonl or .jsonl.gz file, or of a folder of these or of .txt, .md and .py files.
+    """The documents of a file of one of `RECORDS`, or of a folder of these or of .txt, .md and .py files.
 
-    field: of a line, the text. A record that cannot be read is told of and the next one is read. Raises NotFoundError,
-    UsageError for a file of another kind or a folder without documents.
+    field: of a record, the text. A record that cannot be read is told of and the next one is read. Raises
+    NotFoundError, UsageError for a file of another kind or a folder without documents.
     """
     for file, name in _files(path):
-        if not is_json_lines(file):
-            yield _file(file, name, field)
+        if not _is_json_lines(file):
+            yield from _whole(file, name, field)
             continue
         for number, (_, line) in enumerate(_bounded(file), 1):
-            where = f"{name}:{number}"
-            if line is None:
-                yield Unreadable(where, f"longer than {MAX_BYTES:,} bytes, or its archive is damaged")
-            elif line.strip():
-                yield _record(line, where, field)
+            yield from _line(line, f"{name}:{number}", field)
 
 
-def is_json_lines(path: Path) -> bool:
-    """By its name."""
-    return path.name.endswith((".jsonl", ".jsonl.gz"))
+JSON_LINES = (".jsonl", ".jsonl.gz")
+RECORDS = (*JSON_LINES, *PARQUET, *WEB)
+
+
+def _is_json_lines(path: Path) -> bool:
+    return path.name.endswith(JSON_LINES)
+
+
+def _line(line: bytes | None, where: str, field: str) -> Iterator[Document | Unreadable]:
+    if line is None or len(line) > MAX_BYTES:
+        yield Unreadable(where, f"longer than {MAX_BYTES:,} bytes, or its archive is damaged")
+    elif line.strip():
+        yield _record(line, where, field)
+
+
+def _whole(path: Path, name: str, field: str) -> Iterator[Document | Unreadable]:
+    """A file that is not cut: a document, or many records."""
+    if path.name.endswith(PARQUET):
+        for number, row in enumerate(parquet_lines(path)):
+            if isinstance(row, str):
+                yield Unreadable(f"{name}:{number}", row)
+            else:
+                yield from _line(row, f"{name}:{number}", field)
+    elif path.name.endswith(WEB):
+        for number, (url, text, why) in enumerate(web_texts(path, MAX_BYTES)):
+            if text is None:
+                yield Unreadable(f"{name}:{number} {url}", why)
+            else:
+                page = {"id": f"{name}:{number}", field: text, "url": url}
+                yield Document(f"{name}:{number}", text, json_line(page))
+    else:
+        yield _file(path, name, field)
 
 
 def json_line(record: dict[str, Any]) -> bytes:
@@ -110,28 +136,22 @@ def read_own(path: Path, field: str) -> Iterator[Document]:
 def read_slice(s: Slice, field: str) -> Iterator[Document | Unreadable]:
     """Its documents; a record without an id is named by its file and first byte."""
     path = Path(s.path)
-    if is_json_lines(path):
+    if _is_json_lines(path):
         for at, line in _bounded(path, s.start, s.stop):
-            where = f"{s.name}@{at}"
-            if line is None:
-                yield Unreadable(where, f"longer than {MAX_BYTES:,} bytes, or its archive is damaged")
-            elif line.strip():
-                yield _record(line, where, field)
+            yield from _line(line, f"{s.name}@{at}", field)
     else:
-        yield _file(path, s.name, field)
+        yield from _whole(path, s.name, field)
 
 
 def _files(path: Path) -> list[tuple[Path, str]]:
     """Each with its name. Raises NotFoundError, UsageError."""
     if path.is_file():
-        if not is_json_lines(path):
-            raise UsageError(
-                f"{path}: is neither .jsonl nor .jsonl.gz; give documents as JSON lines, or a folder of texts"
-            )
+        if not path.name.endswith(RECORDS):
+            raise UsageError(f"{path}: is none of {', '.join(RECORDS)}; give one of these, or a folder of texts")
         return [(path, path.name)]
     if not path.is_dir():
         raise NotFoundError(f"{path}: no such file; give documents as JSON lines, or a folder of texts")
-    lines = [(p, p.relative_to(path).as_posix()) for p in path.rglob("*") if is_json_lines(p) and p.is_file()]
+    lines = [(p, p.relative_to(path).as_posix()) for p in path.rglob("*") if p.name.endswith(RECORDS) and p.is_file()]
     found = sorted([*lines, *document_paths(str(path))], key=lambda pair: pair[1])
     if not found:
         raise UsageError(f"{path}: holds no documents; give a folder of .jsonl, .txt, .md or .py files")
