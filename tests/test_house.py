@@ -31,6 +31,7 @@ def test_the_base_install_is_light():
         "bench",
         "data",
         "eval",
+        "web",
         "all",
         "dev",
     }
