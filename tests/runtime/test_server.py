@@ -298,6 +298,9 @@ def test_unknown_routes_and_the_description(served):
         code, body = served.ask(method, path)
         error = json.loads(body)["error"]
         assert code == status and says in error["message"] and error["type"] == "invalid_request_error"
+    status, page = served.ask("GET", "/docs")
+    assert status == 200 and "POST /v1/responses" in page and "<code>temperature</code><td>number" in page
+    assert "<script" not in page
     described = json.loads(served.ask("GET", "/openapi.json")[1])
     schemas = described["components"]["schemas"]
     for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):

@@ -24,10 +24,12 @@ from phi_runtime.generation.sampler import log_probability, most_likely
 from phi_runtime.model import Chunk, Phi
 from phi_runtime.planning.memory import resident
 from phi_runtime.server.grammar import Grammars
-from phi_runtime.server.openapi import openapi
+from phi_runtime.server.openapi import openapi, page
 from phi_runtime.server.requests import ChatRequest, CompletionRequest, ResponsesRequest, TextRequest, parse, resolve
 from phi_runtime.server.responses import Answered, Chat, Completion, Form, Score
 from phi_runtime.server.responses_api import Responses
+from phi_runtime.text.tools import FORMATS as TOOL_FORMATS
+from phi_runtime.text.tools import OPEN
 from phi_runtime.version import __version__
 
 _MOST_BODY = 4_000_000  # bytes
@@ -57,7 +59,14 @@ class _Server:
     async def chat(self, request: Request) -> Response:
         body = parse(await self._body(request), ChatRequest)
         asked = resolve(body)
-        return await self._answer(request, asked, [self.phi.chat_prompt(body.conversation())], Chat(self.name, asked))
+        chat = self.phi.chat_format
+        if body.with_tools and chat is not None and chat.name not in TOOL_FORMATS:
+            known = ", ".join(TOOL_FORMATS)
+            raise UsageError(f"tools: the chat format {chat.name} has no place for them, only {known}; leave them out")
+        prompt = self.phi.chat_prompt(body.conversation())
+        if asked.called:
+            prompt += self.phi.tokenize(OPEN)
+        return await self._answer(request, asked, [prompt], Chat(self.name, asked))
 
     async def complete(self, request: Request) -> Response:
         body = parse(await self._body(request), TextRequest)
@@ -271,6 +280,10 @@ def app(phi: Phi, token: str | None = None, queue: int = 16, timeout: float = 60
     async def describe(request: Request) -> Response:
         return JSONResponse(openapi(server.name))
 
+    async def described(request: Request) -> Response:
+        headers = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"}
+        return HTMLResponse(page(openapi(server.name)), headers=headers)
+
     hosts = ["*"] if anywhere else ["localhost", "127.0.0.1", "[::1]"]
     return Starlette(
         routes=[
@@ -282,6 +295,7 @@ def app(phi: Phi, token: str | None = None, queue: int = 16, timeout: float = 60
             Route("/v1/completions", server.complete, methods=["POST"]),
             Route("/v1/responses", server.respond, methods=["POST"]),
             Route("/openapi.json", describe),
+            Route("/docs", described),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
         exception_handlers={

@@ -10,6 +10,7 @@ from phi_runtime.contract import Contract, StrictContract, decode
 from phi_runtime.errors import UsageError
 from phi_runtime.generation.config import GenerationConfig, Options
 from phi_runtime.generation.engine import Policy
+from phi_runtime.text.tools import Call, described, schema, written
 
 MAX_CHOICES = 128  # prompts of a request, and answers to each
 _DEFAULT = GenerationConfig()
@@ -70,15 +71,8 @@ class GenerationRequest(StrictContract, frozen=True, kw_only=True):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    # Fields whose only honoured value is their default.
-    tools: list[Any] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
+    # A field whose only honoured value is its default.
     modalities: list[Literal["text"]] | None = None
-
-    def __post_init__(self) -> None:
-        if self.tools:
-            raise ValueError("tools: this server does not support it; leave it out")
 
 
 class TextPart(Contract, frozen=True):
@@ -92,11 +86,61 @@ class TextPart(Contract, frozen=True):
             raise ValueError(f"a part of type {self.type!r}; only text is supported")
 
 
+class Function(Contract, frozen=True):
+    """What a model may call. parameters: a JSON Schema of an object."""
+
+    name: Annotated[str, msgspec.Meta(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Contract, frozen=True):
+    """A function."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class Chosen(Contract, frozen=True):
+    """A function's name."""
+
+    name: str
+
+
+class ToolChoice(Contract, frozen=True):
+    """The one function that is to be called."""
+
+    type: Literal["function"]
+    function: Chosen
+
+
+class CalledFunction(Contract, frozen=True):
+    """Of a call. arguments: a JSON object, as text."""
+
+    name: str
+    arguments: str = "{}"
+
+    def __post_init__(self) -> None:
+        try:
+            fits = isinstance(msgspec.json.decode(self.arguments or "{}"), dict)
+        except msgspec.DecodeError:
+            fits = False
+        if not fits:
+            raise ValueError("arguments is no JSON object")
+
+
+class ToolCall(Contract, frozen=True):
+    """A call that the assistant made."""
+
+    function: CalledFunction
+
+
 class Message(Contract, frozen=True):
     """One turn. content: a text, or parts that are text; null where an assistant's turn had no text."""
 
     role: str
     content: str | list[TextPart] | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
@@ -104,10 +148,40 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
 
     messages: list[Message]
     logprobs: bool | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     def conversation(self) -> list[dict[str, Any]]:
-        """The turns as `Phi.chat_prompt` takes them."""
-        return [_turn(m) for m in self.messages]
+        """The turns as `Phi.chat_prompt` takes them; tools are described behind the system's."""
+        turns = [_turn(m) for m in self.messages]
+        if said := described(self.functions()):
+            if not turns or turns[0]["role"] != "system":
+                turns.insert(0, {"role": "system", "content": ""})
+            turns[0] = {"role": "system", "content": f"{turns[0]['content']}{said}"}
+        return turns
+
+    def functions(self) -> list[dict[str, Any]]:
+        """Those that may be called. Raises UsageError for a choice that is none of them."""
+        found = [msgspec.to_builtins(t.function) for t in self.tools or ()]
+        if isinstance(self.tool_choice, ToolChoice):
+            name = self.tool_choice.function.name
+            found = [f for f in found if f["name"] == name]
+            if not found:
+                raise UsageError(f"tool_choice: there is no tool {name!r}")
+        elif self.tool_choice == "required" and not found:
+            raise UsageError("tool_choice: is required, and there are no tools")
+        return [] if self.tool_choice == "none" else [{k: v for k, v in f.items() if v is not None} for f in found]
+
+    @property
+    def with_tools(self) -> bool:
+        """Whether tools are talked of."""
+        return bool(self.tools) or any(m.tool_calls for m in self.messages)
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer is to be a call."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, ToolChoice)
 
 
 class InputPart(Contract, frozen=True):
@@ -244,6 +318,8 @@ class CompletionRequest:
     logprobs: bool
     constrained: bool
     schema: dict[str, Any] | None
+    tools: bool = False
+    called: bool = False
 
 
 def parse(body: bytes, kind: type[R]) -> R:
@@ -281,6 +357,14 @@ def resolve(r: ChatRequest | TextRequest) -> CompletionRequest:
     if counted or r.top_logprobs is not None:
         options["top_logprobs"] = int(r.logprobs or 0) if counted else _or(r.top_logprobs, 0)
     held = r.response_format
+    constrained = held is not None and held.type != "text"
+    form = None if held is None or held.json_schema is None else held.json_schema.schema
+    functions = r.functions() if isinstance(r, ChatRequest) else []
+    called = isinstance(r, ChatRequest) and r.must_call
+    if called and constrained:
+        raise UsageError("response_format: does not go with a tool_choice that asks for a call; leave one out")
+    if isinstance(r, ChatRequest) and called:
+        form = schema(functions, 1 if r.parallel_tool_calls is False else None)
     return CompletionRequest(
         options=options,
         choices=_or(r.n, 1),
@@ -289,8 +373,10 @@ def resolve(r: ChatRequest | TextRequest) -> CompletionRequest:
         stream=bool(r.stream),
         usage=r.stream_options is not None and r.stream_options.include_usage,
         logprobs=counted or r.logprobs is True,
-        constrained=held is not None and held.type != "text",
-        schema=None if held is None or held.json_schema is None else held.json_schema.schema,
+        constrained=constrained or called,
+        schema=form,
+        tools=bool(functions),
+        called=called,
     )
 
 
@@ -298,6 +384,8 @@ def _turn(m: Message) -> dict[str, Any]:
     content = "".join(p.text for p in m.content) if isinstance(m.content, list) else m.content
     if content is None and m.role == "assistant":
         content = ""
+    if m.tool_calls and content is not None:
+        content += written([Call(c.function.name, c.function.arguments) for c in m.tool_calls])
     return {"role": "system" if m.role == "developer" else m.role, "content": content}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from phi_runtime.generation.engine import FinishReason
 from phi_runtime.model import Chunk, Phi
 from phi_runtime.server.requests import CompletionRequest
+from phi_runtime.text.tools import OPEN, read, shown
 
 FINISH: dict[FinishReason | None, str] = {
     "stop_token": "stop",
@@ -120,6 +121,10 @@ class Chat(Choices):
 
     kind, prefix, chunk = "chat.completion", "chatcmpl", "chat.completion.chunk"
 
+    def __init__(self, model: str, asked: CompletionRequest) -> None:
+        super().__init__(model, asked)
+        self._said: dict[int, tuple[str, int]] = {}  # of each answer with tools: its text, and what was sent of it
+
     def first(self) -> list[dict[str, Any]]:
         """The role."""
         choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
@@ -131,7 +136,45 @@ class Chat(Choices):
 
     def content(self, text: str) -> dict[str, Any]:
         """The message."""
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        said, calls = self._read(text)
+        message: dict[str, Any] = {"role": "assistant", "content": said, "refusal": None}
+        if not calls:
+            return {"message": message}
+        message |= {"content": said or None, "tool_calls": calls}
+        return {"message": message, "finish_reason": "tool_calls"}
+
+    def part(self, piece: Chunk, phi: Phi, index: int) -> dict[str, Any]:
+        """One step; what may become a call is sent when it is whole."""
+        frame = super().part(piece, phi, index)
+        if not self._asked.tools:
+            return frame
+        text, sent = self._said.get(index, ("", 0))
+        text += piece.text
+        choice = frame["choices"][0]
+        if choice["finish_reason"] is None:
+            until = 0 if self._asked.called else shown(text)
+            choice["delta"] = {"content": text[sent:until]} if until > sent else {}
+            self._said[index] = (text, max(sent, until))
+            return frame
+        said, calls = self._read(text)
+        choice["delta"] = {"content": said[sent:]} if len(said) > sent else {}
+        if calls:
+            choice["delta"]["tool_calls"] = [c | {"index": n} for n, c in enumerate(calls)]
+            choice["finish_reason"] = "tool_calls"
+        return frame
+
+    def _read(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+        if not self._asked.tools:
+            return text, []
+        said, calls = read(OPEN + text if self._asked.called else text)
+        return said, [
+            {
+                "id": f"call_{uuid.uuid4().hex[:24]}",
+                "type": "function",
+                "function": {"name": c.name, "arguments": c.arguments},
+            }
+            for c in calls
+        ]
 
     def logprobs(self, pieces: list[Chunk], phi: Phi, answered: Answered | None) -> dict[str, Any]:
         """A row for each token."""

@@ -93,7 +93,7 @@ FORMATS = {
         ChatFormat("phi3-april", bos=True, opens_reply=True, roles=("user", "assistant")),
         ChatFormat("phi3-medium", opens_reply=True, roles=("user", "assistant")),
         ChatFormat("phi3-small", bos=True),
-        ChatFormat("phi4-mini", break_=""),
+        ChatFormat("phi4-mini", break_="", roles=(*ROLES, "tool")),
         _PHI4,
         replace(_PHI4, name="phi4-december", opens_reply=True),  # as first published
         _CHATML,
