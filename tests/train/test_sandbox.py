@@ -186,3 +186,15 @@ def test_all_of_humaneval_s_own_solutions_pass():
     assert len(outcomes) == 164
     wrong = [Job(r["prompt"] + "    return None", r["entry_point"], r["test"], r["prompt"]) for r in rows]
     assert sum(o.kind == "passed" for o in run_all(wrong)) == 0
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [b"", b"nothing", b'{"kind": 5}', b'{"kind": "passed"}', b"[" * 50_000, b'{"kind": "x", "message": ""}', b"\xff"],
+)
+def test_tests_that_write_a_verdict_of_their_own_do_not_end_the_worker(verdict):
+    """A model may have written the tests as well."""
+    tests = f"def check(candidate):\n    import os\n    os.write(5, {verdict!r})\n    os._exit(0)\n"
+    with Sandbox() as sandbox:
+        assert sandbox.run(Job("def f(): return 1", "f", tests)).kind == "error"
+        assert sandbox.run(Job("def f(): return 1", "f", "def check(c):\n    assert c() == 1\n")).kind == "passed"

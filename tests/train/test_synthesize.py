@@ -195,6 +195,10 @@ def test_an_exercise_must_hold_and_its_tests_must_be_able_to_fail():
     wrong = KIND.draft(0, exercise(body="    return a - b\n"))
     empty = KIND.draft(0, exercise(tests="    assert True\n    assert candidate\n"))
     assert [o.kind for o in run_all([wrong.job, empty.must_fail])] == ["failed", "passed"]
+    imported = KIND.draft(
+        0, exercise(tests="    assert candidate(1, 2) == math.floor(3.5)\n    assert candidate(0, 0) == 0\n")
+    )
+    assert [o.kind for o in run_all([imported.job, imported.must_fail])] == ["passed", "failed"]
     for reply, why in (
         ("I cannot do that", "is no Python"), (exercise(doc=""), "without a docstring"),
         (exercise(body=""), "without a docstring or a solution"), (exercise(tests="    pass\n"), "without tests"),
@@ -261,6 +265,7 @@ class Fixed:
     """Replies that are given."""
 
     name = "exercises"
+    instructs = False
 
     def __init__(self, replies):
         self.replies, self.kind = replies, KIND
@@ -358,5 +363,7 @@ def test_mistakes_on_the_command_line(tmp_path):
     assert "name an endpoint" in said("exercises", "--teacher", "simulator", "--topics", "code")
     assert "is not two numbers" in said("textbooks", "--teacher", url, "--model", "m", "--prices", "1")
     assert "no such file" in said("textbooks", "--teacher", "simulator", "--against", "nothing.jsonl")
+    assert "--budget-tokens: is of an endpoint" in said("exercises", "--teacher", "simulator", "--budget-tokens", 9)
+    assert "is not between 0 and 2" in said("textbooks", "--teacher", url, "--model", "m", "--temperature", "nan")
     assert "does not hold another request" in said("textbooks", "--teacher", url, "--model", "m", "--budget-tokens", 5)
     assert not (tmp_path / "x").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from phi_runtime.cli import positive
 from phi_runtime.errors import UsageError, missing_extra
-from phi_train.teacher.options import add_teacher, open_teacher
+from phi_train.teacher.options import add_teacher, open_teacher, without_teacher
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -44,6 +44,7 @@ def main(args: argparse.Namespace) -> None:
     teacher = None
     judge: Judge
     if args.teacher in (None, "simulator"):
+        without_teacher(args)
         judge = SimulatorJudge(Nearest(texts(args.train)) if args.train else None)
     else:
         teacher = open_teacher(args, Path(f"{args.out}.replies"))

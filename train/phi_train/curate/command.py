@@ -9,7 +9,7 @@ from phi_runtime.cli import positive
 from phi_runtime.errors import OutputExistsError, UsageError, missing_extra
 from phi_train.curate.annotate import AXES
 from phi_train.curate.config import Settings
-from phi_train.teacher.options import add_teacher, open_teacher
+from phi_train.teacher.options import add_teacher, open_teacher, without_teacher
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -32,8 +32,8 @@ def _add_classifier(p: argparse.ArgumentParser) -> None:
     p.add_argument("--embed", type=Path, required=True, metavar="CKPT", help="checkpoint whose hidden states are read")
     p.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="the classifier")
     p.add_argument("--annotations", type=Path, metavar="FILE", help="JSON lines of id and score (default: rules)")
-    p.add_argument("--axis", choices=sorted(AXES), default="educational", help="what a teacher scores (%(default)s)")
-    p.add_argument("--share", type=float, default=1 / 6, help="of the documents that are good (default 1/6)")
+    p.add_argument("--axis", choices=sorted(AXES), help="what a teacher scores (default educational)")
+    p.add_argument("--share", type=float, help="of the documents that are good (default 1/6)")
     p.add_argument("--least", type=float, metavar="X", help="score of a good document, instead of --share")
     p.add_argument("--documents", type=positive, default=3000, metavar="N", help="to learn from (default %(default)s)")
     p.add_argument("--tokens", type=positive, default=256, metavar="N", help="read of each (default %(default)s)")
@@ -49,11 +49,16 @@ def _classifier(args: argparse.Namespace) -> None:
         raise missing_extra(e, "data") from None
     if args.teacher and args.annotations:
         raise UsageError("--teacher and --annotations: give one of both")
+    if args.share is not None and args.least is not None:
+        raise UsageError("--share and --least: give one of both")
+    if not args.teacher:
+        without_teacher(args, "axis")
     endpoint = open_teacher(args, Path(f"{args.out}.replies")) if args.teacher else None
-    annotator = args.annotations if endpoint is None else Teacher(endpoint, args.axis)
+    share = 1 / 6 if args.share is None else args.share
+    annotator = args.annotations if endpoint is None else Teacher(endpoint, args.axis or "educational")
     try:
         r = train_classifier(
-            args.source, args.embed, args.out, annotator, args.share, args.least, args.documents, args.tokens,
+            args.source, args.embed, args.out, annotator, share, args.least, args.documents, args.tokens,
             args.trees, args.field,
             progress=lambda what, n, of: print(f"\r{n:,} of {of:,} {what}", end="", file=sys.stderr),
         )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from phi_runtime.cli import positive
 from phi_runtime.errors import UsageError, missing_extra
-from phi_train.teacher.options import add_teacher, open_teacher
+from phi_train.teacher.options import add_teacher, open_teacher, without_teacher
 
 if TYPE_CHECKING:
     from phi_train.synthesize.kinds import Kind
@@ -33,7 +33,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default %(default)s)")
     p.add_argument("--force", action="store_true", help="replace DIR; replies are kept")
-    p.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of a reply (default %(default)s)")
+    p.add_argument("--temperature", type=float, metavar="X", help="of a reply, 0 to 2 (default 1)")
     p.add_argument("--max-tokens", type=positive, metavar="N", help="of a reply (default: by kind)")
     add_teacher(p, "simulator, or ", required=True)
     p.set_defaults(run=_synthesize)
@@ -52,6 +52,11 @@ def _synthesize(args: argparse.Namespace) -> None:
         raise UsageError("--topics is of textbooks and exercises; stories are drawn by words")
     if simulated and args.topics:
         raise UsageError("--topics: the simulator writes of what it can compute; name an endpoint with --teacher")
+    if simulated:
+        without_teacher(args, "temperature", "max_tokens")
+    temperature = 1.0 if args.temperature is None else args.temperature
+    if not 0 <= temperature <= 2:
+        raise UsageError(f"--temperature {temperature}: is not between 0 and 2")
     taxonomy = NO_TOPICS if simulated or args.kind == "tinystories" else read_topics(args.topics or "code")
     kind = _kind(args.kind, taxonomy, args.seed, simulated)
     names = [] if args.kind == "tinystories" else ["humaneval"]
@@ -64,7 +69,7 @@ def _synthesize(args: argparse.Namespace) -> None:
     teacher = None if simulated else open_teacher(args, Path(f"{args.out}.replies"))
     try:
         r = synthesize(
-            kind, teacher, args.count, args.out, args.seed, against, len(taxonomy), args.max_tokens, args.temperature,
+            kind, teacher, args.count, args.out, args.seed, against, len(taxonomy), args.max_tokens, temperature,
             args.force, say,
         )  # fmt: skip
     finally:

@@ -22,6 +22,7 @@ class Exercises:
     """topics: whose leaves the exercises are about, beside their names."""
 
     name = "exercises"
+    instructs = False
 
     def __init__(self, topics: Taxonomy, seed: int = 0) -> None:
         self._topics, self._seed = topics, seed
@@ -74,7 +75,8 @@ class Exercises:
             raise RejectedError("without tests")
         before = [n for n in tree.body if n is not check and n.lineno < check.lineno]
         program = _source(code, [n for n in before if isinstance(n, _PARTS)])
-        tests = ast.unparse(check) + "\n"
+        imports = _source(code, [n for n in before if isinstance(n, (ast.Import, ast.ImportFrom))])
+        tests = imports + ast.unparse(check) + "\n"
         stub = f"def {name}(*_, **__):\n    return None\n"
         fields = {"entry_point": name, "test": tests, "topic": list(topic)}
         return Draft(program, fields, " / ".join(topic) or name, Job(program, name, tests), Job(stub, name, tests))

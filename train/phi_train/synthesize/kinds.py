@@ -25,9 +25,13 @@ class RejectedError(ValueError):
 
 
 class Kind(Protocol):
-    """Of documents; all it draws is a pure function of the seed and the document's number."""
+    """Of documents; all it draws is a pure function of the seed and the document's number.
+
+    instructs: whether its documents are written as instructions as well, see `stories.instruction`.
+    """
 
     name: str
+    instructs: bool
 
     def request(self, number: int) -> Request:
         """What to ask a teacher for."""

@@ -79,7 +79,7 @@ def synthesize(
         raise OutputExistsError(f"{out}: exists already; choose another --out, or --force")
     filters = [Decontaminator(a, Settings()) for a in against]
     found = _Run(kind, filters)
-    with staged_folder(out) as folder, _Writer(folder, kind.name == "tinystories", seed) as writer:
+    with staged_folder(out) as folder, _Writer(folder, kind.instructs, seed) as writer:
         numbered = enumerate(_replies(kind, teacher, count, max_tokens, temperature))
         while part := list(islice(numbered, _AT_A_TIME)):
             for document in found.tried(part):
@@ -187,18 +187,18 @@ class _Run:
 class _Writer:
     """The folder's files."""
 
-    def __init__(self, folder: Path, stories: bool, seed: int) -> None:
+    def __init__(self, folder: Path, instructs: bool, seed: int) -> None:
         names = ["documents.jsonl"]
-        if stories:
+        if instructs:
             names += ["instruct.jsonl", "instruct-heldout.jsonl"]
         self._files: dict[str, IO[bytes]] = {n: open(folder / n, "wb") for n in names}  # noqa: SIM115
-        self._stories, self._seed = stories, seed
+        self._instructs, self._seed = instructs, seed
 
     def write(self, name: str, draft: Draft) -> None:
         """A document."""
         record: dict[str, Any] = {"id": name, "text": draft.text, **draft.fields}
         self._files["documents.jsonl"].write(json_line(record))
-        if self._stories:
+        if self._instructs:
             text, heldout = instruction(record, Random(f"instruction {self._seed} {name}"))  # noqa: S311
             file = "instruct-heldout.jsonl" if heldout else "instruct.jsonl"
             self._files[file].write(json_line({"id": name, "text": text}))

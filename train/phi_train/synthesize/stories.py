@@ -27,6 +27,7 @@ class Stories:
     """simulated: draw only words that the simulator can place."""
 
     name = "tinystories"
+    instructs = True
 
     def __init__(self, seed: int = 0, simulated: bool = False) -> None:
         self._seed = seed

@@ -21,6 +21,7 @@ class Textbooks:
     """topics: of the texts."""
 
     name = "textbooks"
+    instructs = False
 
     def __init__(self, topics: Taxonomy, seed: int = 0) -> None:
         self._topics, self._seed = topics, seed

@@ -21,6 +21,13 @@ def add_teacher(p: argparse.ArgumentParser, or_else: str = "", required: bool = 
     p.add_argument("--prices", metavar="IN,OUT", help="dollars per million tokens read, and written")
 
 
+def without_teacher(args: argparse.Namespace, *more: str) -> None:
+    """Raises UsageError for an option that says something of an endpoint where there is none. more: names of others."""
+    for name in ("model", "budget_tokens", "budget_dollars", "prices", *more):
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')}: is of an endpoint; name one with --teacher, or leave it out")
+
+
 def open_teacher(args: argparse.Namespace, cache: Path) -> Endpoint:
     """The endpoint of `add_teacher`'s options. Raises UsageError for one that is missing or wrong."""
     if not args.model:
