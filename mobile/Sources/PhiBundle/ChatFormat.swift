@@ -40,7 +40,7 @@ public struct ChatFormat: Sendable, Equatable {
         ChatFormat(name: "phi3-april", beginsWithBOS: true, opensReply: true, roles: ["user", "assistant"]),
         ChatFormat(name: "phi3-medium", opensReply: true, roles: ["user", "assistant"]),
         ChatFormat(name: "phi3-small", beginsWithBOS: true),
-        ChatFormat(name: "phi4-mini", lineBreak: ""),
+        ChatFormat(name: "phi4-mini", lineBreak: "", roles: ["system", "user", "assistant", "tool"]),
         phi4("phi4", opensReply: false),
         phi4("phi4-december", opensReply: true),
         chatml,
