@@ -28,20 +28,20 @@ class Server:
                     number = len(outer.asked)
                 try:
                     said = script(number, body)
-                    if callable(said):
-                        said(self)
-                        self.close_connection = True
-                        return
-                    status, raw, *headers = said
-                    self.send_response(status)
-                    for name, value in headers:
-                        self.send_header(name, value)
-                    self.send_header("Content-Length", str(len(raw)))
-                    self.end_headers()
-                    self.wfile.write(raw)
                 finally:
-                    with lock:
+                    with lock:  # before it is answered: who has the answer may ask again at once
                         busy[0] -= 1
+                if callable(said):
+                    said(self)
+                    self.close_connection = True
+                    return
+                status, raw, *headers = said
+                self.send_response(status)
+                for name, value in headers:
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(raw)))
+                self.end_headers()
+                self.wfile.write(raw)
 
         class Quiet(ThreadingHTTPServer):
             daemon_threads = True

@@ -50,14 +50,14 @@ def test_what_is_known_by_heart_is_found(told, bundles, tmp_path, monkeypatch):
     model = Recites(train)
     monkeypatch.setattr(stories, "open_scorer", lambda *_: model)
     asked = Asked(bundles / "gguf", other, train, 10, 2)
-    r = evaluate(asked, SimulatorJudge(), tmp_path / "r.json")
+    r = evaluate(asked, SimulatorJudge, tmp_path / "r.json")
     assert model.asked == 10 * 2 + 10
     m = r.memorised
     assert m.trained_ending > 0.99 and m.true_ending < 0.2 and m.pairwise > 0.99
     assert len(m.new) == 8 and m.new[0] < 0.3 and m.gold_new[0] < m.gold_new[5] and m.gold_nearest < 0.9
     by = {s.axis: s for s in r.scores}
     assert by["grammar"].gold > 9.5 and by["consistency"].gold > 9.5 and by["grammar"].mean < 8
-    own = evaluate(Asked(bundles / "gguf", train, None, 10, 1), SimulatorJudge(), tmp_path / "own.json")
+    own = evaluate(Asked(bundles / "gguf", train, None, 10, 1), SimulatorJudge, tmp_path / "own.json")
     assert {s.axis: s.mean for s in own.scores}["grammar"] > 9.5 and own.memorised.true_ending > 0.99
     assert own.memorised.nearest is None and own.memorised.new == ()
 
@@ -127,4 +127,4 @@ def test_scores_of_a_reply():
 def test_too_few_stories(bundles, tmp_path):
     (tmp_path / "one.jsonl").write_text('{"text": "Too short."}\n')
     with pytest.raises(BenchmarkError, match="fewer than two stories"):
-        evaluate(Asked(bundles / "onnx", tmp_path / "one.jsonl"), SimulatorJudge(), tmp_path / "r.json")
+        evaluate(Asked(bundles / "onnx", tmp_path / "one.jsonl"), SimulatorJudge, tmp_path / "r.json")

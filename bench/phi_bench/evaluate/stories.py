@@ -20,7 +20,7 @@ from phi_runtime.version import __version__
 from phi_train.curate.documents import Document, read_documents
 from phi_train.curate.ngrams import words
 from phi_train.data.corpus import shuffle_hash
-from phi_train.synthesize.overlap import Nearest, f_score, precision
+from phi_train.synthesize.overlap import Nearest, f_score, grams, precision
 from phi_train.synthesize.story_judge import Scores
 from phi_train.teacher.cache import RequestCache
 
@@ -113,9 +113,15 @@ class Asked(Contract, frozen=True):
 
 
 def evaluate(
-    asked: Asked, judge: Judge, out: Path, force: bool = False, progress: Progress = lambda *_: None
+    asked: Asked,
+    judge_of: Callable[[Nearest | None], Judge],
+    out: Path,
+    force: bool = False,
+    progress: Progress = lambda *_: None,
 ) -> StoryResult:
     """Write OUT; completions are kept in OUT.completions until then, from where the same call goes on.
+
+    judge_of: makes the judge, given the training stories, if there are any.
 
     Raises OutputExistsError, BenchmarkError for too few stories, and the errors of the model and the judge.
     """
@@ -123,6 +129,8 @@ def evaluate(
         raise OutputExistsError(f"{out}: exists already; name another file, or replace it with --force")
     pairs = _drawn(asked.stories, asked.beginnings)
     train = list(texts(asked.train)) if asked.train else []
+    near = Nearest(train) if train else None
+    judge = judge_of(near)
     trained = [_cut(text) for text in train[: asked.beginnings]]
     described = describe(asked.model, asked.model.name)
     said = json.dumps([described.sha256, asked.temperature, asked.max_tokens, __version__])
@@ -156,7 +164,7 @@ def evaluate(
         scores=tuple(_score(axis, scores, asked.samples, gold) for axis in AXES),
         ages=_ages(scores),
         unjudged=sum(s is None for s in scores),
-        memorised=_memorised(given, written, pairs, train, list(zip(trained, again, strict=True))),
+        memorised=_memorised(given, written, pairs, train, near, list(zip(trained, again, strict=True))),
         completions=tuple(_completion(b, w, s) for (b, _), w, s in zip(given, written, scores, strict=True)),
     )
     write_file(out, encode(result))
@@ -220,9 +228,10 @@ def _memorised(
     written: list[str],
     pairs: list[tuple[str, str]],
     train: list[str],
+    near: Nearest | None,
     trained: list[tuple[tuple[str, str], str]],
 ) -> Memorised:
-    near, grams = Nearest(train) if train else None, _Grams(train) if train else None
+    known = _Grams(train) if train else None
     first = written[:_PAIRWISE]
     largest = [0.0] * len(first)
     for one, other in combinations(range(len(first)), 2):
@@ -235,8 +244,8 @@ def _memorised(
         nearest=mean(map(near.precision, written)) if near else None,
         gold_nearest=mean(map(near.precision, endings)) if near else None,
         pairwise=mean(largest),
-        new=grams.new(written) if grams else (),
-        gold_new=grams.new(endings) if grams else (),
+        new=known.new(written) if known else (),
+        gold_new=known.new(endings) if known else (),
     )
 
 
@@ -261,4 +270,4 @@ class _Grams:
 
 def _grams(text: str) -> Iterator[tuple[int, int]]:
     found = words(text)
-    return ((n, hash(tuple(found[i : i + n]))) for n in _GRAMS for i in range(len(found) - n + 1))
+    return ((n, gram) for n in _GRAMS for gram in grams(found, n))

@@ -3,10 +3,15 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phi_runtime.cli import positive
 from phi_runtime.errors import UsageError, missing_extra
 from phi_train.teacher.options import add_teacher, open_teacher, without_teacher
+
+if TYPE_CHECKING:
+    from phi_bench.evaluate.stories import Judge
+    from phi_train.synthesize.overlap import Nearest
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -28,11 +33,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Complete, judge and say what came of it."""
     try:
-        from phi_bench.evaluate.stories import Asked, Judge, evaluate, texts
+        from phi_bench.evaluate.stories import Asked, evaluate
     except ImportError as e:
         raise missing_extra(e, "eval") from None
     from phi_train.synthesize.endpoint_judge import EndpointJudge
-    from phi_train.synthesize.overlap import Nearest
     from phi_train.synthesize.story_judge import SimulatorJudge
 
     if not 0 <= args.temperature <= 10:
@@ -41,17 +45,22 @@ def main(args: argparse.Namespace) -> None:
         args.subject, args.stories, args.train, args.beginnings, args.samples, args.temperature, args.max_tokens,
         args.seed, args.threads,
     )  # fmt: skip
-    teacher = None
-    judge: Judge
     if args.teacher in (None, "simulator"):
         without_teacher(args)
-        judge = SimulatorJudge(Nearest(texts(args.train)) if args.train else None)
+        teacher = None
     else:
         teacher = open_teacher(args, Path(f"{args.out}.replies"))
-        judge = EndpointJudge(teacher)
+
+    def judge_of(training: "Nearest | None") -> "Judge":
+        return SimulatorJudge(training) if teacher is None else EndpointJudge(teacher)
+
     try:
         r = evaluate(
-            asked, judge, args.out, args.force, lambda n, of: print(f"\r{n} of {of} written", end="", file=sys.stderr)
+            asked,
+            judge_of,
+            args.out,
+            args.force,
+            lambda n, of: print(f"\r{n} of {of} written", end="", file=sys.stderr),
         )
     finally:
         print(file=sys.stderr)

@@ -28,7 +28,7 @@ from phi_runtime.server.openapi import openapi, page
 from phi_runtime.server.requests import ChatRequest, CompletionRequest, ResponsesRequest, TextRequest, parse, resolve
 from phi_runtime.server.responses import Answered, Chat, Completion, Form, Score
 from phi_runtime.server.responses_api import Responses
-from phi_runtime.text.tools import FORMATS as TOOL_FORMATS
+from phi_runtime.text.chat_templates import FORMATS
 from phi_runtime.text.tools import OPEN
 from phi_runtime.version import __version__
 
@@ -60,8 +60,8 @@ class _Server:
         body = parse(await self._body(request), ChatRequest)
         asked = resolve(body)
         chat = self.phi.chat_format
-        if body.with_tools and chat is not None and chat.name not in TOOL_FORMATS:
-            known = ", ".join(TOOL_FORMATS)
+        if body.with_tools and chat is not None and "tool" not in chat.roles:
+            known = ", ".join(f.name for f in FORMATS.values() if "tool" in f.roles)
             raise UsageError(f"tools: the chat format {chat.name} has no place for them, only {known}; leave them out")
         prompt = self.phi.chat_prompt(body.conversation())
         if asked.called:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 OPEN, CLOSE = "<|tool_call|>", "<|/tool_call|>"
-FORMATS = ("phi4-mini",)  # the chat formats that have a place for tools
 
 
 @dataclass(frozen=True)

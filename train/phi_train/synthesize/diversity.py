@@ -9,6 +9,7 @@ from phi_runtime.contract import Contract
 from phi_train.curate.config import MinHash
 from phi_train.curate.minhash import Signer, duplicates
 from phi_train.curate.ngrams import words
+from phi_train.synthesize.overlap import grams
 
 _SAMPLE = 20_000  # documents that n-grams and the compression ratio are taken of
 _OPENING = 4  # words
@@ -67,9 +68,8 @@ class DiversityCounter:
         self._openings[" ".join(found[:_OPENING])] += 1
         if len(self._signatures) < _SAMPLE:
             for n in range(4):
-                grams = [hash(tuple(found[i : i + n + 1])) for i in range(len(found) - n)]
-                self._totals[n] += len(grams)
-                self._grams[n].update(grams)
+                self._totals[n] += max(0, len(found) - n)
+                self._grams[n].update(grams(found, n + 1))
             raw = text.encode()
             self._raw += len(raw)
             self._packed += len(self._zlib.compress(raw))

@@ -38,7 +38,7 @@ class Exercises:
             "`candidate` in place of the function, with at least four assert statements, edge cases among them. Read "
             "no files and print nothing."
         )
-        return Request(prompt, _TOKENS, seed=self._seed * 1_000_003 + number)
+        return Request(prompt, _TOKENS)
 
     def simulated(self, number: int) -> str:
         """See `Kind`."""

@@ -1,7 +1,7 @@
 """How much texts have in common: ROUGE-2 on words, as TinyStories measures memorisation (2305.07759, section 4.3)."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 from phi_train.curate.ngrams import words
@@ -9,13 +9,19 @@ from phi_train.curate.ngrams import words
 
 def bigrams(text: str) -> Counter[tuple[str, str]]:
     """Pairs of neighbouring words."""
-    found = words(text)
-    return Counter(pairwise(found))
+    return Counter(pairwise(words(text)))
+
+
+def grams(found: list[str], n: int) -> Iterator[int]:
+    """The hashes of n words in a row, of this process."""
+    return (hash(tuple(found[i : i + n])) for i in range(len(found) - n + 1))
 
 
 def precision(text: str, reference: str) -> float:
     """The share of a text's bigrams that a reference has."""
-    return _precision(bigrams(text), bigrams(reference))
+    found = bigrams(text)
+    total = found.total()
+    return (found & bigrams(reference)).total() / total if total else 0.0
 
 
 def f_score(one: str, other: str) -> float:
@@ -48,8 +54,3 @@ class Nearest:
             for n in self._having.get(pair, ()):
                 common[n] += min(count, self._counts[n][pair])
         return max(common.values(), default=0) / total
-
-
-def _precision(found: Counter[tuple[str, str]], reference: Counter[tuple[str, str]]) -> float:
-    total = found.total()
-    return (found & reference).total() / total if total else 0.0

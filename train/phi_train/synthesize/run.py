@@ -25,6 +25,7 @@ from phi_train.teacher.endpoint import Endpoint, Reply
 
 _AT_A_TIME = 256  # documents that are tried together
 _SHOWN = 400  # characters of a sample
+_SEEDS = 1_000_003  # of documents, between two seeds of runs
 _LIMITS = Limits(seconds=5.0, memory=512 << 20)
 
 # Told documents asked for so far, all of them, and those kept.
@@ -80,7 +81,7 @@ def synthesize(
     filters = [Decontaminator(a, Settings()) for a in against]
     found = _Run(kind, filters)
     with staged_folder(out) as folder, _Writer(folder, kind.instructs, seed) as writer:
-        numbered = enumerate(_replies(kind, teacher, count, max_tokens, temperature))
+        numbered = enumerate(_replies(kind, teacher, count, seed, max_tokens, temperature))
         while part := list(islice(numbered, _AT_A_TIME)):
             for document in found.tried(part):
                 writer.write(*document)
@@ -107,12 +108,17 @@ def synthesize(
 
 
 def _replies(
-    kind: Kind, teacher: Endpoint | None, count: int, max_tokens: int | None, temperature: float
+    kind: Kind, teacher: Endpoint | None, count: int, seed: int, max_tokens: int | None, temperature: float
 ) -> Iterator[Reply]:
     if teacher is None:
         return (Reply(kind.simulated(n)) for n in range(count))
-    asked = (kind.request(n) for n in range(count))
-    return teacher.replies(replace(r, max_tokens=max_tokens or r.max_tokens, temperature=temperature) for r in asked)
+    requests = (
+        replace(
+            r := kind.request(n), max_tokens=max_tokens or r.max_tokens, temperature=temperature, seed=seed * _SEEDS + n
+        )
+        for n in range(count)
+    )
+    return teacher.replies(requests)
 
 
 class _Run:

@@ -44,7 +44,7 @@ class Stories:
             f'adjective "{wish.adjective}".{said} Write nothing before the story. After it write a line that begins '
             'with "Summary:" and sums it up in one or two sentences.'
         )
-        return Request(prompt, _TOKENS, seed=self._seed * 1_000_003 + number)
+        return Request(prompt, _TOKENS)
 
     def simulated(self, number: int) -> str:
         """See `Kind`."""

@@ -40,7 +40,7 @@ class Textbooks:
             f"{STYLES[style]}. Take the reader from what everybody knows to the reasons behind it.{code} Begin with "
             "a heading, and write nothing about this task."
         )
-        return Request(prompt, _TOKENS, seed=self._seed * 1_000_003 + number)
+        return Request(prompt, _TOKENS)
 
     def simulated(self, number: int) -> str:
         """See `Kind`."""

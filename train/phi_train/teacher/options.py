@@ -2,11 +2,14 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phi_runtime.cli import positive
 from phi_runtime.errors import UsageError
 from phi_train.teacher.budget import Budget
-from phi_train.teacher.endpoint import Endpoint
+
+if TYPE_CHECKING:
+    from phi_train.teacher.endpoint import Endpoint
 
 
 def add_teacher(p: argparse.ArgumentParser, or_else: str = "", required: bool = False) -> None:
@@ -28,8 +31,10 @@ def without_teacher(args: argparse.Namespace, *more: str) -> None:
             raise UsageError(f"--{name.replace('_', '-')}: is of an endpoint; name one with --teacher, or leave it out")
 
 
-def open_teacher(args: argparse.Namespace, cache: Path) -> Endpoint:
+def open_teacher(args: argparse.Namespace, cache: Path) -> "Endpoint":
     """The endpoint of `add_teacher`'s options. Raises UsageError for one that is missing or wrong."""
+    from phi_train.teacher.endpoint import Endpoint
+
     if not args.model:
         raise UsageError(f"--teacher {args.teacher}: names no model; give --model NAME")
     prices = (0.0, 0.0)
