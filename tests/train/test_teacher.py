@@ -141,6 +141,11 @@ def test_an_endpoint_that_is_gone_is_given_up(tmp_path):
         pytest.raises(TeacherError, match=r"8 requests in a row had no reply .*goes on"),
     ):
         list(teacher.replies(Request(str(n), 5) for n in range(50)))
+    with (
+        Endpoint("http://127.0.0.1:9/v1", "m", tmp_path / "few", attempts=2) as teacher,
+        pytest.raises(TeacherError, match=r"none of 3 requests had a reply \(.*refused\)"),
+    ):
+        list(teacher.replies(Request(str(n), 5) for n in range(3)))
     with Endpoint("http://127.0.0.1:9/v1", "m", tmp_path / "c") as teacher:
         assert teacher.budget.tokens == 0  # nothing was read
     for url in ("file:///etc/passwd", "127.0.0.1:8080", "http://"):

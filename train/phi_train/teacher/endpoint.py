@@ -92,15 +92,26 @@ class Endpoint:
         for _ in range(self._at_once):  # they end with the process, whatever an endpoint does
             threading.Thread(target=self._work, args=(tasks,), daemon=True).start()
         waiting: deque[Future[Reply]] = deque()
+        asked, failed = 0, 0
+
+        def taken() -> Reply:
+            nonlocal failed
+            reply = waiting.popleft().result()
+            failed += reply.finish == "failed"
+            if failed == asked and not waiting:
+                raise TeacherError(f"{self._url}: none of {asked} requests had a reply ({reply.text})")
+            return reply
+
         try:
             for request in requests:
                 future: Future[Reply] = Future()
                 waiting.append(future)
                 tasks.put((request, future))
-                while len(waiting) > 2 * self._at_once or (waiting and waiting[0].done()):
-                    yield waiting.popleft().result()
+                asked += 1
+                while len(waiting) > 2 * self._at_once:
+                    yield taken()
             while waiting:
-                yield waiting.popleft().result()
+                yield taken()
         finally:
             if waiting:
                 self._stopped.set()
