@@ -14,6 +14,7 @@ from phi_bench.evaluate.code_tasks import Problem, first_function, in_block, mea
 from phi_runtime.contract import encode
 from phi_runtime.errors import BenchmarkError, NotFoundError
 from phi_train.curate.report import ProblemReport, Report
+from phi_train.sandbox.run import Sandbox
 from phi_train.teacher.cache import RequestCache
 
 PROMPT = 'import math\n\n\ndef add(a, b):\n    """Add two numbers."""\n'
@@ -192,3 +193,70 @@ def test_what_does_not_go_together(bundles, tmp_path, options, says):
     assert "Traceback" not in said.stderr
     if says:
         assert said.returncode == 2 and says in said.stderr and not (tmp_path / "r.json").exists()
+
+
+def mbpp_rows():
+    return [
+        {
+            "task_id": n,
+            "text": f"Write a function to add {n}.",
+            "code": f"def add_{n}(x):\n    return x + {n}",
+            "test_list": [f"assert add_{n}({x}) == {x + n}" for x in range(3)],
+            "test_setup_code": "",
+        }
+        for n in (2, 3, 4, 11, 510, 511)
+    ]
+
+
+def written(tmp_path, rows):
+    path = tmp_path / "mbpp.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return f"mbpp-text={path}"
+
+
+def test_mbpp_as_its_paper_puts_it(tmp_path):
+    rows = mbpp_rows()
+    first, last = read_task(written(tmp_path, rows))[1]
+    assert (first.task_id, last.task_id, first.entry_point) == ("MBPP/11", "MBPP/510", "add_11")
+    assert first.prompt.count("[BEGIN]") == 4 and first.prompt.count("[DONE]") == 3
+    assert first.prompt.index("add 2.") < first.prompt.index("return x + 4") < first.prompt.index("add 11.")
+    assert first.prompt.endswith("assert add_11(2) == 13\n[BEGIN]\n") and "return x + 11" not in first.prompt
+    assert "[BEGIN]" not in first.chat_message() and "add_11(1) == 12" in first.chat_message()
+    right = "\ndef add_11(x):\n    return x + 11\n[DONE]\n\nYou are an expert"
+    with Sandbox() as sandbox:
+        assert sandbox.run(first.job(right, "function", False)).kind == "passed"
+        assert sandbox.run(first.job(right, "none", False)).kind == "error"
+        assert sandbox.run(first.job(right.replace("11\n", "12\n"), "function", False)).kind == "failed"
+        assert (
+            sandbox.run(first.job(f"So:\n```python{right.partition('[DONE]')[0]}```", "function", True)).kind
+            == "passed"
+        )
+
+
+def test_sanitized_mbpp_is_read_too(tmp_path):
+    rows = [{**r, "prompt": r["text"], "test_imports": ["import math"]} for r in mbpp_rows()]
+    for r in rows:
+        del r["text"], r["test_setup_code"]
+        r["test_list"][0] = r["test_list"][0].replace("assert ", "assert math.fabs(0) == 0 and ")
+    (tmp_path / "sanitized.json").write_text(json.dumps(rows, indent=1))
+    first, _ = read_task(f"mbpp-text={tmp_path / 'sanitized.json'}")[1]
+    with Sandbox() as sandbox:
+        assert sandbox.run(first.job("def add_11(x):\n    return x + 11", "function", False)).kind == "passed"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda rows: rows.pop(1), r"lacks the examples \(task_id 3\)"),
+        (lambda rows: rows.append(rows[3]), "line 7: holds task_id 11 a second time"),
+        (lambda rows: rows[3].update(code="x = 1"), "task_id 11: its tests call 0 of its functions"),
+        (lambda rows: rows[3].update(test_list=["assert ("]), "task_id 11: its tests are no Python"),
+        (lambda rows: rows[3].update(test_list=[]), "line 4: has no text or no tests"),
+        (lambda rows: rows[3].update(task_id="x"), "line 4: .*task_id, text, code and test_list"),
+    ],
+)
+def test_a_file_of_mbpp_that_is_none(tmp_path, change, says):
+    rows = mbpp_rows()
+    change(rows)
+    with pytest.raises(BenchmarkError, match=says):
+        read_task(written(tmp_path, rows))

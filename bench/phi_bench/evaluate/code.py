@@ -8,11 +8,9 @@ from pathlib import Path
 
 import phi_runtime
 from phi_bench.evaluate.code_tasks import (
-    STOPS,
     Post,
     Problem,
     Request,
-    chat_message,
     mean_and_error,
     pass_at_k,
     read_task,
@@ -112,7 +110,7 @@ def evaluate(asked: Request, out: Path, force: bool = False, progress: Progress 
             for n, (problem, prompt) in enumerate(zip(problems, prompts, strict=True)):
                 found = cache.get(problem.task_id)
                 if found is None:
-                    found = _completions(phi, prompt, n, asked)
+                    found = _completions(phi, problem, prompt, n, asked)
                     cache.put(found, problem.task_id)
                     progress(n + 1, len(problems), problem.task_id)
                 written.append(found)
@@ -132,7 +130,7 @@ def _check(asked: Request) -> None:
 def _prompt(phi: phi_runtime.Phi, problem: Problem, chat: bool) -> list[int]:
     # Models break off after a newline that they would rather write themselves (34 or 72 % by it alone,
     # bigcode-evaluation-harness#159).
-    return phi.chat_prompt(chat_message(problem)) if chat else phi.tokenize(problem.prompt.rstrip())
+    return phi.chat_prompt(problem.chat_message()) if chat else phi.tokenize(problem.prompt.rstrip())
 
 
 def _settings(asked: Request, digest: str, problems: int, first: list[int]) -> Settings:
@@ -155,8 +153,8 @@ def _settings(asked: Request, digest: str, problems: int, first: list[int]) -> S
     )
 
 
-def _completions(phi: phi_runtime.Phi, prompt: list[int], index: int, asked: Request) -> list[str]:
-    stops = STOPS if asked.post == "function" and not asked.chat else ()
+def _completions(phi: phi_runtime.Phi, problem: Problem, prompt: list[int], index: int, asked: Request) -> list[str]:
+    stops = problem.stops if asked.post == "function" and not asked.chat else ()
     most = min(asked.max_tokens, phi.context - len(prompt))
     if most < 1:
         return [""] * asked.samples  # a model that cannot read the problem does not solve it

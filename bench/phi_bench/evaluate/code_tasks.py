@@ -1,7 +1,7 @@
 """HumanEval and MBPP: problems, the program that a completion makes, and pass@k.
 
-Sources: HumanEval, arXiv:2107.03374; MBPP, arXiv:2108.07732, in the docstring form of arXiv:2210.14868, which phi's
-reports use.
+Sources: HumanEval, arXiv:2107.03374; MBPP in the docstring form of arXiv:2210.14868, which phi-1's to phi-2's reports
+use. `mbpp_text` has MBPP as its own paper puts it.
 """
 
 import gzip
@@ -18,15 +18,18 @@ from phi_runtime.errors import BenchmarkError, NotFoundError, missing_extra
 from phi_train.sandbox.run import Job, Limits
 
 Post = Literal["none", "function"]
-TASKS = ("humaneval", "mbpp")
+TASKS = ("humaneval", "mbpp", "mbpp-text")
 # Where a completion has surely left its function; ends generation early.
 STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ", "\n```", "\nfrom ", "\nimport ")
 
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
-_MBPP = (
-    "mbpp needs its file: --task mbpp=mbpp_release_v1.jsonl, of amazon-science/mxeval, data/mbxp (CC-BY-4.0); its "
-    "lines have task_id, prompt, entry_point and test"
-)
+_FILES = {
+    "humaneval": "give the JSON lines of HumanEval",
+    "mbpp": "--task mbpp=mbpp_release_v1.jsonl, of amazon-science/mxeval, data/mbxp (CC-BY-4.0); its lines have "
+    "task_id, prompt, entry_point and test",
+    "mbpp-text": "--task mbpp-text=mbpp.jsonl, of google-research, mbpp (CC-BY-4.0); its lines have task_id, text, "
+    "code and test_list",
+}
 
 
 class Problem(Contract, frozen=True):
@@ -37,6 +40,11 @@ class Problem(Contract, frozen=True):
     entry_point: str
     test: str
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Where a completion is surely over."""
+        return STOPS
+
     def job(self, completion: str, post: Post, chat: bool) -> Job:
         """What is to be run for a completion."""
         if chat:
@@ -45,6 +53,13 @@ class Problem(Contract, frozen=True):
         else:
             program = self.prompt.rstrip() + "\n" + (first_function(completion) if post == "function" else completion)
         return Job(program, self.entry_point, self.test, self.prompt)
+
+    def chat_message(self) -> str:
+        """What a chat model is asked."""
+        return (
+            "Complete this Python function. Answer with the whole function in one block of code.\n\n"
+            f"```python\n{self.prompt.strip()}\n```"
+        )
 
 
 @dataclass(frozen=True)
@@ -72,7 +87,7 @@ class Request:
 
 
 def read_task(name: str) -> tuple[str, list[Problem]]:
-    """A task's digest and its problems. `name`: humaneval, humaneval=FILE or mbpp=FILE (JSON lines, also .gz).
+    """A task's digest and its problems. `name`: humaneval, or one of TASKS with =FILE (JSON lines, also .gz).
 
     Raises NotFoundError, BenchmarkError naming file, line and what is wrong.
     """
@@ -82,17 +97,22 @@ def read_task(name: str) -> tuple[str, list[Problem]]:
     if not file:
         path = _humaneval() if task == "humaneval" else None
         if path is None:
-            raise BenchmarkError(_MBPP)
+            raise BenchmarkError(f"{task} needs its file: {_FILES[task]}")
     else:
         path = Path(file)
     if not path.is_file():
-        raise NotFoundError(f"{path}: no such file; {_MBPP if task == 'mbpp' else 'give the JSON lines of HumanEval'}")
+        raise NotFoundError(f"{path}: no such file; {_FILES[task]}")
     raw = path.read_bytes()
     try:
         lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).splitlines()
     except (OSError, EOFError) as e:
         raise BenchmarkError(f"{path}: is no gzip file ({e}); fetch it again") from None
-    problems = [_problem(line, f"{path}: line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if task == "mbpp-text":
+        from phi_bench.evaluate.mbpp_text import read_mbpp_text
+
+        problems = read_mbpp_text(lines, str(path))
+    else:
+        problems = [_problem(line, f"{path}: line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not problems:
         raise BenchmarkError(f"{path}: holds no problems")
     if len({p.task_id for p in problems}) < len(problems):
@@ -131,14 +151,6 @@ def in_block(answer: str) -> str:
     """The first block of code in an answer, or all of it where there is none."""
     found = _BLOCK.search(answer)
     return found[1] if found else answer
-
-
-def chat_message(problem: Problem) -> str:
-    """What a chat model is asked."""
-    return (
-        "Complete this Python function. Answer with the whole function in one block of code.\n\n"
-        f"```python\n{problem.prompt.strip()}\n```"
-    )
 
 
 def pass_at_k(passed: int, samples: int, k: int) -> float:

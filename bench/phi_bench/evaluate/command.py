@@ -15,7 +15,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--task",
         required=True,
         metavar="TASK",
-        help="humaneval; mbpp=FILE with the JSON lines of amazon-science/mxeval; or a task of lm-eval with its rows as "
+        help="humaneval; mbpp=FILE or mbpp-text=FILE, MBPP's two forms; or a task of lm-eval with its rows as "
         "JSON lines, such as hellaswag=FILE, or gsm8k=FOLDER with train.jsonl and test.jsonl",
     )
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the result as JSON")
@@ -100,7 +100,7 @@ def _harness(args: argparse.Namespace) -> None:
     given = {"chat": args.chat, "samples": args.samples > 1, "temperature": args.temperature, "k": args.k != "1"}
     given["split"] = args.split is not None
     if wrong := [name for name, value in given.items() if value]:
-        raise UsageError(f"--{wrong[0]} is for {' and '.join(TASKS)}; leave it out")
+        raise UsageError(f"--{wrong[0]} is for {', '.join(TASKS)}; leave it out")
     asked = harness.Request(args.model, args.task, args.shots, args.limit, args.threads, args.kv)
     result = harness.evaluate(asked, args.out, args.force)
     print(f"{result.task} (version {result.version}), {len({r.row for r in result.rows})} rows, {result.shots} shots")
@@ -117,7 +117,7 @@ def _code(args: argparse.Namespace) -> None:
     from phi_bench.evaluate.code import evaluate
 
     if args.shots is not None:
-        raise UsageError(f"--shots is for tasks of lm-eval; leave it out with {' and '.join(TASKS)}")
+        raise UsageError(f"--shots is for tasks of lm-eval; leave it out with {', '.join(TASKS)}")
     try:
         k = tuple(sorted({int(part) for part in args.k.split(",")}))
     except ValueError:

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from phi_bench.evaluate.code_tasks import TASKS
 from phi_bench.measure.models import describe
 from phi_runtime.contract import Contract, encode
 from phi_runtime.errors import BenchmarkError, NotFoundError, OutputExistsError, missing_extra
@@ -92,7 +93,7 @@ def evaluate(asked: Request, out: Path, force: bool = False) -> HarnessResult:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = _known_tasks()
     if name not in tasks.all_subtasks:
-        near = difflib.get_close_matches(name, ["humaneval", "mbpp", *tasks.all_subtasks], 1)
+        near = difflib.get_close_matches(name, [*TASKS, *tasks.all_subtasks], 1)
         raise BenchmarkError(f"lm-eval has no task {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
     digest = describe(asked.model, asked.model.name).sha256
     kept = out.with_name(out.name + ".requests")

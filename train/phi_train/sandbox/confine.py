@@ -2,8 +2,9 @@
 
 After `confine` the process can read Python's own files and nothing else, write to what it has open, start threads,
 and compute. It has no network, no other process, no capability, and cannot get any of it back. Landlock (kernel 5.13
-or later) and seccomp need no rights of the caller. Sources: the kernel's userspace-api/landlock.rst and
-seccomp_filter.rst, the headers linux/landlock.h, linux/seccomp.h, asm/unistd.h.
+or later) and seccomp need no rights of the caller; where there is no Landlock, bubblewrap's namespaces hide the files.
+Sources: the kernel's userspace-api/landlock.rst and seccomp_filter.rst, the headers linux/landlock.h, linux/seccomp.h,
+asm/unistd.h, bubblewrap's manual bwrap(1).
 """
 
 import ctypes
@@ -44,7 +45,7 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
 }  # fmt: skip
 _CLONE, _CLONE3 = (56, 220), (435, 435)
 _CLONE_THREAD = 0x10000
-_ARCHITECTURE = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}  # AUDIT_ARCH_*, column of _CALLS
+SYSTEMS = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}  # processors: AUDIT_ARCH_*, column of _CALLS
 
 _LOAD, _JUMP_EQUAL, _JUMP_SET, _RETURN = 0x20, 0x15, 0x45, 0x06
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
@@ -53,7 +54,7 @@ _EPERM, _ENOSYS = 1, 38
 
 def landlock_version() -> int:
     """The version of Landlock in this kernel, 0 for none."""
-    if sys.platform != "linux" or platform.machine() not in _ARCHITECTURE:
+    if sys.platform != "linux" or platform.machine() not in SYSTEMS:
         return 0
     return max(0, int(ctypes.CDLL(None, use_errno=True).syscall(_CREATE_RULESET, None, 0, 1)))
 
@@ -65,8 +66,11 @@ def readable() -> list[str]:
     return sorted(p for p in paths if Path(p).exists())
 
 
-def confine(paths: Iterable[str], memory: int, seconds: int) -> None:
-    """For good. `memory`: bytes of address space; `seconds` of the processor. Raises OSError if a part is refused."""
+def confine(paths: Iterable[str] | None, memory: int, seconds: int) -> None:
+    """For good. `memory`: bytes of address space; `seconds` of the processor. Raises OSError if a part is refused.
+
+    paths: what can be read; None where this process sees no other files already (`in_namespaces`).
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     for kind, most in (
         (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NOFILE, 64),
@@ -76,8 +80,21 @@ def confine(paths: Iterable[str], memory: int, seconds: int) -> None:
     _drop_capabilities(libc)
     _ask(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     _ask(libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "dumpable")
-    _restrict_files(libc, paths)
+    if paths is not None:
+        _restrict_files(libc, paths)
     _restrict_calls(libc)
+
+
+def in_namespaces(bubblewrap: str, command: list[str], readable_too: Iterable[str]) -> list[str]:
+    """The command, run where only Python's and the system's libraries and `readable_too` exist, without Landlock.
+
+    bubblewrap: the program `bwrap`, which needs user namespaces of the kernel, or root.
+    """
+    shown: list[str] = []
+    for path in sorted({*readable(), *readable_too}):
+        shown += ["--dev-bind" if path.startswith("/dev/") else "--ro-bind", path, path]
+    apart = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--chdir", "/"]
+    return [bubblewrap, *apart, *shown, "--remount-ro", "/", "--", *command]
 
 
 def _ask(result: int, what: str) -> int:
@@ -115,7 +132,7 @@ def _restrict_files(libc: ctypes.CDLL, paths: Iterable[str]) -> None:
 
 
 def _restrict_calls(libc: ctypes.CDLL) -> None:
-    architecture, column = _ARCHITECTURE[platform.machine()]
+    architecture, column = SYSTEMS[platform.machine()]
     code = [
         (_LOAD, 0, 0, 4), (_JUMP_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, 0),

@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from phi_runtime.errors import PhiError
-from phi_train.sandbox.confine import landlock_version
+from phi_train.sandbox.confine import SYSTEMS, in_namespaces, landlock_version
 
 
 class SandboxError(PhiError):
@@ -60,7 +62,7 @@ def tries():
     done = []
     for name, attempt in (
         ("reads a file", lambda: open("/etc/passwd").read()), ("writes a file", lambda: open("/tmp/x", "w")),
-        ("lists /", lambda: os.listdir("/")), ("opens a socket", socket.socket), ("forks", os.fork),
+        ("lists a folder", lambda: os.listdir("/etc")), ("opens a socket", socket.socket), ("forks", os.fork),
         ("sends a signal", lambda: os.kill(os.getppid(), 0)),
         ("runs a program", lambda: os.execv("/bin/true", ["true"])),
     ):
@@ -79,18 +81,21 @@ def tries():
 class Sandbox:
     """A worker that runs programs, one at a time; threads each want their own. Closed by `close` or `with`.
 
-    Raises SandboxError where the kernel has no Landlock (Linux 5.13 or later), or where a first program finds that it
-    can do what it must not: nothing runs without a sandbox.
+    Raises SandboxError where the kernel has no Landlock (Linux 5.13 or later) and there is no bubblewrap, or where a
+    first program finds that it can do what it must not: nothing runs without a sandbox.
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
-        if landlock_version() == 0:
-            raise SandboxError(
-                "a model's programs run on Linux 5.13 or later with Landlock, on x86-64 or ARM; use another machine"
-            )
         self.limits = limits or Limits()
         self._worker = _start()
-        found = self.run(_CONFINED)
+        try:
+            found = self.run(_CONFINED)
+        except SandboxError:
+            self.close()
+            raise SandboxError(
+                "the sandbox's worker did not start; with bubblewrap it needs user namespaces "
+                "(sysctl kernel.unprivileged_userns_clone=1)"
+            ) from None
         if found.kind != "passed":
             self.close()
             raise SandboxError(f"this system does not confine programs ({found.message}); use another machine")
@@ -145,10 +150,20 @@ def run_all(jobs: Iterable[Job], limits: Limits | None = None, workers: int | No
 
 def _start() -> subprocess.Popen[bytes]:
     # Not this process's modules, environment or folder: the worker is small, and forks are of it.
-    home = str(Path(__file__).resolve().parents[2])
-    code = f"import sys; sys.path.append({home!r}); from phi_train.sandbox.worker import main; main()"
+    home = Path(__file__).resolve().parents[2]
+    code = f"import sys; sys.path.append({str(home)!r}); from phi_train.sandbox.worker import main; main()"
+    command = [sys.executable, "-s", "-S", "-P", "-c", code]
+    if landlock_version() == 0:
+        bubblewrap = shutil.which("bwrap")
+        if platform.machine() not in SYSTEMS or sys.platform != "linux" or bubblewrap is None:
+            raise SandboxError(
+                "a model's programs run on Linux, x86-64 or ARM, with Landlock (5.13 or later) or bubblewrap; install "
+                "bubblewrap, or use another machine"
+            )
+        needed = {sys.executable, f"{home}/phi_train/__init__.py", f"{home}/phi_train/sandbox"}
+        command = in_namespaces(bubblewrap, [*command, "bare"], needed)
     return subprocess.Popen(
-        [sys.executable, "-s", "-S", "-P", "-c", code],
+        command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd="/",

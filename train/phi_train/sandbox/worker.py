@@ -32,15 +32,15 @@ class _UnloadableError(BaseException):
 
 
 def main() -> None:
-    """Until stdin ends."""
-    paths = readable()
+    """Until stdin ends. With the argument `bare` nothing but what programs may read is there: see `in_namespaces`."""
+    paths = None if sys.argv[1:] == ["bare"] else readable()
     for line in sys.stdin.buffer:
         outcome = _run(json.loads(line), paths)
         sys.stdout.buffer.write(json.dumps(outcome).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 
-def _run(job: dict[str, Any], paths: list[str]) -> dict[str, Any]:
+def _run(job: dict[str, Any], paths: list[str] | None) -> dict[str, Any]:
     began = time.monotonic()
     calls, answers, printed, verdict = os.pipe(), os.pipe(), os.pipe(), os.pipe()
     program = os.fork()
@@ -103,7 +103,7 @@ def _ending(status: int) -> str:
     return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"code {os.WEXITSTATUS(status)}"
 
 
-def _child(work: Any, pipes: list[int], printed: int | None, job: dict[str, Any], paths: list[str]) -> None:
+def _child(work: Any, pipes: list[int], printed: int | None, job: dict[str, Any], paths: list[str] | None) -> None:
     """Never returns. The pipes become 3, 4 and so on; nothing else of the worker stays open."""
     try:
         nothing = os.open("/dev/null", os.O_RDWR)
@@ -192,10 +192,12 @@ def _run_tests(job: dict[str, Any]) -> None:
             raise _UnloadableError(f"{value[0]}: {value[1]}")
         space = _module("tests")
         # The prompt's other functions are the tests' to use; its own one is the program's.
+        check: Any = None
         for source in (job["prompt"], job["tests"]):
             exec(compile(source, "<tests>", "exec"), space)  # noqa: S102
+            check = space.get("check")  # which may be the name of the program's function too
             space[job["entry"]] = candidate
-        space["check"](candidate)
+        check(candidate)
         found = {"kind": "passed", "message": ""}
     except _Gone:
         found = {"kind": "gone", "message": ""}
