@@ -27,6 +27,7 @@ _USAGE = """phi-train RECIPE --out DIR [--set key=value ...] [--dry-run]
        phi-train tokenizer --corpus CORPUS --vocab-size N --out DIR
        phi-train shards --corpus CORPUS | --conversations FILE --tokenizer DIR --out DIR
        phi-train data COMMAND …
+       phi-train study [NAME | --all] [--scale smoke] --out DIR
        phi-train make-sft-data --corpus CORPUS --out FILE
        phi-train make-preferences CKPT --conversations FILE --out FILE"""
 
@@ -43,7 +44,7 @@ def main() -> NoReturn:
 def _main(argv: list[str]) -> None:
     commands = {"list": _list, "plan": _plan, "grow": _grow, "init": _init, "tokenizer": _tokenizer, "shards": _shards}
     commands |= {"make-sft-data": _make_sft_data, "sample": _sample, "make-preferences": _make_preferences}
-    commands |= {"extend": _extend, "data": _data}
+    commands |= {"extend": _extend, "data": _data, "study": _study}
     if argv and argv[0] in _RENAMED:
         new = _RENAMED[argv[0]]
         print(f"note: `phi-train {argv[0]}` is now `phi-train {new}`", file=sys.stderr)
@@ -107,6 +108,12 @@ def _data(argv: list[str]) -> None:
     synthesize.add_commands(commands)
     args = p.parse_args(argv)
     args.run(args)
+
+
+def _study(argv: list[str]) -> None:
+    from phi_train.studies.command import main as study
+
+    study(argv)
 
 
 def _list(argv: list[str]) -> None:

@@ -1,0 +1,1 @@
+"""The papers' findings as experiments that run on a laptop: `phi-train study NAME`."""

@@ -1,0 +1,111 @@
+"""What a study is: arms that are trained alike but for one thing, what is measured on each, and what is compared."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from phi_runtime.architecture.config import Phi3Config
+from phi_train.recipes.config import Data, Optimizer, Parallelism, Recipe, Schedule
+
+Scale = Literal["smoke", "demo"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training. `recipe`: its `data.shards` is a folder of the study's data. after: the arm whose checkpoint it
+    begins with.
+    """
+
+    name: str
+    recipe: Recipe
+    after: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`more` is expected to have more of a metric than `less`. of_claim: the finding rests on it; else it is shown
+    beside.
+    """
+
+    metric: str
+    more: str
+    less: str
+    of_claim: bool = True
+
+
+@dataclass(frozen=True)
+class Control:
+    """What must hold of an arm in each seed for the measure to mean anything: `metric` between `least` and `most`."""
+
+    metric: str
+    arm: str
+    least: float = float("-inf")
+    most: float = float("inf")
+
+
+class Study(ABC):
+    """A finding as an experiment.
+
+    claim, source: what the paper says and where. stand_in: what takes the place of the paper's models and data.
+    would_show: what would be needed where this is not enough. comparisons, controls: see there; both are judged at the
+    scale `demo` alone.
+    """
+
+    name: ClassVar[str]
+    claim: ClassVar[str]
+    source: ClassVar[str]
+    stand_in: ClassVar[str]
+    would_show: ClassVar[str]
+    comparisons: ClassVar[tuple[Comparison, ...]]
+    controls: ClassVar[tuple[Control, ...]] = ()
+
+    @abstractmethod
+    def arms(self, scale: Scale) -> tuple[Arm, ...]:
+        """All arms, one that begins with another's checkpoint behind that."""
+
+    @abstractmethod
+    def make_data(self, scale: Scale, seed: int, folder: Path) -> None:
+        """Write `folder`/tokenizer and the folders of shards that the arms name. Deterministic."""
+
+    @abstractmethod
+    def measure(self, scale: Scale, seed: int, data: Path, checkpoint: Path) -> dict[str, float]:
+        """Metrics of a trained arm, the same ones of each."""
+
+
+def small_recipe(
+    name: str,
+    vocab_size: int,
+    width: int,
+    layers: int,
+    length: int,
+    steps: int,
+    batch_size: int = 64,
+    lr: float = 2e-3,
+    shards: str = "shards",
+) -> Recipe:
+    """A Phi-3 of `width` and `layers`, heads of 16 dimensions, on sequences of `length` tokens. Sizes are ours."""
+    return Recipe(
+        name=name,
+        model=Phi3Config(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=max(1, width // 16),
+            num_key_value_heads=max(1, width // 16),
+            max_position_embeddings=length,
+            rms_norm_eps=1e-5,
+            rope_theta=10000.0,
+            sliding_window=None,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        ),
+        data=Data(batch_size=batch_size, sequence_length=length, shards=shards, eval_windows=64),
+        optimizer=Optimizer(lr=lr, weight_decay=0.1),
+        schedule=Schedule(steps=steps, warmup_steps=min(50, steps // 10), final_lr=lr / 10),
+        parallelism=Parallelism(precision="fp32"),  # at these widths bf16 gains nothing
+        save_every=max(1, steps // 4),
+        samples=0,
+    )

@@ -1,0 +1,84 @@
+"""A process that trains arms of studies, one after the other, each on one core: `python -m phi_train.studies.worker`.
+
+Reads a job per line of stdin and writes lines of what happens to stdout, both JSON. Training begins with imports of
+seconds, so a process is not started for each arm.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phi_runtime.contract import encode
+from phi_runtime.errors import PhiError
+from phi_train.recipes.config import Recipe, vary
+from phi_train.studies.catalogue import get_study
+from phi_train.studies.result import ArmResult
+from phi_train.studies.study import Arm
+from phi_train.trainer.engine import leave
+from phi_train.trainer.loop import train
+
+
+def main() -> None:
+    """Until stdin ends."""
+    said = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no line of ours
+
+    def say(line: dict[str, Any]) -> None:
+        said.write(json.dumps(line) + "\n")
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            say({"result": json.loads(encode(run_arm(job, say)))})
+        except PhiError as e:
+            say({"error": str(e)})
+    leave()
+
+
+def run_arm(job: dict[str, Any], say: Any) -> ArmResult:
+    """Train and measure. A training that was begun goes on."""
+    study, folder = get_study(job["study"]), Path(job["folder"])
+    arm = next(a for a in study.arms(job["scale"]) if a.name == job["arm"])
+    data = folder / "data" / f"seed-{job['seed']}"
+    recipe = _placed(arm, job["seed"], data, folder)
+    out = checkpoint_folder(folder, arm.name, job["seed"])
+    summary = train(recipe, out, lambda what, step, *_: say({"step": step}))
+    # The same draws whatever was trained in this process before.
+    torch.manual_seed(job["seed"])
+    metrics = study.measure(job["scale"], job["seed"], data, out)
+    embedding = recipe.model.vocab_size * recipe.model.hidden_size
+    tied = getattr(recipe.model, "tie_word_embeddings", False)
+    return ArmResult(
+        arm=arm.name,
+        seed=job["seed"],
+        parameters=summary.parameters,
+        block_parameters=summary.parameters - embedding * (1 if tied else 2),
+        steps=summary.steps,
+        tokens=summary.tokens,
+        seconds=summary.seconds,
+        heldout_loss=summary.final_loss,
+        metrics=metrics,
+    )
+
+
+def checkpoint_folder(folder: Path, arm: str, seed: int) -> Path:
+    """Where an arm's run lies in a study's folder."""
+    return folder / "arms" / arm / f"seed-{seed}"
+
+
+def _placed(arm: Arm, seed: int, data: Path, folder: Path) -> Recipe:
+    """The arm's recipe with its seed and the folders of this run."""
+    d = arm.recipe.data
+    places = {"tokenizer": str(data / "tokenizer"), "shards": str(data / (d.shards or "shards"))}
+    if d.phase2_shards is not None:
+        places["phase2_shards"] = str(data / d.phase2_shards)
+    begins = None if arm.after is None else str(checkpoint_folder(folder, arm.after, seed))
+    return vary(arm.recipe, seed=seed, data=places, init_from=begins)
+
+
+if __name__ == "__main__":
+    main()
