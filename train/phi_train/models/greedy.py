@@ -1,5 +1,5 @@
-"""What a model in training would write: its likeliest tokens, everything computed again at each. For samples and
-questions; the runtime is what answers fast.
+"""What a model in training would write, everything computed again at each token: the likeliest, or chosen otherwise.
+For samples, questions and studies; the runtime is what answers fast.
 """
 
 from collections.abc import Callable, Collection
@@ -16,10 +16,11 @@ def continuations(
     context: int,
     stops: Collection[int] = (),
     device: torch.device | str = "cpu",
+    choose: Callable[[Tensor], Tensor] = lambda logits: logits.argmax(-1),
 ) -> list[list[int]]:
     """Up to `new` tokens for each prompt, the stop left out, no more than the context holds.
 
-    model: ids [B, T] to logits [B, T, V]. Every process of a run calls it.
+    model: ids [B, T] to logits [B, T, V]. choose: logits [N, V] to tokens [N]. Every process of a run calls it.
     """
     rows = [list(p) for p in prompts]
     going = [i for i, p in enumerate(prompts) if len(p) < context]
@@ -30,7 +31,7 @@ def continuations(
         # What stands behind a text does not reach back into it.
         tokens = torch.tensor([rows[i] + [0] * (longest - len(rows[i])) for i in going], device=device)
         ends = torch.tensor([len(rows[i]) - 1 for i in going], device=device)
-        chosen = model(tokens)[torch.arange(len(going), device=device), ends].argmax(-1).tolist()
+        chosen = choose(model(tokens)[torch.arange(len(going), device=device), ends]).tolist()
         for i, token in zip(going, chosen, strict=True):
             rows[i].append(token)
         going = [i for i in going if rows[i][-1] not in stops and len(rows[i]) < context]

@@ -2,10 +2,30 @@
 
 from phi_runtime.contract import nearest
 from phi_runtime.errors import UsageError
+from phi_train.studies.data_optimal import DataOptimal
+from phi_train.studies.emergence import Emergence
+from phi_train.studies.exercises import Exercises, Textbooks
+from phi_train.studies.filter import Filter
+from phi_train.studies.longrope import LongRopeStudy
 from phi_train.studies.study import Study
+from phi_train.studies.transfer import Transfer
+from phi_train.studies.two_phase import TwoPhase
 from phi_train.studies.width_depth import WidthDepth
 
-STUDIES: dict[str, Study] = {s.name: s for s in (WidthDepth(),)}
+STUDIES: dict[str, Study] = {
+    s.name: s
+    for s in (
+        WidthDepth(),
+        Emergence(),
+        Filter(),
+        Textbooks(),
+        Exercises(),
+        Transfer(),
+        TwoPhase(),
+        DataOptimal(),
+        LongRopeStudy(),
+    )
+}
 
 
 def get_study(name: str) -> Study:

@@ -25,9 +25,9 @@ class ArmResult(Contract, frozen=True):
 
 
 class Judged(Contract, frozen=True):
-    """A comparison. effect: mean over seeds of `more` minus `less`. spread: the largest difference between two seeds
-    within either arm. shown: in each seed `more` has more, and the effect is larger than the spread; None with fewer
-    than three seeds.
+    """A comparison. Both arms of a seed have the same data. effect: mean over seeds of `more` minus `less`; spread: the
+    largest of these differences minus the smallest. shown: in each seed `more` has more, and the effect is larger than
+    its spread; None with fewer than three seeds.
     """
 
     metric: str
@@ -97,7 +97,7 @@ def _judged(c: Comparison, found: _Found, seeds: Sequence[int], enough: bool) ->
     more, less = _values(c.metric, c.more, found, seeds), _values(c.metric, c.less, found, seeds)
     differences = [a - b for a, b in zip(more, less, strict=True)]
     effect = sum(differences) / len(differences)
-    spread = max(max(more) - min(more), max(less) - min(less))
+    spread = max(differences) - min(differences)
     shown = min(differences) > 0 and effect > spread
     return Judged(c.metric, c.more, c.less, c.of_claim, effect, spread, shown if enough else None)
 

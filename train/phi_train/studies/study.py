@@ -1,6 +1,7 @@
 """What a study is: arms that are trained alike but for one thing, what is measured on each, and what is compared."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -14,12 +15,13 @@ Scale = Literal["smoke", "demo"]
 @dataclass(frozen=True)
 class Arm:
     """One training. `recipe`: its `data.shards` is a folder of the study's data. after: the arm whose checkpoint it
-    begins with.
+    begins with. begin: makes another checkpoint of that to begin with: (data, checkpoint, out).
     """
 
     name: str
     recipe: Recipe
     after: str | None = None
+    begin: Callable[[Path, Path, Path], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.contract import encode
 from phi_runtime.errors import PhiError
 from phi_train.recipes.config import Recipe, vary
@@ -76,8 +77,15 @@ def _placed(arm: Arm, seed: int, data: Path, folder: Path) -> Recipe:
     places = {"tokenizer": str(data / "tokenizer"), "shards": str(data / (d.shards or "shards"))}
     if d.phase2_shards is not None:
         places["phase2_shards"] = str(data / d.phase2_shards)
-    begins = None if arm.after is None else str(checkpoint_folder(folder, arm.after, seed))
-    return vary(arm.recipe, seed=seed, data=places, init_from=begins)
+    begins = None if arm.after is None else checkpoint_folder(folder, arm.after, seed)
+    if begins is not None and arm.begin is not None:
+        made = folder / "arms" / arm.name / f"begins-{seed}"
+        if not made.exists():
+            arm.begin(data, begins, made)
+        begins = made
+    if begins is None:
+        return vary(arm.recipe, seed=seed, data=places)
+    return vary(arm.recipe, seed=seed, data=places, init_from=str(begins), model=open_checkpoint(begins).config)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""phi-3 (2404.14219, section 2): web text first, then heavier filtering and reasoning text, against all of it mixed.
+
+Web text is results of matches with a little sorting of letters in it, the second phase's is sorting alone. Each arm
+sees the same texts the same number of times, in another order.
+"""
+
+from pathlib import Path
+from random import Random
+
+from phi_train.recipes.config import vary
+from phi_train.studies.answers import Student
+from phi_train.studies.data_optimal import BATCH, LINE, LINES, VOCABULARY, fact, sort, write_vocabulary
+from phi_train.studies.study import Arm, Comparison, Control, Scale, Study, small_recipe
+from phi_train.studies.texts import shuffled, write_texts
+
+_WEB_SORTS = 0.1  # share of web text that is reasoning
+_SECOND = 0.25  # share of all steps
+
+
+class TwoPhase(Study):
+    """See the module."""
+
+    name = "two-phase"
+    claim = "Web text first and reasoning text last gives better reasoning than the same texts mixed."
+    source = "phi-3, arXiv:2404.14219, section 2"
+    stand_in = "results of matches with a tenth of sorting for web text, sorting for reasoning text; a model of 25 K"
+    would_show = "a larger model, and phases in other proportions"
+    comparisons = (
+        Comparison("reasoning", "web, then reasoning", "mixed"),
+        Comparison("reasoning", "mixed", "reasoning, then web", of_claim=False),
+    )
+    controls = (Control("shuffled answers", "mixed", most=0.05),)
+
+    def arms(self, scale: Scale) -> tuple[Arm, ...]:
+        """See `Study`."""
+        steps = {"smoke": 20, "demo": 1600}[scale]
+        second = round(steps * _SECOND)
+
+        def arm(name: str, first: str, then: str | None, begins: int) -> Arm:
+            r = small_recipe(name, VOCABULARY, 32, 2, LINE * LINES, steps, BATCH, shards=first)
+            return Arm(name, vary(r, data={"phase2_shards": then, "phase2_step": begins}) if then else r)
+
+        return (
+            arm("web, then reasoning", "web", "reasoning", steps - second),
+            arm("mixed", "mixed", None, 0),
+            arm("reasoning, then web", "reasoning", "web", second),
+        )
+
+    def make_data(self, scale: Scale, seed: int, folder: Path) -> None:
+        """See `Study`."""
+        write_vocabulary(folder)
+        steps = {"smoke": 20, "demo": 1600}[scale]
+        lines = steps * BATCH * LINES
+        draw = Random(f"two-phase {seed}")  # noqa: S311
+        second = round(lines * _SECOND)
+        web = [" ".join(sort(draw)) if draw.random() < _WEB_SORTS else fact(draw) for _ in range(lines - second)]
+        reasoning = [" ".join(sort(draw)) for _ in range(second)]
+        heldout = [" ".join(sort(draw)) for _ in range(300)]
+        for name, texts in (("web", web), ("reasoning", reasoning), ("mixed", shuffled([web, reasoning], seed))):
+            write_texts(texts, heldout, folder / "tokenizer", folder / name)
+
+    def measure(self, scale: Scale, seed: int, data: Path, checkpoint: Path) -> dict[str, float]:
+        """See `Study`."""
+        draw = Random(f"asked {seed}")  # noqa: S311
+        pairs = [sort(draw) for _ in range(50 if scale == "smoke" else 1000)]
+        student = Student(checkpoint)
+        others = [(question, answer) for (question, _), (_, answer) in zip(pairs, [*pairs[1:], pairs[0]], strict=True)]
+        return {"reasoning": student.accuracy(pairs), "shuffled answers": student.accuracy(others)}
