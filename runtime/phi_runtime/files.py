@@ -172,7 +172,7 @@ def disk_full_named(target: Path) -> Iterator[None]:
     except OSError as e:
         if e.errno in DISK_FULL:
             raise DiskFullError(
-                f"{target}: the disk is full; nothing was left behind. Free some space, or choose another folder"
+                f"{target}: the disk is full; free some space, or choose another folder, and give the command again"
             ) from e
         if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise PhiError(f"{e.filename or target}: {e.strerror}; choose another, or mend its permissions") from e

@@ -75,6 +75,12 @@ def test_what_cannot_be_compared(tmp_path):
     ):
         with pytest.raises(BenchmarkError, match=says):
             card([one, other])
+    whole = json.loads(code(tmp_path / "h", "m|x\n# y", [1, 2, 0]).read_text())
+    assert "m\\|x # y" in card([tmp_path / "h"])
+    for wrong in ({"problems": []}, {"scores": [{"k": 0, "mean": 0.0, "error": 0.0}]}):
+        (tmp_path / "i").write_text(json.dumps(whole | wrong))
+        with pytest.raises(BenchmarkError, match="problems or pass@k are none"):
+            read_result(tmp_path / "i")
     (tmp_path / "f").write_text(json.dumps({"model": "x"}))
     with pytest.raises(BenchmarkError, match="is no result"):
         read_result(tmp_path / "f")

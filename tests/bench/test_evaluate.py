@@ -11,7 +11,7 @@ from support import run_here
 
 from phi_bench.evaluate import code
 from phi_bench.evaluate.code_tasks import Problem, first_function, in_block, mean_and_error, pass_at_k, read_task
-from phi_runtime.contract import encode
+from phi_runtime.contract import encode, read_record
 from phi_runtime.errors import BenchmarkError, NotFoundError
 from phi_train.curate.report import ProblemReport, Report
 from phi_train.sandbox.run import Sandbox
@@ -136,7 +136,7 @@ def test_tasks_that_are_not_there(tmp_path):
         ("mbpp", BenchmarkError, "needs its file"),
         ("hummaneval", BenchmarkError, "there are humaneval"),
         ("mbpp=/nowhere", NotFoundError, "no such file"),
-        (f"mbpp={tmp_path / 'x.gz'}", BenchmarkError, "no gzip"),
+        (f"mbpp={tmp_path / 'x.gz'}", BenchmarkError, "no whole archive"),
     ):
         with pytest.raises(error, match=says):
             read_task(name)
@@ -260,3 +260,14 @@ def test_a_file_of_mbpp_that_is_none(tmp_path, change, says):
     change(rows)
     with pytest.raises(BenchmarkError, match=says):
         read_task(written(tmp_path, rows))
+
+
+def test_kept_completions_of_another_kind(bundles, tmp_path):
+    task, out = f"mbpp={problems_file(tmp_path, 1)}", tmp_path / "r.json"
+    command = ("phi-bench", "eval", bundles / "gguf", "--task", task, "--max-tokens", 4, "--out", out)
+    assert run_here(*command).returncode == 0
+    settings = read_record(out, code.CodeResult, BenchmarkError, "").settings
+    with RequestCache(tmp_path / "s.json.completions", encode(settings)) as cache:
+        cache.put(5, "t/0")
+    done = run_here(*command[:-1], tmp_path / "s.json")
+    assert done.returncode == 2 and "something else than completions" in done.stderr

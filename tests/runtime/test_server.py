@@ -82,12 +82,13 @@ def test_answers_keep_to_a_schema(served):
         said = json.loads(answer.choices[0].message.content)
         assert set(said) == {"name", "n"} and said["n"] in (1, 2, 3) and len(said["name"]) <= 8
         assert answer.choices[0].finish_reason == "stop"
-    with pytest.raises(openai.BadRequestError, match="schema cannot be used"):
-        served.client().chat.completions.create(
-            model="gguf",
-            messages=SAY,
-            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}},
-        )
+    for refused in ({"type": "nonsense"}, {"$ref": "#"}, {"anyOf": []}):
+        with pytest.raises(openai.BadRequestError, match="schema cannot be used"):
+            served.client().chat.completions.create(
+                model="gguf",
+                messages=SAY,
+                response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": refused}},
+            )
 
 
 def test_eight_clients_at_once_get_what_each_would_alone(served):

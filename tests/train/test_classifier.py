@@ -2,6 +2,7 @@
 
 import json
 import random
+import zipfile
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def fitted():
 
 def test_arrays_say_what_the_forest_says(fitted, tmp_path):
     model, x = fitted
-    forest = from_sklearn(model, "me", 8)
+    forest = from_sklearn(model, "256 me", 8)
     np.testing.assert_allclose(forest(x), model.predict_proba(x)[:, 1], atol=1e-6)
     at = np.unique(forest.threshold[forest.feature == 0])[:50]
     edges = np.repeat(x[:1], len(at), 0)
@@ -37,15 +38,29 @@ def test_arrays_say_what_the_forest_says(fitted, tmp_path):
     np.testing.assert_allclose(forest(edges), model.predict_proba(edges)[:, 1], atol=1e-6)
     forest.save(tmp_path / "f.npz")
     again = load_forest(tmp_path / "f.npz")
-    assert np.array_equal(again(x), forest(x)) and again.embedder == "me"
+    assert np.array_equal(again(x), forest(x)) and again.embedder == "256 me"
+
+
+def test_a_forest_is_not_unpacked_to_more_than_it_may_be(tmp_path):
+    with zipfile.ZipFile(tmp_path / "f.npz", "w", zipfile.ZIP_DEFLATED) as z, z.open("feature.npy", "w") as f:
+        for _ in range(1025):
+            f.write(bytes(1 << 20))
+    with pytest.raises(UsageError, match="unpacks to more"):
+        load_forest(tmp_path / "f.npz")
 
 
 def test_damaged_forests_are_refused(fitted, tmp_path):
-    forest = from_sklearn(fitted[0], "me", 8)
+    forest = from_sklearn(fitted[0], "256 me", 8)
     path = tmp_path / "f.npz"
     forest.save(path)
     raw = path.read_bytes()
-    for content in (b"", raw[: len(raw) // 2], b"PK" + raw[2:100]):
+    at = raw.index(b"feature.npy") + 60
+    broken = raw[:at] + bytes(40) + raw[at + 40 :]
+    at = raw.index(b"PK\x01\x02") + 8
+    encrypted = raw[:at] + b"\x01" + raw[at + 1 :]
+    from_sklearn(fitted[0], "me", 8).save(tmp_path / "unnumbered.npz")
+    unnumbered = (tmp_path / "unnumbered.npz").read_bytes()
+    for content in (b"", raw[: len(raw) // 2], b"PK" + raw[2:100], broken, encrypted, unnumbered):
         path.write_bytes(content)
         with pytest.raises(UsageError, match="no classifier"):
             load_forest(path)
@@ -53,7 +68,7 @@ def test_damaged_forests_are_refused(fitted, tmp_path):
         wrong = getattr(forest, name).copy()
         wrong[0, 0] = value
         arrays = {n: getattr(forest, n) for n in ("feature", "threshold", "left", "right", "value")} | {name: wrong}
-        np.savez(path, **arrays, embedder=np.frombuffer(b"me", np.uint8), size=np.array(8))
+        np.savez(path, **arrays, embedder=np.frombuffer(b"256 me", np.uint8), size=np.array(8))
         with pytest.raises(UsageError, match="is damaged"):
             load_forest(path)
     np.savez(path, feature=np.array([object()], object))

@@ -110,3 +110,26 @@ def test_a_pipeline_over_all_of_them(archive, tmp_path):
     (tmp_path / "p.toml").write_text(f'input = ["{folder}"]\n')
     done = run_here("phi-train", "data", "run", tmp_path / "p.toml", "--out", tmp_path / "out", "--workers", 1)
     assert done.returncode == 0 and "4 documents are left" in done.stdout, done.stderr + done.stdout
+
+
+def test_a_bad_row_of_parquet_does_not_end_the_file(tmp_path):
+    raw = [b"text %d" % n for n in range(50)]
+    raw[20] = b"\xff\xfe"
+    column = pa.Array.from_buffers(pa.string(), 50, pa.array(raw, pa.binary()).buffers())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    documents, unreadable = read(tmp_path / "a.parquet")
+    assert len(documents) == 49 and [u.why for u in unreadable] == ["not UTF-8"]
+
+
+def test_categories_of_parquet_are_texts(tmp_path):
+    pq.write_table(pa.table({"text": pa.array(["a", "b", "a"]).dictionary_encode()}), tmp_path / "a.parquet")
+    documents, _ = read(tmp_path / "a.parquet")
+    assert [d.text for d in documents] == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize(("length", "why"), [("4000", "the archive ends within it"), ("-5", "does not say its length")])
+def test_a_record_that_is_cut_is_no_document(tmp_path, length, why):
+    record = "WARC/1.0\r\nWARC-Type: conversion\r\nContent-Type: text/plain\r\nContent-Length: {}\r\n\r\n{}\r\n\r\n"
+    (tmp_path / "a.wet").write_text(record.format(5, "whole") + record.format(length, "half"), newline="")
+    documents, unreadable = read(tmp_path / "a.wet")
+    assert [d.text for d in documents] == ["whole"] and why in unreadable[0].why

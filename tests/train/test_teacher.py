@@ -96,10 +96,32 @@ def hang(handler):
     time.sleep(3)
 
 
+def slow_status(handler):
+    for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n" * 9:
+        handler.wfile.write(bytes([byte]))
+        time.sleep(0.05)
+
+
+def go_on(handler):
+    while True:
+        handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        time.sleep(0.05)
+
+
+def slow_refusal(handler):
+    handler.send_response(500)
+    handler.send_header("Content-Length", "4000")
+    handler.end_headers()
+    while True:
+        handler.wfile.write(b"\x1b")
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
     "bad",
     [
-        half, drip, flood, hang, (200, b"<html>"), (200, b""), (200, b"\xff\xfe"), (200, b"[" * 100_000),
+        half, drip, flood, hang, slow_status, go_on,
+        (200, b"<html>"), (200, b""), (200, b"\xff\xfe"), (200, b"[" * 100_000),
         (200, b'{"choices": []}'), reply(None), (200, b'{"choices": [{"message": {"content": "a\\ud800"}}]}'),
         (200, b'{"choices": [{"message": {"content": "a"}}], "usage": {"prompt_tokens": -1}}'),
         (200, b'{"choices": [{"message": {"content": "a"}}], "usage": {"prompt_tokens": 1e999}}'),
@@ -215,3 +237,44 @@ def test_settling_gives_back_what_was_reserved():
     budget.settle(Usage(60, 40), Usage(10, 10))
     assert budget.tokens == 20 and budget.dollars == pytest.approx(20e-6)
     budget.reserve(Usage(40, 40))
+
+
+def test_a_refusal_that_never_ends_is_cut(serve, tmp_path):
+    server = serve(lambda number, body: slow_refusal)
+    began = time.monotonic()
+    with (
+        Endpoint(server.url, "m", tmp_path / "c", attempts=1, seconds=0.5) as teacher,
+        pytest.raises(TeacherError, match="HTTP 500") as e,
+    ):
+        list(teacher.replies([Request("a", 5)]))
+    assert time.monotonic() - began < 3 and str(e.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "line", [5, {"text": 1}, {"text": "a", "finish": "stop", "usage": [1, 2, 3]},
+             {"text": "a", "finish": "stop", "usage": [-1, 2]}, {"text": "a", "finish": "no", "usage": [1, 2]}],
+)  # fmt: skip
+def test_a_cache_of_something_else(tmp_path, line):
+    with RequestCache(tmp_path / "c", "replies of m") as cache:
+        cache.put(line, "k")
+    with pytest.raises(UsageError, match="something else than replies"):
+        Endpoint("http://127.0.0.1:1/v1", "m", tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1", "http://127.0.0.1:abc/v1", "http://127.0.0.1:99999/v1", "http://a b/v1", "ftp://a/v1", "a"]
+)
+def test_what_is_no_address(tmp_path, url):
+    with pytest.raises(UsageError, match="is no address"):
+        Endpoint(url, "m", tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("dollars", "prices"),
+    [(5.0, (float("nan"), 1.0)), (float("nan"), (1.0, 1.0)), (5.0, (-1.0, -1.0)), (-3.0, (1.0, 1.0)), (0.0, (1.0, 1.0)),
+     (5.0, (float("inf"), 1.0))],
+)  # fmt: skip
+def test_a_budget_that_would_never_bite(dollars, prices):
+    with pytest.raises(UsageError, match="dollars"):
+        Budget(None, dollars, prices)

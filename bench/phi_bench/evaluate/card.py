@@ -47,14 +47,16 @@ def read_result(path: Path) -> list[Measured]:
     except OSError:
         raise NotFoundError(f"{path}: no such file; give results of `phi-bench eval`") from None
     with suppress(msgspec.DecodeError, UnicodeDecodeError):
-        return _of_code(msgspec.json.decode(raw, type=CodeResult))
+        return _of_code(path, msgspec.json.decode(raw, type=CodeResult))
     with suppress(msgspec.DecodeError, UnicodeDecodeError):
         return _of_harness(msgspec.json.decode(raw, type=HarnessResult))
     raise BenchmarkError(f"{path}: is no result of `phi-bench eval`; measure it with this version")
 
 
-def _of_code(r: CodeResult) -> list[Measured]:
+def _of_code(path: Path, r: CodeResult) -> list[Measured]:
     s = r.settings
+    if not r.problems or any(not 1 <= score.k <= s.samples for score in r.scores):
+        raise BenchmarkError(f"{path}: its problems or pass@k are none; measure it with this version")
     asked = f"{s.task_sha256} {s.problems} {s.chat} {s.post} {s.samples} {s.temperature} {s.top_p} {s.max_tokens}"
     how = f"{s.problems} problems, {s.samples} samples at temperature {s.temperature:g}, "
     how += "chat format" if s.chat else f"completion, post-processing: {s.post}"
@@ -115,9 +117,9 @@ def card(paths: list[Path]) -> str:
         cells = [_score(by_model.get(d)) for d in models]
         cells += [_difference(first, by_model.get(d)) for d in models[1:]]
         rows.append([task, metric, *cells])
-        note = f"- {task}: {found[0][1].how}"
+        note = f"- {_cell(task)}: {_cell(found[0][1].how)}"
         notes += [] if note in notes else [note]
-    lines = ["| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *rows]]
+    lines = ["| " + " | ".join(map(_cell, r)) + " |" for r in [head, ["---"] * len(head), *rows]]
     return "\n".join(
         [
             *lines,
@@ -129,6 +131,11 @@ def card(paths: list[Path]) -> str:
             "",
         ]
     )
+
+
+def _cell(text: str) -> str:
+    """A name from a file as one cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _by_model(found: list[tuple[Path, Measured]]) -> dict[str, Measured]:

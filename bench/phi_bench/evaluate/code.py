@@ -113,11 +113,17 @@ def evaluate(asked: Request, out: Path, force: bool = False, progress: Progress 
                     found = _completions(phi, problem, prompt, n, asked)
                     cache.put(found, problem.task_id)
                     progress(n + 1, len(problems), problem.task_id)
+                elif not _are_texts(found, asked.samples):
+                    raise BenchmarkError(f"{kept}: holds something else than completions; remove it")
                 written.append(found)
     result = _judge(settings, problems, written, asked, split)
     write_file(out, encode(result) + "\n")
     kept.unlink()
     return result
+
+
+def _are_texts(found: object, count: int) -> bool:
+    return isinstance(found, list) and len(found) == count and all(isinstance(c, str) for c in found)
 
 
 def _check(asked: Request) -> None:

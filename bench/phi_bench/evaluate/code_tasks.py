@@ -4,8 +4,6 @@ Sources: HumanEval, arXiv:2107.03374; MBPP in the docstring form of arXiv:2210.1
 use. `mbpp_text` has MBPP as its own paper puts it.
 """
 
-import gzip
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import Literal
 
 from phi_runtime.contract import Contract, decode
 from phi_runtime.errors import BenchmarkError, NotFoundError, missing_extra
+from phi_train.curate.evaluation_set import evaluation_lines
 from phi_train.sandbox.run import Job, Limits
 
 Post = Literal["none", "function"]
@@ -102,11 +101,10 @@ def read_task(name: str) -> tuple[str, list[Problem]]:
         path = Path(file)
     if not path.is_file():
         raise NotFoundError(f"{path}: no such file; {_FILES[task]}")
-    raw = path.read_bytes()
     try:
-        lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).splitlines()
-    except (OSError, EOFError) as e:
-        raise BenchmarkError(f"{path}: is no gzip file ({e}); fetch it again") from None
+        digest, lines = evaluation_lines(path)
+    except ValueError as e:
+        raise BenchmarkError(f"{path}: {e}; fetch it again") from None
     if task == "mbpp-text":
         from phi_bench.evaluate.mbpp_text import read_mbpp_text
 
@@ -117,7 +115,7 @@ def read_task(name: str) -> tuple[str, list[Problem]]:
         raise BenchmarkError(f"{path}: holds no problems")
     if len({p.task_id for p in problems}) < len(problems):
         raise BenchmarkError(f"{path}: holds a task_id twice")
-    return hashlib.sha256(raw).hexdigest(), problems
+    return digest, problems
 
 
 def _problem(line: bytes, where: str) -> Problem:

@@ -56,6 +56,9 @@ class JsonConstraint:
         if self._matcher.is_error():
             raise UsageError(f"response_format: the schema cannot be used ({_line(self._matcher.get_error())})")
         self._mask = llguidance.numpy.allocate_token_bitmask(1, tokenizer.vocab_size)
+        self._bits.fill_next_token_bitmask(self._matcher, self._mask, 0)
+        if self._matcher.is_stopped():  # before a first token: such as a $ref that leads to itself
+            raise UsageError("response_format: the schema cannot be used (no JSON fits it)")
 
     def mask(self, logits_V: F32) -> F32:
         """The logits, -inf where a token would break the schema."""

@@ -89,7 +89,7 @@ class TextPart(Contract, frozen=True):
 class Function(Contract, frozen=True):
     """What a model may call. parameters: a JSON Schema of an object."""
 
-    name: Annotated[str, msgspec.Meta(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
+    name: Annotated[str, msgspec.Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}(?!\n)$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
 

@@ -173,7 +173,7 @@ def read_annotations(path: Path) -> dict[str, float]:
             try:
                 row = json.loads(line)
                 name, score = row["id"], float(row["score"])
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 raise UsageError(f"{path}: line {number}: is not an id and a score; correct it") from None
             if not isinstance(name, str) or not np.isfinite(score) or name in scores:
                 raise UsageError(f"{path}: line {number}: its id is no text or stands twice, or its score is no number")

@@ -201,6 +201,8 @@ def _decontaminate(args: argparse.Namespace) -> None:
     except ImportError as e:
         raise missing_extra(e, "data") from None
     settings = Settings(args.similarity, args.nodes, args.ngram, args.distance)
+    if args.source.is_dir() and args.out.resolve().is_relative_to(args.source.resolve()):
+        raise UsageError(f"{args.out}: --out lies in {args.source}, which is read; choose another --out")
     fields = tuple(f.strip() for f in args.fields.split(",")) if args.fields else ()
     against = read_evaluation_set(args.against, fields)
     embed = None

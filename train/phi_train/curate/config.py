@@ -115,6 +115,8 @@ class Settings:
             raise UsageError(f"similarity {self.similarity} is not between {THRESHOLDS[-1]} and 1")
         if self.nodes < 1 or self.ngram < 0:
             raise UsageError("nodes is 1 or more, ngram 0 or more")
+        if self.distance is not None and not 0 <= self.distance <= 2:
+            raise UsageError(f"distance {self.distance} is not between 0 and 2")
 
 
 class Decontaminate(StrictContract, frozen=True, tag_field="name", tag="decontaminate"):

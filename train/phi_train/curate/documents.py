@@ -59,7 +59,7 @@ def _is_json_lines(path: Path) -> bool:
 
 def _line(line: bytes | None, where: str, field: str) -> Iterator[Document | Unreadable]:
     if line is None or len(line) > MAX_BYTES:
-        yield Unreadable(where, f"longer than {MAX_BYTES:,} bytes, or its archive is damaged")
+        yield Unreadable(where, f"longer than {MAX_BYTES:,} bytes, or the damaged rest of an archive")
     elif line.strip():
         yield _record(line, where, field)
 

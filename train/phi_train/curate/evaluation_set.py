@@ -1,7 +1,6 @@
 """Evaluation sets that a corpus is held against: HumanEval, MBPP, or any file of JSON lines."""
 
 import gzip
-import hashlib
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -10,8 +9,10 @@ from typing import Any
 
 from phi_runtime.contract import decode
 from phi_runtime.errors import NotFoundError, UsageError, missing_extra
+from phi_runtime.files import sha256
 from phi_train.curate.syntax import functions
 
+_MOST_BYTES = 1 << 30
 # What benchmarks call their texts, and their solutions.
 _TEXTS = (
     "prompt", "question", "text", "passage", "context", "ctx", "query", "goal", "sentence", "premise", "hypothesis",
@@ -54,18 +55,31 @@ def read_evaluation_set(name: str, fields: tuple[str, ...] = ()) -> EvaluationSe
         path = Path(name)
     if not path.is_file():
         raise NotFoundError(f"--against {name}: no such file; give humaneval, or an evaluation set as JSON lines")
-    raw = path.read_bytes()
     try:
-        lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).splitlines()
-    except (OSError, EOFError, zlib.error) as e:
-        raise UsageError(f"--against {name}: is no whole archive ({e}); fetch it again") from None
+        digest, lines = evaluation_lines(path)
+    except ValueError as e:
+        raise UsageError(f"--against {name}: {e}; fetch it again") from None
     items = tuple(_item(line, f"{name}: line {n}", n, fields) for n, line in enumerate(lines, 1) if line.strip())
     if not items:
         raise UsageError(f"--against {name}: holds no problems")
     twice = [i for i, n in Counter(item.id for item in items).items() if n > 1]
     if twice:
         raise UsageError(f"--against {name}: holds {twice[0]} twice; give each problem a task_id of its own")
-    return EvaluationSet(name if name == "humaneval" else path.name, hashlib.sha256(raw).hexdigest(), items)
+    return EvaluationSet(name if name == "humaneval" else path.name, digest, items)
+
+
+def evaluation_lines(path: Path) -> tuple[str, list[bytes]]:
+    """The sha256 of a file and its lines, unpacked where its name ends in .gz. Raises ValueError for a damaged archive,
+    or more than a gigabyte.
+    """
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
+        try:
+            raw = f.read(_MOST_BYTES + 1)
+        except (OSError, EOFError, zlib.error) as e:
+            raise ValueError(f"is no whole archive ({e})") from None
+    if len(raw) > _MOST_BYTES:
+        raise ValueError(f"is longer than {_MOST_BYTES:,} bytes")
+    return sha256(path), raw.splitlines()
 
 
 def _item(line: bytes, where: str, number: int, fields: tuple[str, ...]) -> Item:

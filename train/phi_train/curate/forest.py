@@ -5,6 +5,7 @@ Shapes: T trees, K nodes of the largest tree, N documents, D features.
 
 import io
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from phi_runtime.files import write_file
 
 F32 = npt.NDArray[np.float32]
 _ARRAYS = {"feature": np.int32, "threshold": np.float32, "left": np.int32, "right": np.int32, "value": np.float32}
+
+_MOST_BYTES = 1 << 30
+# What numpy and zipfile raise for files that are damaged, encrypted, packed otherwise, or of absurd shapes.
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, IndexError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -78,12 +83,16 @@ def from_sklearn(model: Any, embedder: str, size: int) -> Forest:
 def load_forest(path: Path) -> Forest:
     """Raises NotFoundError, and UsageError for a file that is none or whose trees lead out of themselves."""
     try:
+        with zipfile.ZipFile(path) as whole_file:  # what it unpacks to, before it is unpacked
+            if sum(member.file_size for member in whole_file.infolist()) > _MOST_BYTES:
+                raise UsageError(f"{path}: unpacks to more than {_MOST_BYTES:,} bytes; train it anew")
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in _ARRAYS}
             embedder, size = stored["embedder"].tobytes().decode(), int(stored["size"])
+        _length(embedder)
     except FileNotFoundError:
         raise NotFoundError(f"{path}: no such file; train it with phi-train data classifier") from None
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as e:
+    except (*_DAMAGED, zipfile.BadZipFile, zlib.error) as e:
         raise UsageError(f"{path}: is no classifier ({type(e).__name__}); train it anew") from None
     shape = arrays["feature"].shape
     whole = len(shape) == 2 and min(shape) > 0 and all(a.shape == shape for a in arrays.values())
@@ -91,6 +100,15 @@ def load_forest(path: Path) -> Forest:
     if not whole or not _ends(arrays, size):
         raise UsageError(f"{path}: is damaged; train it anew")
     return Forest(**arrays, embedder=embedder, size=size)
+
+
+def embedded_length(forest: Forest) -> int:
+    """Tokens of a document that its embeddings are of."""
+    return _length(forest.embedder)
+
+
+def _length(embedder: str) -> int:
+    return int(embedder.split(" ")[0])
 
 
 def _ends(arrays: dict[str, Any], size: int) -> bool:

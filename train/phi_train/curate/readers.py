@@ -9,7 +9,7 @@ from phi_runtime.errors import missing_extra
 
 PARQUET = (".parquet",)
 WEB = (".warc", ".warc.gz", ".wet", ".wet.gz")
-_ROWS = 256  # of a Parquet file, that are held
+_ROWS = 16  # of a Parquet file, that are held; each may be megabytes
 
 
 def parquet_lines(path: Path) -> Iterator[bytes | str]:
@@ -26,17 +26,27 @@ def parquet_lines(path: Path) -> Iterator[bytes | str]:
         with pq.ParquetFile(path, memory_map=True) as file:
             kept = [f.name for f in file.schema_arrow if _is_json(f.type, pa)]
             for batch in file.iter_batches(_ROWS, columns=kept, use_threads=False):
-                for row in batch.to_pylist():
-                    yield json.dumps(row, ensure_ascii=False).encode() + b"\n"
+                for n in range(batch.num_rows):
+                    yield _row(batch, n)
     except (pa.ArrowException, OSError, ValueError) as e:
         yield f"a damaged Parquet file ({' '.join(str(e).split())[:100]})"
 
 
+def _row(batch: Any, number: int) -> bytes | str:
+    """One row as JSON, or why it is none."""
+    try:
+        row = {name: batch.column(name)[number].as_py() for name in batch.schema.names}
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except ValueError:
+        return "not UTF-8"
+
+
 def _is_json(kind: Any, pa: Any) -> bool:
     t = pa.types
-    if t.is_list(kind) or t.is_large_list(kind):
+    if t.is_list(kind) or t.is_large_list(kind) or t.is_dictionary(kind):
         return _is_json(kind.value_type, pa)
-    return bool(t.is_string(kind) or t.is_large_string(kind) or t.is_integer(kind) or t.is_boolean(kind))
+    text = t.is_string(kind) or t.is_large_string(kind) or t.is_string_view(kind)
+    return bool(text or t.is_integer(kind) or t.is_boolean(kind))
 
 
 def web_texts(path: Path, most: int) -> Iterator[tuple[str, str | None, str]]:
@@ -75,9 +85,13 @@ def _page(record: Any, most: int, extract: Any) -> tuple[str, str | None, str] |
     if status != "200" or not kind.startswith(("text/plain", "text/html", "application/xhtml")):
         return None
     name = str(record.rec_headers.get_header("WARC-Target-URI") or record.rec_headers.get_header("WARC-Record-ID"))
+    if not str(record.rec_headers.get_header("Content-Length")).isdigit():
+        return name, None, "a record that does not say its length"
     raw = record.content_stream().read(most + 1)
     if len(raw) > most:
         return name, None, f"longer than {most:,} bytes"
+    if getattr(record.raw_stream, "limit", 0) > 0 and not record.raw_stream.read(1):
+        return name, None, "cut: the archive ends within it"
     if plain or kind.startswith("text/plain"):
         try:
             return name, raw.decode("utf-8"), ""

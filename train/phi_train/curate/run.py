@@ -96,6 +96,8 @@ def _apart(config: DataConfig, out: Path) -> None:
     """What is read is not below what is written, nor the other way round."""
     mine = out.resolve()
     for name in (*config.input, *([config.tokenizer] if config.tokenizer is not None else [])):
+        if "\0" in name:
+            raise UsageError(f"{name!r}: is no path; correct it")
         other = Path(name).resolve()
         if other.is_relative_to(mine) or mine.is_relative_to(other):
             raise UsageError(f"{out}: --out and {name}, which is read, lie in each other; choose another --out")

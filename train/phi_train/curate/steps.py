@@ -107,11 +107,11 @@ def _forests(checkpoint: str, *models: str) -> Callable[[str], list[float]]:
 
     from phi_train.curate.classifier import fingerprint
     from phi_train.curate.embed import Embedder
-    from phi_train.curate.forest import load_forest
+    from phi_train.curate.forest import embedded_length, load_forest
 
     torch.set_num_threads(1)  # there is a process for each core
     forests = [load_forest(Path(m)) for m in models]
-    length = int(forests[0].embedder.split(" ")[0])
+    length = embedded_length(forests[0])
     embed, wanted = Embedder(Path(checkpoint), length), fingerprint(Path(checkpoint), length)
     for name, forest in zip(models, forests, strict=True):
         if forest.embedder != wanted:

@@ -1,6 +1,7 @@
 """What asking a teacher may cost."""
 
 from dataclasses import dataclass
+from math import isfinite
 
 from phi_runtime.errors import UsageError
 
@@ -23,6 +24,10 @@ class Budget:
     def __init__(
         self, tokens: int | None = None, dollars: float | None = None, prices: tuple[float, float] = (0.0, 0.0)
     ) -> None:
+        if not all(isfinite(p) and p >= 0 for p in prices):
+            raise UsageError("prices are dollars per million tokens, 0 or more; correct --prices")
+        if dollars is not None and not (isfinite(dollars) and dollars > 0):
+            raise UsageError("a budget in dollars is more than 0; correct --budget-dollars")
         if dollars is not None and not any(prices):
             raise UsageError("a budget in dollars needs the prices per million tokens; give --prices IN,OUT")
         self._tokens, self._dollars, self._prices = tokens, dollars, prices

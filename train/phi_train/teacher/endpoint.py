@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import socket
 import threading
 import time
 import urllib.error
@@ -12,12 +13,16 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
+import msgspec
+
+from phi_runtime.contract import StrictContract, convert
 from phi_runtime.errors import PhiError, UsageError
 from phi_train.teacher.budget import Budget, Usage
 from phi_train.teacher.cache import RequestCache
@@ -26,6 +31,7 @@ _MOST_BYTES = 16 << 20  # of an answer
 _FATAL = (401, 402, 403, 404, 405)  # and redirections: no request would fare better
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _LONGEST_WAIT = 60.0  # seconds between two attempts
+_Tokens = Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
 _FAILURES = 8  # requests in a row, after which the endpoint is given up
 
 
@@ -69,8 +75,7 @@ class Endpoint:
         seconds: float = 300.0,
         key: str | None = None,
     ) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not _is_address(url):
             raise UsageError(f"--teacher {url}: is no address; give such as http://127.0.0.1:8080/v1")
         self.name = model
         self.budget = budget or Budget()
@@ -83,8 +88,12 @@ class Endpoint:
         self._failures = 0  # requests in a row
         self._stopped = threading.Event()
         self.cached = 0
-        for kept in self._cache.values():
-            self.budget.spend(Usage(*kept["usage"]))
+        try:
+            for kept in self._cache.values():
+                self.budget.spend(_checked(kept, cache)[1])
+        except UsageError:
+            self._cache.close()
+            raise
 
     def replies(self, requests: Iterable[Request]) -> Iterator[Reply]:
         """In the order of the requests. Raises TeacherError, and UsageError where the budget is spent."""
@@ -138,7 +147,7 @@ class Endpoint:
             kept = self._cache.get(body)
             if kept is not None:
                 self.cached += 1
-                return Reply(kept["text"], kept["finish"])
+                return _checked(kept, self._cache.path)[0]
         raw, most = json.dumps(body).encode(), Usage(len(request.prompt.encode()) + 64, request.max_tokens)
         why = ""
         for attempt in range(self._attempts):
@@ -154,11 +163,11 @@ class Endpoint:
                     raise TeacherError(f"{self._url}: {e}; correct --teacher, --model or the key") from None
                 if e.status not in _RETRIED:
                     break  # of this request alone, such as a prompt that is too long
-                self._stopped.wait(min(_LONGEST_WAIT, max(e.seconds, 0.5 * 2**attempt)))
+                self._wait(attempt, e.seconds)
             except (OSError, http.client.HTTPException, ValueError) as e:
                 used = Usage(0, 0) if isinstance(e, ConnectionRefusedError) else most  # what it cost is not known
                 why = str(e) or type(e).__name__
-                self._stopped.wait(min(_LONGEST_WAIT, 0.5 * 2**attempt))
+                self._wait(attempt)
             else:
                 reply = {"text": text, "finish": finish, "usage": [used.prompt, used.completion]}
                 with self._lock:
@@ -182,6 +191,11 @@ class Endpoint:
                 )
         return Reply(" ".join(why.split())[:200], "failed")
 
+    def _wait(self, attempt: int, least: float = 0.0) -> None:
+        """Before the next attempt, if there is one."""
+        if attempt + 1 < self._attempts:
+            self._stopped.wait(min(_LONGEST_WAIT, max(least, 0.5 * 2**attempt)))
+
     def _reserve(self, most: Usage) -> None:
         """What is reserved beside it may turn out to be less: only when nothing is under way is a budget spent."""
         with self._lock:
@@ -203,7 +217,16 @@ class Endpoint:
         end = time.monotonic() + self._seconds
         request = urllib.request.Request(self._url, raw, headers)  # noqa: S310, its scheme was checked
         try:
-            with _OPENER.open(request, timeout=self._seconds) as response:
+            with _deadline(self._seconds) as opener:
+                return self._answer(opener, request, end)
+        except (OSError, http.client.HTTPException, ValueError):
+            if time.monotonic() > end:
+                raise TimeoutError("its answer did not end in time") from None
+            raise
+
+    def _answer(self, opener: urllib.request.OpenerDirector, request: urllib.request.Request, end: float) -> bytes:
+        try:
+            with opener.open(request, timeout=self._seconds) as response:
                 return _read(response, end)
         except urllib.error.HTTPError as e:
             with e:
@@ -240,7 +263,67 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-_OPENER = urllib.request.build_opener(_NoRedirect)
+@contextmanager
+def _deadline(seconds: float) -> Iterator[urllib.request.OpenerDirector]:
+    """An opener whose connections are shut after so many seconds, however slowly something arrives."""
+    sockets: list[socket.socket] = []
+
+    def shut() -> None:
+        for s in sockets:
+            with suppress(OSError):
+                s.shutdown(socket.SHUT_RDWR)
+
+    class Connection(http.client.HTTPConnection):
+        def connect(self) -> None:
+            super().connect()
+            sockets.append(self.sock)
+
+    class SecureConnection(http.client.HTTPSConnection):
+        def connect(self) -> None:
+            super().connect()
+            sockets.append(self.sock)
+
+    class Http(urllib.request.HTTPHandler):
+        def http_open(self, req: urllib.request.Request) -> Any:
+            return self.do_open(Connection, req)
+
+    class Https(urllib.request.HTTPSHandler):
+        def https_open(self, req: urllib.request.Request) -> Any:
+            return self.do_open(SecureConnection, req)
+
+    timer = threading.Timer(seconds, shut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield urllib.request.build_opener(_NoRedirect, Http, Https)
+    finally:
+        timer.cancel()
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    plain = url.isascii() and url.isprintable() and " " not in url
+    return plain and parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
+
+
+class _Kept(StrictContract, frozen=True):
+    """A line of the cache."""
+
+    text: str
+    finish: Literal["stop", "length", "failed"]
+    usage: tuple[_Tokens, _Tokens]
+
+
+def _checked(kept: object, cache: Path) -> tuple[Reply, Usage]:
+    try:
+        found = convert(kept, _Kept)
+    except ValueError as e:
+        raise UsageError(f"{cache}: holds something else than replies ({e}); remove it") from None
+    return Reply(found.text, found.finish), Usage(*found.usage)
 
 
 def _read(response: Any, end: float) -> bytes:
@@ -287,5 +370,6 @@ def _error(raw: bytes) -> str:
         said = said["message"] if isinstance(said, dict) else said
     except (ValueError, KeyError, TypeError, RecursionError):
         said = raw.decode(errors="replace")
-    said = " ".join(str(said).split())[:200]
+    said = "".join(c if c.isprintable() else " " for c in str(said))
+    said = " ".join(said.split())[:200]
     return f" ({said})" if said else ""

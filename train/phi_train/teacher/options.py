@@ -11,6 +11,8 @@ from phi_train.teacher.budget import Budget
 if TYPE_CHECKING:
     from phi_train.teacher.endpoint import Endpoint
 
+_LONGEST = 86_400  # seconds for a reply
+
 
 def add_teacher(p: argparse.ArgumentParser, or_else: str = "", required: bool = False) -> None:
     """What names an endpoint, and what it may cost."""
@@ -37,6 +39,8 @@ def open_teacher(args: argparse.Namespace, cache: Path) -> "Endpoint":
 
     if not args.model:
         raise UsageError(f"--teacher {args.teacher}: names no model; give --model NAME")
+    if args.seconds > _LONGEST:
+        raise UsageError(f"--seconds {args.seconds}: is more than a day ({_LONGEST}); give less")
     prices = (0.0, 0.0)
     if args.prices is not None:
         try:
