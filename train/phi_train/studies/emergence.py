@@ -49,7 +49,8 @@ class Emergence(Study):
         steps = {"smoke": 6, "demo": 600}[scale]
         sizes = ((16, 2), (32, 2), (64, 1), (64, 2), (128, 1), (128, 2))
         return tuple(
-            Arm(f"d{w}-L{n}", small_recipe(f"d{w}-L{n}", _VOCABULARY, w, n, _LENGTH, steps, _BATCH)) for w, n in sizes
+            Arm(f"d{w}-L{n}", small_recipe(f"d{w}-L{n}", _VOCABULARY, w, n, _LENGTH, steps, _BATCH, tinystories=True))
+            for w, n in sizes
         )
 
     def make_data(self, scale: Scale, seed: int, folder: Path) -> None:

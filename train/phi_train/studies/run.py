@@ -25,7 +25,7 @@ from phi_train.studies.result import ArmResult, StudyResult, judge
 from phi_train.studies.study import Arm, Scale, Study
 
 SETTINGS, RESULT = "study.json", "result.json"
-_STEP_FLOPS = 2e8  # what the step of a model of no size takes, as operations
+_STEP_FLOPS = 8e8  # what the step of a model of no size takes, as operations
 
 # Told: what happens, and the share of all work that is done.
 Progress = Callable[[str, float], None]
@@ -228,6 +228,7 @@ def _worker(log: Path) -> "Iterator[subprocess.Popen[str]]":
     assert process.stdin is not None and process.stdout is not None
     try:
         yield process
+        process.stdin.write("null\n")
         process.stdin.close()
         process.wait(30)
     finally:

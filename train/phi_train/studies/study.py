@@ -2,12 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from phi_runtime.architecture.config import Phi3Config
+from phi_runtime.architecture.config import AnyConfig, Phi3Config
 from phi_train.recipes.config import Data, Optimizer, Parallelism, Recipe, Schedule
+from phi_train.recipes.published import tinystories as published_tinystories
 
 Scale = Literal["smoke", "demo"]
 
@@ -85,17 +86,30 @@ def small_recipe(
     batch_size: int = 64,
     lr: float = 2e-3,
     shards: str = "shards",
+    tinystories: bool = False,
 ) -> Recipe:
-    """A Phi-3 of `width` and `layers`, heads of 16 dimensions, on sequences of `length` tokens. Sizes are ours."""
-    return Recipe(
-        name=name,
-        model=Phi3Config(
+    """A Phi-3 of `width` and `layers`, or a model of TinyStories' architecture, heads of 16 dimensions, on sequences of
+    `length` tokens. Sizes are ours.
+    """
+    heads = max(1, width // 16)
+    model: AnyConfig
+    if tinystories:
+        model = replace(
+            published_tinystories(width, layers),
+            vocab_size=vocab_size,
+            num_heads=heads,
+            max_position_embeddings=length,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    else:
+        model = Phi3Config(
             vocab_size=vocab_size,
             hidden_size=width,
             intermediate_size=4 * width,
             num_hidden_layers=layers,
-            num_attention_heads=max(1, width // 16),
-            num_key_value_heads=max(1, width // 16),
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
             max_position_embeddings=length,
             rms_norm_eps=1e-5,
             rope_theta=10000.0,
@@ -103,7 +117,10 @@ def small_recipe(
             bos_token_id=None,
             eos_token_id=None,
             pad_token_id=None,
-        ),
+        )
+    return Recipe(
+        name=name,
+        model=model,
         data=Data(batch_size=batch_size, sequence_length=length, shards=shards, eval_windows=64),
         optimizer=Optimizer(lr=lr, weight_decay=0.1),
         schedule=Schedule(steps=steps, warmup_steps=min(50, steps // 10), final_lr=lr / 10),

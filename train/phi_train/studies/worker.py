@@ -1,12 +1,14 @@
-"""A process that trains arms of studies, one after the other, each on one core: `python -m phi_train.studies.worker`.
+"""A process that trains arms of studies on one core, one after the other: `python -m phi_train.studies.worker`.
 
-Reads a job per line of stdin and writes lines of what happens to stdout, both JSON. Training begins with imports of
-seconds, so a process is not started for each arm.
+Reads a job per line of stdin, null at the end, and writes lines of what happens to stdout, all JSON. Training begins
+with imports of seconds, so a process is not started for each arm.
 """
 
 import json
 import os
+import queue
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,25 @@ def main() -> None:
     def say(line: dict[str, Any]) -> None:
         said.write(json.dumps(line) + "\n")
 
-    for line in sys.stdin:
-        job = json.loads(line)
+    jobs: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(jobs,), daemon=True).start()
+    while (job := jobs.get()) is not None:
         try:
             say({"result": json.loads(encode(run_arm(job, say)))})
         except PhiError as e:
             say({"error": str(e)})
     leave()
+
+
+def _read(jobs: "queue.SimpleQueue[dict[str, Any] | None]") -> None:
+    """Jobs from stdin. Where it ends with a job under way the parent is gone: another run may begin at any time."""
+    for line in sys.stdin:
+        job = json.loads(line)
+        if job is None:
+            jobs.put(None)
+            return
+        jobs.put(job)
+    os._exit(1)
 
 
 def run_arm(job: dict[str, Any], say: Any) -> ArmResult:
