@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support import run
+from support import run, run_here
 
 from phi_runtime.architecture.config import num_parameters
 from phi_runtime.errors import UsageError
@@ -107,6 +107,15 @@ def test_the_command():
     assert "ZeRO 3, fits" in done.stdout and "our choice" in done.stdout
     done = run("phi-train", "plan", "phi22", "--gpus", "96", "--gpu", "a100-80g")
     assert done.returncode == 2 and "did you mean phi2" in done.stderr
+
+
+def test_the_cost_of_a_plan():
+    command = ("phi-train", "plan", "phi2", "--gpus", "96", "--gpu", "a100-80g", "--utilisation", "0.5")
+    done = run_here(*command, "--price", "2")
+    days = plan(get_recipe("phi2", []), 96, "a100-80g", utilisation=0.5).days
+    hours = 96 * 24 * days
+    assert f"{hours:,.0f} GPU hours at 2: {2 * hours:,.0f}" in done.stdout
+    assert run_here(*command, "--price", "nan").returncode == 2
 
 
 def test_pairs_and_what_they_are_compared_with_take_memory():

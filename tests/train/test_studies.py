@@ -109,7 +109,9 @@ def test_the_measure_of_emergence_tells_right_from_wrong():
 
 def test_the_measure_of_exercises_runs_what_is_written():
     seen, unseen = exercises._rows(0)
-    assert not set(seen) & set(unseen)
+    assert not set(seen) & set(unseen) and len(seen) > 1000
+    assert exercises._takes_all(("double", "cube", "shift"))
+    assert not exercises._takes_all(("raise", "lower", "square"))  # squaring alone does the same
     rows = [*unseen[:20], ("double", "cube", "shift")]
     gold = [exercises._exercise(r)[1] for r in rows]
     assert exercises._passed(rows, gold) == 1.0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from phi_runtime.backends.waiting import TORCH, spin_briefly
 from phi_runtime.cli import parser, positive, run
-from phi_runtime.errors import NotFoundError, missing_extra
+from phi_runtime.errors import NotFoundError, UsageError, missing_extra
 
 if TYPE_CHECKING:
     from phi_train.trainer.loop import Progress
@@ -138,8 +138,11 @@ def _plan(argv: list[str]) -> None:
     p.add_argument(
         "--utilisation", type=float, default=0.4, help="share of the GPUs' peak that is assumed (%(default)s)"
     )
+    p.add_argument("--price", type=float, metavar="X", help="of a GPU's hour; the cost is said in the same currency")
     _settings(p)
     args = p.parse_args(argv)
+    if args.price is not None and not 0 <= args.price < 1e6:
+        raise UsageError(f"--price {args.price}: should be from 0 to a million")
     from phi_train.recipes.catalogue import get_recipe
     from phi_train.recipes.estimate import GPUS, REPORTED, plan
 
@@ -151,6 +154,9 @@ def _plan(argv: list[str]) -> None:
     )
     print(f"{found.flops:.3g} floating-point operations, attention included")
     print(f"{found.gpus} x {found.gpu} at {100 * found.utilisation:.0f} % of their peak: {found.days:.2f} days")
+    if args.price is not None:
+        hours = found.gpus * found.days * 24
+        print(f"{hours:,.0f} GPU hours at {args.price:g}: {hours * args.price:,.0f}")
     if (report := REPORTED.get(r.name)) is not None:
         peak = report.gpus * GPUS[report.gpu].flops * report.days * 86400
         print(

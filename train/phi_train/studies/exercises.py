@@ -17,12 +17,12 @@ from phi_train.studies.texts import words_in, write_texts, write_tokenizer
 _OPERATIONS = {
     "double": "x = x * 2", "triple": "x = x * 3", "halve": "x = x // 2", "negate": "x = - x", "square": "x = x * x",
     "increase": "x = x + 1", "decrease": "x = x - 1", "raise": "x = x + 5", "lower": "x = x - 5",
-    "clear": "x = x - x", "parity": "x = x % 2", "digit": "x = x % 9", "cube": "x = x * x * x",
+    "advance": "x = x + 3", "remainder": "x = x % 7", "digit": "x = x % 9", "cube": "x = x * x * x",
     "scale": "x = x * 7", "third": "x = x // 3", "shift": "x = x + 8",
 }  # fmt: skip
 _ONLY_IN_TEXTBOOKS = ("cube", "scale", "third", "shift")
 _EXERCISED = tuple(o for o in _OPERATIONS if o not in _ONLY_IN_TEXTBOOKS)
-_TRIED = (0, 1, -3, 4, 17)
+_TRIED = (0, 1, -3, 4, 17, 50)
 _LENGTH, _BATCH = 64, 32
 _WAYS = (
     "to {o} a number , write {c} .", "the code {c} will {o} x .", "we {o} x by {c} .", "how do we {o} x ? with {c} .",
@@ -72,10 +72,12 @@ class _Taught(Study):
         draw = Random(f"asked {seed}")  # noqa: S311
         _, unseen = _rows(seed)
         chosen = draw.sample(unseen, count)
-        new = [list(row) for row in draw.sample(unseen, count)]
-        for row in new:
-            row[draw.randrange(3)] = draw.choice(_ONLY_IN_TEXTBOOKS)
-        beyond = [tuple(row) for row in new]
+        beyond: list[_Row] = []
+        while len(beyond) < count:
+            new = list(draw.choice(unseen))
+            new[draw.randrange(3)] = draw.choice(_ONLY_IN_TEXTBOOKS)
+            if _takes_all(tuple(new)):
+                beyond.append(tuple(new))
         longest = 3 * 8
         return {
             "pass@1": _passed(chosen, student.says([_exercise(r)[0] for r in chosen], longest)),
@@ -117,7 +119,7 @@ _Row = tuple[str, ...]
 
 def _rows(seed: int) -> tuple[list[_Row], list[_Row]]:
     """Rows of three exercised operations: those of the exercises, and a quarter that is left out."""
-    rows = list(product(_EXERCISED, repeat=3))
+    rows = [row for row in product(_EXERCISED, repeat=3) if _takes_all(row)]
     Random(f"rows {seed}").shuffle(rows)  # noqa: S311
     return rows[len(rows) // 4 :], rows[: len(rows) // 4]
 
@@ -131,20 +133,32 @@ def _passed(rows: list[_Row], said: list[str]) -> float:
     """The share of programs that do what was asked for some numbers."""
     jobs = []
     for row, code in zip(rows, said, strict=True):
-        wanted = []
-        for x in _TRIED:
-            for o in row:
-                x = _apply(o, x)
-            wanted.append(x)
+        wanted = _values(row)
         tests = f"def check(candidate):\n    assert [candidate(x) for x in {_TRIED}] == {wanted}\n"
         jobs.append(Job(f"def f(x):\n    {code}\n    return x\n", "f", tests))
     return sum(o.kind == "passed" for o in run_all(jobs, workers=1)) / len(jobs)
 
 
+def _values(row: _Row) -> list[int]:
+    """What a row of operations makes of the numbers that are tried."""
+    found = []
+    for x in _TRIED:
+        for o in row:
+            x = _apply(o, x)
+        found.append(x)
+    return found
+
+
+def _takes_all(row: _Row) -> bool:
+    """Whether no part of a row does the same: half a program would pass."""
+    parts = [tuple(o for n, o in enumerate(row) if kept >> n & 1) for kept in range(2 ** len(row) - 1)]
+    return _values(row) not in map(_values, parts)
+
+
 def _apply(operation: str, x: int) -> int:
     return {
         "double": x * 2, "triple": x * 3, "halve": x // 2, "negate": -x, "square": x * x, "increase": x + 1,
-        "decrease": x - 1, "raise": x + 5, "lower": x - 5, "clear": 0, "parity": x % 2, "digit": x % 9,
+        "decrease": x - 1, "raise": x + 5, "lower": x - 5, "advance": x + 3, "remainder": x % 7, "digit": x % 9,
         "cube": x**3, "scale": x * 7, "third": x // 3, "shift": x + 8,
     }[operation]  # fmt: skip
 
