@@ -64,11 +64,16 @@ class DataOptimal(Study):
 
     def measure(self, scale: Scale, seed: int, data: Path, checkpoint: Path) -> dict[str, float]:
         """See `Study`."""
-        draw = Random(f"asked {seed}")  # noqa: S311
-        pairs = [sort(draw) for _ in range(50 if scale == "smoke" else 1000)]
-        student = Student(checkpoint)
-        others = [(question, answer) for (question, _), (_, answer) in zip(pairs, [*pairs[1:], pairs[0]], strict=True)]
-        return {"reasoning": student.accuracy(pairs), "shuffled answers": student.accuracy(others)}
+        return sorting(scale, seed, checkpoint)
+
+
+def sorting(scale: Scale, seed: int, checkpoint: Path) -> dict[str, float]:
+    """How many letters' orders a model gives, and how many where answers and questions are mixed up."""
+    draw = Random(f"asked {seed}")  # noqa: S311
+    pairs = [sort(draw) for _ in range(50 if scale == "smoke" else 1000)]
+    student = Student(checkpoint)
+    others = [(question, answer) for (question, _), (_, answer) in zip(pairs, [*pairs[1:], pairs[0]], strict=True)]
+    return {"reasoning": student.accuracy(pairs), "shuffled answers": student.accuracy(others)}
 
 
 def write_vocabulary(folder: Path) -> None:

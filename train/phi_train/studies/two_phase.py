@@ -8,8 +8,7 @@ from pathlib import Path
 from random import Random
 
 from phi_train.recipes.config import vary
-from phi_train.studies.answers import Student
-from phi_train.studies.data_optimal import BATCH, LINE, LINES, VOCABULARY, fact, sort, write_vocabulary
+from phi_train.studies.data_optimal import BATCH, LINE, LINES, VOCABULARY, fact, sort, sorting, write_vocabulary
 from phi_train.studies.study import Arm, Comparison, Control, Scale, Study, small_recipe
 from phi_train.studies.texts import shuffled, write_texts
 
@@ -61,8 +60,4 @@ class TwoPhase(Study):
 
     def measure(self, scale: Scale, seed: int, data: Path, checkpoint: Path) -> dict[str, float]:
         """See `Study`."""
-        draw = Random(f"asked {seed}")  # noqa: S311
-        pairs = [sort(draw) for _ in range(50 if scale == "smoke" else 1000)]
-        student = Student(checkpoint)
-        others = [(question, answer) for (question, _), (_, answer) in zip(pairs, [*pairs[1:], pairs[0]], strict=True)]
-        return {"reasoning": student.accuracy(pairs), "shuffled answers": student.accuracy(others)}
+        return sorting(scale, seed, checkpoint)
