@@ -10,7 +10,8 @@ import pytest
 from support import run_here
 
 from phi_bench.evaluate import code
-from phi_bench.evaluate.code_tasks import Problem, first_function, in_block, mean_and_error, pass_at_k, read_task
+from phi_bench.evaluate.code_problem import Problem, first_function, in_block
+from phi_bench.evaluate.code_tasks import mean_and_error, pass_at_k, read_task
 from phi_runtime.contract import encode, read_record
 from phi_runtime.errors import BenchmarkError, NotFoundError
 from phi_train.curate.report import ProblemReport, Report

