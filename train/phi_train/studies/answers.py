@@ -43,7 +43,7 @@ class Student:
         said = []
         for start in range(0, len(rows), _AT_A_TIME):
             part = rows[start : start + _AT_A_TIME]
-            said += continuations(self.model, part, new, self.context, self.stops, choose=_drawn)
+            said += continuations(self.model, part, new, self.context, self.stops, choose=drawn)
         return [self.tokenizer.decode(tokens) for tokens in said]
 
     @torch.inference_mode()
@@ -64,5 +64,6 @@ class Student:
         return sum(s == answer for s, (_, answer) in zip(said, pairs, strict=True)) / len(pairs)
 
 
-def _drawn(logits: Tensor) -> Tensor:
+def drawn(logits: Tensor) -> Tensor:
+    """A token for each row at temperature 1, by torch's seed."""
     return torch.multinomial(logits.softmax(-1), 1)[:, 0]

@@ -7,9 +7,11 @@ from phi_train.studies.emergence import Emergence
 from phi_train.studies.exercises import Exercises, Textbooks
 from phi_train.studies.filter import Filter
 from phi_train.studies.longrope import LongRopeStudy
+from phi_train.studies.preferences import Preferences
 from phi_train.studies.study import Study
 from phi_train.studies.transfer import Transfer
 from phi_train.studies.two_phase import TwoPhase
+from phi_train.studies.web_arms import WebArms
 from phi_train.studies.width_depth import WidthDepth
 
 STUDIES: dict[str, Study] = {
@@ -20,9 +22,11 @@ STUDIES: dict[str, Study] = {
         Filter(),
         Textbooks(),
         Exercises(),
+        WebArms(),
         Transfer(),
         TwoPhase(),
         DataOptimal(),
+        Preferences(),
         LongRopeStudy(),
     )
 }
