@@ -15,7 +15,7 @@ from phi_train.studies import emergence, exercises
 from phi_train.studies.catalogue import STUDIES, get_study
 from phi_train.studies.report import write_overview, write_report
 from phi_train.studies.result import ArmResult, judge
-from phi_train.studies.study import Comparison, Control
+from phi_train.studies.study import Comparison, Control, block_parameters, small_recipe
 from phi_train.studies.width_depth import WidthDepth
 from phi_train.synthesize.overlap import Nearest
 from phi_train.synthesize.story_judge import SimulatorJudge, sentences
@@ -74,6 +74,14 @@ def test_every_study_names_its_arms():
                 assert {c.more, c.less} <= set(names), (study.name, c)
             assert {c.arm for c in study.controls} <= set(names)
         assert study.controls and study.would_show and any(c.of_claim for c in study.comparisons)
+
+
+@pytest.mark.parametrize(("tinystories", "least"), [(True, 12 * 64 * 64), (False, 16 * 64 * 64)])
+def test_block_parameters_do_not_count_the_vocabulary(tinystories, least):
+    counts = {
+        block_parameters(small_recipe("x", rows, 64, 1, 32, 9, tinystories=tinystories).model) for rows in (300, 900)
+    }
+    assert len(counts) == 1 and least <= counts.pop() < least + 5000
 
 
 def test_a_study_that_does_not_exist(tmp_path):

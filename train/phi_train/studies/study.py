@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from phi_runtime.architecture.config import AnyConfig, Phi3Config
+from phi_runtime.architecture.config import AnyConfig, Phi3Config, num_parameters
 from phi_train.recipes.config import Data, Optimizer, Parallelism, Recipe, Schedule
 from phi_train.recipes.published import tinystories as published_tinystories
 
@@ -74,6 +74,12 @@ class Study(ABC):
     @abstractmethod
     def measure(self, scale: Scale, seed: int, data: Path, checkpoint: Path) -> dict[str, float]:
         """Metrics of a trained arm, the same ones of each."""
+
+
+def block_parameters(config: AnyConfig) -> int:
+    """Without the rows of the embedding and of the head, where it has its own."""
+    d = config.decoder()
+    return num_parameters(config) - d.vocab_size * d.hidden_size * (1 if d.tied else 2)
 
 
 def small_recipe(

@@ -20,7 +20,7 @@ from phi_runtime.errors import PhiError
 from phi_train.recipes.config import Recipe, vary
 from phi_train.studies.catalogue import get_study
 from phi_train.studies.result import ArmResult
-from phi_train.studies.study import Arm
+from phi_train.studies.study import Arm, block_parameters
 from phi_train.trainer.engine import leave
 from phi_train.trainer.loop import train
 
@@ -65,13 +65,11 @@ def run_arm(job: dict[str, Any], say: Any) -> ArmResult:
     # The same draws whatever was trained in this process before.
     torch.manual_seed(job["seed"])
     metrics = study.measure(job["scale"], job["seed"], data, out)
-    embedding = recipe.model.vocab_size * recipe.model.hidden_size
-    tied = getattr(recipe.model, "tie_word_embeddings", False)
     return ArmResult(
         arm=arm.name,
         seed=job["seed"],
         parameters=summary.parameters,
-        block_parameters=summary.parameters - embedding * (1 if tied else 2),
+        block_parameters=block_parameters(recipe.model),
         steps=summary.steps,
         tokens=summary.tokens,
         seconds=summary.seconds,
