@@ -89,7 +89,7 @@ def load_forest(path: Path) -> Forest:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in _ARRAYS}
             embedder, size = stored["embedder"].tobytes().decode(), int(stored["size"])
-        _length(embedder)
+        embedded_length(embedder)
     except FileNotFoundError:
         raise NotFoundError(f"{path}: no such file; train it with phi-train data classifier") from None
     except (*_DAMAGED, zipfile.BadZipFile, zlib.error) as e:
@@ -102,12 +102,8 @@ def load_forest(path: Path) -> Forest:
     return Forest(**arrays, embedder=embedder, size=size)
 
 
-def embedded_length(forest: Forest) -> int:
-    """Tokens of a document that its embeddings are of."""
-    return _length(forest.embedder)
-
-
-def _length(embedder: str) -> int:
+def embedded_length(embedder: str) -> int:
+    """Tokens of a document that a forest's embeddings are of. Raises ValueError."""
     return int(embedder.split(" ")[0])
 
 

@@ -111,7 +111,7 @@ def _forests(checkpoint: str, *models: str) -> Callable[[str], list[float]]:
 
     torch.set_num_threads(1)  # there is a process for each core
     forests = [load_forest(Path(m)) for m in models]
-    length = embedded_length(forests[0])
+    length = embedded_length(forests[0].embedder)
     embed, wanted = Embedder(Path(checkpoint), length), fingerprint(Path(checkpoint), length)
     for name, forest in zip(models, forests, strict=True):
         if forest.embedder != wanted:

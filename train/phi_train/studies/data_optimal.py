@@ -14,6 +14,7 @@ from phi_train.studies.study import Arm, Comparison, Control, Scale, Study, smal
 from phi_train.studies.texts import shuffled, write_texts, write_tokenizer
 
 _SYLLABLES = [c + v for c in "bdfgklmnprstvwz" for v in "aeiou"]
+_STEPS: dict[Scale, int] = {"smoke": 20, "demo": 800}
 VOCABULARY = 512  # at least
 LINE, LINES, BATCH = 15, 4, 64  # tokens, lines of a sequence, sequences of a step
 _SHARE = 4  # of so many lines one is reasoning, where there are facts
@@ -37,7 +38,7 @@ class DataOptimal(Study):
 
     def arms(self, scale: Scale) -> tuple[Arm, ...]:
         """See `Study`."""
-        steps = {"smoke": 20, "demo": 800}[scale]
+        steps = _STEPS[scale]
 
         def arm(name: str, width: int, shards: str, steps: int) -> Arm:
             r = small_recipe(name, VOCABULARY, width, 2, LINE * LINES, steps, BATCH, shards=shards)
@@ -54,7 +55,7 @@ class DataOptimal(Study):
     def make_data(self, scale: Scale, seed: int, folder: Path) -> None:
         """See `Study`."""
         write_vocabulary(folder)
-        lines = {"smoke": 20, "demo": 800}[scale] * BATCH * LINES
+        lines = _STEPS[scale] * BATCH * LINES
         draw = Random(f"data-optimal {seed}")  # noqa: S311
         sorts = [" ".join(sort(draw)) for _ in range(lines)]
         facts = [fact(draw) for _ in range(lines * (_SHARE - 1))]

@@ -21,7 +21,7 @@ class LongRopeStudy(Study):
     name = "longrope"
     claim = "Searched factors extend the context eight times better than YaRN's, PI's or none, and keep the short one."
     source = "LongRoPE, arXiv:2402.13753; phi-3, arXiv:2404.14219"
-    stand_in = "0.3 M parameters, 128 tokens to 1,024, code of Python's standard library, a tenth of a percent of steps"
+    stand_in = "0.3 M parameters, 128 tokens to 1,024, code of Python's standard library"
     would_show = "a model that has learnt to look far back, which takes more parameters and longer texts"
     comparisons = (
         *(Comparison("far", "searched", m) for m in METHODS if m != "searched"),

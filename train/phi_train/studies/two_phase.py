@@ -13,6 +13,7 @@ from phi_train.studies.study import Arm, Comparison, Control, Scale, Study, smal
 from phi_train.studies.texts import shuffled, write_texts
 
 _WEB_SORTS = 0.1  # share of web text that is reasoning
+_STEPS: dict[Scale, int] = {"smoke": 20, "demo": 1600}
 _SECOND = 0.25  # share of all steps
 
 
@@ -32,7 +33,7 @@ class TwoPhase(Study):
 
     def arms(self, scale: Scale) -> tuple[Arm, ...]:
         """See `Study`."""
-        steps = {"smoke": 20, "demo": 1600}[scale]
+        steps = _STEPS[scale]
         second = round(steps * _SECOND)
 
         def arm(name: str, first: str, then: str | None, begins: int) -> Arm:
@@ -48,8 +49,7 @@ class TwoPhase(Study):
     def make_data(self, scale: Scale, seed: int, folder: Path) -> None:
         """See `Study`."""
         write_vocabulary(folder)
-        steps = {"smoke": 20, "demo": 1600}[scale]
-        lines = steps * BATCH * LINES
+        lines = _STEPS[scale] * BATCH * LINES
         draw = Random(f"two-phase {seed}")  # noqa: S311
         second = round(lines * _SECOND)
         web = [" ".join(sort(draw)) if draw.random() < _WEB_SORTS else fact(draw) for _ in range(lines - second)]
