@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from phi_train.models import build, fused, head
 from phi_train.models.fused import causal_attention, rms_norm, rotate_pairs, swiglu, token_losses
+from phi_train.recipes.catalogue import get_recipe
 
 DRAW = torch.Generator().manual_seed(0)
 
@@ -65,6 +67,39 @@ def test_values_and_gradients(name, dtype, most):
         assert one.dtype == other.dtype
         assert (one.float() - other.float()).abs().max() < most * max(1, float(other.abs().max()))
     assert all(torch.equal(x, y) for x, y in zip(inputs, kept, strict=True))  # what they were given stays as it was
+
+
+@pytest.mark.parametrize("name", ["norm", "swiglu", "rotation of a part"])
+def test_what_a_gpu_takes_instead(name, monkeypatch):
+    """The same values, and nothing goes through rows."""
+    ours, plain, shapes = CASES[name]
+    inputs = [drawn(*shape) for shape in shapes]
+    here = ours(*inputs)
+    monkeypatch.setattr(fused, "_on_processor", lambda x: False)
+    for function in (fused._RmsNorm, fused._SwiGlu, fused._Rotate):
+        monkeypatch.setattr(function, "apply", None)
+    found = ours(*inputs)
+    assert (found - here).abs().max() < 3e-6 and (here - plain(*inputs)).abs().max() < 3e-6
+
+
+@pytest.mark.parametrize("recipe", ["phi1-demo", "phi3-demo", "phi3-small-8k-demo", "tinystories-1m-demo"])
+def test_losses_in_parts_are_those_of_all_logits(recipe, monkeypatch):
+    torch.manual_seed(0)
+    model = build(get_recipe(recipe, []).model)
+    tokens = torch.randint(0, 99, (2, 21), generator=DRAW)
+    labels = tokens.roll(-1, 1)
+    found = []
+    for most in (1 << 28, 5 * model.config.vocab_size):
+        monkeypatch.setattr(head, "MOST", most)
+        model.zero_grad()
+        losses = model(tokens, None, labels)
+        losses[:, :-1].sum().backward()
+        found.append((losses.detach(), [p.grad.clone() for p in model.parameters()]))
+    expected = functional.cross_entropy(model(tokens).transpose(1, 2), labels, reduction="none")
+    for losses, _ in found:
+        assert (losses - expected).abs().max() < 1e-6 * expected.max()
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert (one - other).abs().max() <= 1e-5 * max(1, float(one.abs().max()))
 
 
 def test_losses_without_gradients_keep_nothing():

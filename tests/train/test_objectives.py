@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from phi_export.quantize.uniform import dequantize_rows, round_rows
 from phi_runtime.errors import UsageError
@@ -24,7 +25,15 @@ def tokens(*shape):
 def table(seed):
     """A model that knows bigrams alone."""
     weights = torch.randn(9, 9, generator=torch.Generator().manual_seed(seed), requires_grad=True)
-    return lambda read, documents: weights[read]
+
+    def model(read, documents, labels=None):
+        return (
+            weights[read]
+            if labels is None
+            else functional.cross_entropy(weights[read].transpose(1, 2), labels, reduction="none")
+        )
+
+    return model
 
 
 def by_hand(model, text, learned):

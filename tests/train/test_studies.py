@@ -6,16 +6,22 @@ import signal
 import subprocess
 import time
 
+import numpy as np
 import pytest
+import torch
 from support import SCRIPTS, run, run_here
 
 from phi_runtime.errors import UsageError
+from phi_train.checkpoints.write import write_checkpoint
 from phi_train.curate.rubric import rubric
-from phi_train.studies import emergence, exercises
+from phi_train.models import build
+from phi_train.studies import emergence, exercises, roles
+from phi_train.studies.answers import Student
 from phi_train.studies.catalogue import STUDIES, get_study
 from phi_train.studies.report import write_overview, write_report
 from phi_train.studies.result import ArmResult, judge
 from phi_train.studies.study import Comparison, Control, block_parameters, small_recipe
+from phi_train.studies.texts import write_tokenizer
 from phi_train.studies.width_depth import WidthDepth
 from phi_train.synthesize.overlap import Nearest
 from phi_train.synthesize.story_judge import SimulatorJudge, sentences
@@ -132,6 +138,49 @@ def test_the_filter_keeps_what_explains():
     bare = "def f(a, b):\n    return a + b\n"
     said = 'def add(first, second):\n    """The sum of both numbers."""\n    # Plain.\n    return first + second\n'
     assert rubric(said) > rubric(bare)
+
+
+def test_heads_and_neurons_by_what_they_look_at(tmp_path):
+    """Attention of our own making gets the role that it has; that which is read from a model is what the model uses."""
+    said = ("Tom", "ran", ".", "He", "saw", "a", "cat", ".", "Tom", "ran")
+    length = len(said)
+    previous, end = np.zeros((2, length, length), np.float32)
+    for t in range(length):
+        previous[t, max(0, t - 1)] = 1
+        end[t, max((n for n in range(t) if said[n] == "."), default=0)] = 1
+    neurons = np.zeros((length, 2), np.float32)
+    neurons[:, 0] = [word in ("Tom", "cat") for word in said]
+    inside = [roles.Inside(said, (np.stack([previous, end]),), (neurons,))] * 5
+    found = roles.heads(
+        inside,
+        {
+            "previous word": [lambda _, t: (t - 1,)] * 5,
+            "end of sentence": [lambda words, t: [n for n in range(t) if words[n] == "."]] * 5,
+        },
+    )
+    assert [h.best for h in found] == ["previous word", "end of sentence"]
+    assert found[0].lifts["previous word"] == pytest.approx(1) and found[0].lifts["end of sentence"] < 0.3
+    words = [f"n{n}" for n in range(8)] + [f"v{n}" for n in range(8)]
+    excited = np.array([[n < 8, n % 2] for n in range(16)], np.float32)
+    kinds = {word: {"n": "noun", "v": "verb"}[word[0]] for word in words}
+    first, second = roles.neurons([roles.Inside(tuple(words), (), (excited,))] * 5, kinds)
+    assert first.kind == "noun" and set(first.words[:8]) == set(words[:8]) and second.kind is None
+
+    write_tokenizer(said, tmp_path / "tokenizer")
+    recipe = small_recipe("x", 300, 32, 2, 16, 9, tinystories=True)
+    torch.manual_seed(0)
+    model = build(recipe.model)
+    write_checkpoint(tmp_path / "model", recipe.model, dict(model.named_parameters()), tmp_path / "tokenizer")
+    seen = {}
+    student = Student(tmp_path / "model")
+    attention = student.model.transformer.h[0].attn.attention
+    attention.v_proj.register_forward_hook(lambda m, i, out: seen.update(v=out[0]))
+    attention.out_proj.register_forward_hook(lambda m, inputs, out: seen.update(mixed=inputs[0][0]))
+    looked = roles.look(student, " ".join(said))
+    assert looked.words == said
+    heads = seen["v"].view(length, 2, 16).transpose(0, 1)
+    mixed = (torch.from_numpy(looked.attention[0]) @ heads).transpose(0, 1).reshape(length, 32)
+    assert (mixed - seen["mixed"]).abs().max() < 1e-6
 
 
 def metrics(out):

@@ -1,21 +1,21 @@
 """Kill a training run at random points, again and again; it must end in the bytes of one that was never stopped.
 
-    phi-bench suite training-kills --kills 50 --out DIR [--set key=value ...]
+    phi-bench suite training-kills --kills 50 --out DIR [--processes 2] [--set key=value ...]
 
 After every fifth kill a byte of the newest state is flipped: a state that is not whole may not be continued from.
 After each kill the log so far is compared with the unbroken run's, loss by loss.
 """
 
 import argparse
-import os
+import contextlib
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from phi_bench.suites.runs import log
 
@@ -25,12 +25,15 @@ def main(argv: list[str]) -> None:
     p = argparse.ArgumentParser("phi-bench suite training-kills", description=(__doc__ or "").splitlines()[0])
     p.add_argument("--kills", type=int, default=50)
     p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--processes", type=int, default=1, help="that train together, under torchrun")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--set", action="append", default=[], dest="settings")
     args = p.parse_args(argv)
     draw = np.random.default_rng(args.seed)
     shutil.rmtree(args.out, ignore_errors=True)
-    command = [str(Path(sys.executable).parent / "phi-train"), "phi3-demo"]
+    programs = Path(sys.executable).parent
+    launcher = [str(programs / "torchrun"), "--standalone", "--nproc-per-node", str(args.processes)]
+    command = [*(launcher if args.processes > 1 else []), str(programs / "phi-train"), "phi3-demo"]
     command += [part for setting in args.settings for part in ("--set", setting)]
     whole, broken = args.out / "whole", args.out / "broken"
     subprocess.run([*command, "--out", str(whole)], check=True, stderr=subprocess.DEVNULL)
@@ -38,10 +41,7 @@ def main(argv: list[str]) -> None:
     kills = flips = exact = 0
     while not (broken / "config.json").exists():
         process = subprocess.Popen(
-            [*command, "--out", str(broken)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
+            [*command, "--out", str(broken)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         if kills < args.kills:
             # From the start of the interpreter to some steps into the run.
@@ -59,8 +59,7 @@ def main(argv: list[str]) -> None:
             if process.returncode != 0:
                 sys.exit(f"it ended with {process.returncode}, unkilled, after {kills} kills")
             break
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill(process)
         kills += 1
         found = losses(broken)
         exact += found == expected[: len(found)]
@@ -76,6 +75,18 @@ def main(argv: list[str]) -> None:
     same = all((whole / n).read_bytes() == (broken / n).read_bytes() for n in ("model.safetensors", "config.json"))
     print(f"{kills} kills, {exact} with the unbroken run's losses, {flips} spoilt states; same bytes: {same}")
     print(f"all {len(expected)} losses the same: {losses(broken) == expected}")
+
+
+def kill(process: "subprocess.Popen[bytes]") -> None:
+    """SIGKILL to a process and all that it started: torchrun's workers have sessions of their own."""
+    root = psutil.Process(process.pid)
+    root.suspend()  # it starts none meanwhile
+    family = [*root.children(recursive=True), root]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family)
+    process.wait()
 
 
 def losses(run: Path) -> list[float]:

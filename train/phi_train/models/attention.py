@@ -13,13 +13,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from phi_runtime.architecture.decoder import Decoder, Layer, visible
+from phi_train.models.flash import Texts, flash_attention, texts_of, usable
 from phi_train.models.fused import causal_attention, rotate_pairs
-
-try:  # for GPUs, where it is installed; PyTorch's own attention gives the same
-    from flash_attn import flash_attn_func
-except ImportError:
-    flash_attn_func = None
-
 
 FakeQuant = Callable[[Tensor], Tensor]
 
@@ -45,10 +40,12 @@ class AttentionContext:
         dropout: float = 0.0,
     ) -> None:
         self.decoder, self._length, self._device, self.dropout = decoder, length, device, dropout
+        self._documents = documents
+        self._texts: Texts | None = None
         self._apart = None if documents is None else documents[:, None, :, None] == documents[:, None, None, :]
         self._masks: dict[object, Tensor | None] = {}
         if decoder.rope is not None:
-            self.cos_TD, self.sin_TD = (t.to(device) for t in _tables(decoder, length))
+            self.cos_TD, self.sin_TD = _tables(decoder, length, device)
 
     def mask(self, layer: Layer) -> Tensor | None:
         """Which keys are seen, bool, to be broadcast to [B, H, T, T]; None where plain causality says it all."""
@@ -65,10 +62,11 @@ class AttentionContext:
         """Whether the layer's window leaves anything out of a text of this length."""
         return layer.window is not None and layer.window < self._length
 
-    @property
-    def documents_apart(self) -> bool:
-        """Whether documents are kept from each other."""
-        return self._apart is not None
+    def texts(self, batch: int) -> Texts:
+        """Where the texts begin that are kept from each other."""
+        if self._texts is None:
+            self._texts = texts_of(self._documents, batch, self._length, self._device)
+        return self._texts
 
     def _mask(self, layer: Layer) -> Tensor | None:
         if self._apart is None and layer.sparse is None and not self.cuts(layer):
@@ -81,10 +79,10 @@ class AttentionContext:
 
 
 @lru_cache(maxsize=8)
-def _tables(decoder: Decoder, length: int) -> tuple[Tensor, Tensor]:
+def _tables(decoder: Decoder, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     assert decoder.rope is not None
     cos, sin = decoder.rope.tables(np.arange(length), length)
-    return torch.from_numpy(cos), torch.from_numpy(sin)
+    return torch.from_numpy(cos).to(device), torch.from_numpy(sin).to(device)
 
 
 def rotate(x_BHTD: Tensor, context: AttentionContext) -> Tensor:
@@ -95,15 +93,14 @@ def rotate(x_BHTD: Tensor, context: AttentionContext) -> Tensor:
 def attend(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
     """Attention, [B, T, H * D]. float16 overflows in phi-2's scores, so that is computed in float32 here."""
     scale, dtype = context.decoder.attention_scale, v_BGTD.dtype
-    if dtype == torch.float16 and not _flash(q_BHTD, layer, context):
+    if layer.sparse is None and usable(v_BGTD, context.dropout):
+        window = layer.window if context.cuts(layer) else None
+        q, k, texts = q_BHTD.to(dtype), k_BGTD.to(dtype), context.texts(len(q_BHTD))
+        return flash_attention(q, k, v_BGTD, texts, scale, window, context.dropout)
+    if dtype == torch.float16:
         q_BHTD, k_BGTD, v_BGTD = q_BHTD.float(), k_BGTD.float(), v_BGTD.float()
     else:
         q_BHTD, k_BGTD = q_BHTD.to(dtype), k_BGTD.to(dtype)
-    if _flash(q_BHTD, layer, context):
-        window = (layer.window - 1, 0) if layer.window is not None and context.cuts(layer) else (-1, -1)
-        heads = (x.transpose(1, 2) for x in (q_BHTD, k_BGTD, v_BGTD))
-        out: Tensor = flash_attn_func(*heads, context.dropout, softmax_scale=scale, causal=True, window_size=window)
-        return out.flatten(2)
     mask = context.mask(layer)
     if mask is None and _short(q_BHTD, context):
         G = q_BHTD.shape[1] // k_BGTD.shape[1]
@@ -129,11 +126,6 @@ def _short(x_BHTD: Tensor, context: AttentionContext) -> bool:
 
 
 _KEPT = 1 << 26  # bytes
-
-
-def _flash(x: Tensor, layer: Layer, context: AttentionContext) -> bool:
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return flash_attn_func is not None and x.is_cuda and half and layer.sparse is None and not context.documents_apart
 
 
 def run_layer(module: nn.Module, x_BTE: Tensor, layer: Layer, context: AttentionContext, again: bool) -> Tensor:

@@ -1,4 +1,6 @@
-"""Fused operations: fewer passes over memory, which is the bottleneck of training on processors.
+"""Operations with fewer passes over memory, which is the bottleneck of training on processors.
+
+A GPU, where a pass over few rows is mostly its start, takes plain operations instead; torch.compile fuses those.
 
 Shapes: B batch, H heads, T tokens, D head_dim, E hidden_size, V vocabulary, N rows of any of them.
 """
@@ -10,7 +12,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-_ROWS = 128  # of logits at a time, so that they stay in the cache
+_ROWS = 128  # at a time on a processor, so that they stay in the cache
+_GPU_ROWS = 4096  # of logits at a time, so that they are never held in float32 as a whole
+
+
+def _on_processor(x: Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
 class _Rotate(torch.autograd.Function):
@@ -28,8 +35,18 @@ class _Rotate(torch.autograd.Function):
 
 def rotate_pairs(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Rotate the pairs (d, d + half) of each head's first dimensions; in float32, given back in the input's type."""
+    if not _on_processor(x_BHTD):
+        return plain_rotate(x_BHTD, cos_TD, sin_TD)
     out: Tensor = _Rotate.apply(x_BHTD, cos_TD, sin_TD)  # type: ignore[no-untyped-call]
     return out
+
+
+def plain_rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """The same in plain operations."""
+    half = cos_TD.shape[-1]
+    a, b = x_BHTD[..., :half].float(), x_BHTD[..., half : 2 * half].float()
+    turned = (a * cos_TD - b * sin_TD, b * cos_TD + a * sin_TD)
+    return torch.cat([*(t.to(x_BHTD.dtype) for t in turned), x_BHTD[..., 2 * half :]], -1)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -75,8 +92,15 @@ def rms_norm(x_BTE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
     """The root-mean-square norm of the last axis, computed in float32; in the products' type where autocast is on."""
     kind = x_BTE.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTE.dtype
+    if not _on_processor(x_BTE):
+        return plain_rms_norm(x_BTE, weight_E, eps).to(dtype)
     out: Tensor = _RmsNorm.apply(x_BTE, weight_E, eps, dtype)  # type: ignore[no-untyped-call]
     return out
+
+
+def plain_rms_norm(x_BTE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+    """The same in plain operations, in float32."""
+    return functional.rms_norm(x_BTE.float(), weight_E.shape, weight_E.float(), eps)
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -108,8 +132,16 @@ class _SwiGlu(torch.autograd.Function):
 
 def swiglu(both: Tensor) -> Tensor:
     """silu(gate) * up of [..., gate then up]."""
+    if not _on_processor(both):
+        return plain_swiglu(both)
     out: Tensor = _SwiGlu.apply(both)  # type: ignore[no-untyped-call]
     return out
+
+
+def plain_swiglu(both: Tensor) -> Tensor:
+    """The same in plain operations."""
+    gate, up = both.chunk(2, -1)
+    return functional.silu(gate) * up
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -147,18 +179,19 @@ class _TokenLosses(torch.autograd.Function):
         losses = torch.empty(len(logits_NV), dtype=torch.float32, device=logits_NV.device)
         keep = ctx.needs_input_grad[0]
         gradients = torch.empty_like(logits_NV) if keep else None
-        for i in range(0, len(logits_NV), _ROWS):
-            part = logits_NV[i : i + _ROWS].to(torch.float32, copy=True)
-            chosen = wanted_N[i : i + _ROWS, None]
+        rows = _ROWS if _on_processor(logits_NV) else _GPU_ROWS
+        for i in range(0, len(logits_NV), rows):
+            part = logits_NV[i : i + rows].to(torch.float32, copy=True)
+            chosen = wanted_N[i : i + rows, None]
             part -= part.amax(1, keepdim=True)
             least = part.gather(1, chosen)
             part.exp_()
             total = part.sum(1, keepdim=True)
-            losses[i : i + _ROWS] = (total.log() - least)[:, 0]
+            losses[i : i + rows] = (total.log() - least)[:, 0]
             if gradients is not None:
                 part /= total
                 part.scatter_add_(1, chosen, torch.full_like(least, -1))
-                gradients[i : i + _ROWS] = part
+                gradients[i : i + rows] = part
         ctx.save_for_backward(gradients)
         return losses
 
@@ -170,6 +203,6 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def token_losses(logits_NV: Tensor, wanted_N: Tensor) -> Tensor:
-    """Negative log-log_likelihoods [N], nats, in float32; logits are never held in float32 as a whole."""
+    """Negative log-likelihoods [N], nats, in float32; logits are never held in float32 as a whole."""
     out: Tensor = _TokenLosses.apply(logits_NV, wanted_N)  # type: ignore[no-untyped-call]
     return out

@@ -6,7 +6,6 @@ Shapes: B batch, T tokens, E hidden_size, V vocab_size.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from phi_runtime.architecture.config import GptNeoConfig
 from phi_runtime.architecture.decoder import Layer
@@ -20,6 +19,7 @@ from phi_train.models.attention import (
     run_layer,
     split_heads,
 )
+from phi_train.models.head import read_head
 
 
 class GPTNeoSelfAttention(nn.Module):
@@ -116,6 +116,7 @@ class GPTNeoForCausalLM(nn.Module):
         out: Tensor = self.transformer.ln_f(x_BTE)
         return out
 
-    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
-        """Logits of every position."""
-        return functional.linear(self.hidden(tokens_BT, documents_BT), self.fake_quant(self.transformer.wte.weight))
+    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, labels_BT: Tensor | None = None) -> Tensor:
+        """Logits of every position, or the losses of labels."""
+        weight = self.fake_quant(self.transformer.wte.weight)
+        return read_head(weight, None, self.hidden(tokens_BT, documents_BT), labels_BT)

@@ -5,7 +5,6 @@ Shapes: B batch, T tokens, E hidden_size, V vocab_size.
 """
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from phi_runtime.architecture.config import PhiConfig
 from phi_runtime.architecture.decoder import Layer
@@ -20,6 +19,7 @@ from phi_train.models.attention import (
     run_layer,
     split_heads,
 )
+from phi_train.models.head import read_head
 
 
 class PhiAttention(nn.Module):
@@ -108,8 +108,7 @@ class PhiForCausalLM(nn.Module):
         out: Tensor = self.model.final_layernorm(x_BTE)
         return out
 
-    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
-        """Logits of every position."""
-        hidden = self.hidden(tokens_BT, documents_BT)
-        logits: Tensor = functional.linear(hidden, self.fake_quant(self.lm_head.weight), self.lm_head.bias)
-        return logits
+    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, labels_BT: Tensor | None = None) -> Tensor:
+        """Logits of every position, or the losses of labels."""
+        weight = self.fake_quant(self.lm_head.weight)
+        return read_head(weight, self.lm_head.bias, self.hidden(tokens_BT, documents_BT), labels_BT)

@@ -6,7 +6,6 @@ Shapes: B batch, T tokens, E hidden_size, V vocab_size.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from phi_runtime.architecture.config import Phi3Config
 from phi_runtime.architecture.decoder import Layer
@@ -21,6 +20,7 @@ from phi_train.models.attention import (
     split_heads,
 )
 from phi_train.models.fused import rms_norm, swiglu
+from phi_train.models.head import read_head
 
 
 class Phi3RMSNorm(nn.Module):
@@ -120,7 +120,7 @@ class Phi3ForCausalLM(nn.Module):
         out: Tensor = self.model.norm(x_BTE)
         return out
 
-    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
-        """Logits of every position."""
+    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, labels_BT: Tensor | None = None) -> Tensor:
+        """Logits of every position, or the losses of labels."""
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return functional.linear(self.hidden(tokens_BT, documents_BT), self.fake_quant(head.weight))
+        return read_head(self.fake_quant(head.weight), None, self.hidden(tokens_BT, documents_BT), labels_BT)

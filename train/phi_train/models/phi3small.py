@@ -5,7 +5,6 @@ transformers has no class for it. Shapes: B batch, T tokens, E hidden_size, V vo
 """
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from phi_runtime.architecture.config import Phi3SmallConfig
 from phi_runtime.architecture.decoder import Layer
@@ -18,6 +17,7 @@ from phi_train.models.attention import (
     rotate,
     run_layer,
 )
+from phi_train.models.head import read_head
 
 
 class Phi3SmallSelfAttention(nn.Module):
@@ -107,6 +107,7 @@ class Phi3SmallForCausalLM(nn.Module):
         out: Tensor = self.model.final_layernorm(x_BTE) * self.decoder.logit_scale
         return out
 
-    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
-        """Logits of every position."""
-        return functional.linear(self.hidden(tokens_BT, documents_BT), self.fake_quant(self.model.embed_tokens.weight))
+    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, labels_BT: Tensor | None = None) -> Tensor:
+        """Logits of every position, or the losses of labels."""
+        weight = self.fake_quant(self.model.embed_tokens.weight)
+        return read_head(weight, None, self.hidden(tokens_BT, documents_BT), labels_BT)

@@ -6,6 +6,7 @@ from phi_train.studies.data_optimal import DataOptimal
 from phi_train.studies.emergence import Emergence
 from phi_train.studies.exercises import Exercises, Textbooks
 from phi_train.studies.filter import Filter
+from phi_train.studies.interpretability import Interpretability
 from phi_train.studies.longrope import LongRopeStudy
 from phi_train.studies.preferences import Preferences
 from phi_train.studies.study import Study
@@ -19,6 +20,7 @@ STUDIES: dict[str, Study] = {
     for s in (
         WidthDepth(),
         Emergence(),
+        Interpretability(),
         Filter(),
         Textbooks(),
         Exercises(),

@@ -14,7 +14,7 @@ from phi_train.studies.texts import words_in, write_texts, write_tokenizer
 from phi_train.synthesize.lexicon import ACTIONS, ADJECTIVES, OBJECTS, words
 from phi_train.synthesize.overlap import Nearest
 from phi_train.synthesize.story_judge import SimulatorJudge, sentences
-from phi_train.synthesize.world import draw_cast, tell
+from phi_train.synthesize.world import Cast, draw_cast, tell
 
 _CHOICES = 20  # nouns, verbs and adjectives; so small a world can be learnt by so small models
 _LENGTH, _BATCH = 160, 20
@@ -87,10 +87,15 @@ def _scores(judge: SimulatorJudge, begun: list[str], added: list[str]) -> dict[s
 
 
 def _stories(seed: int, count: int) -> list[str]:
+    return [text for _, text in draw_stories(seed, count)]
+
+
+def draw_stories(seed: int, count: int) -> list[tuple[Cast, str]]:
+    """Stories of few words, and who they are about."""
     draw = Random(f"emergence {seed}")  # noqa: S311
     nouns, verbs, adjectives = (words(*kinds)[:_CHOICES] for kinds in (OBJECTS, ACTIONS, ADJECTIVES))
     casts = (draw_cast(draw, draw.choice(nouns), draw.choice(verbs), draw.choice(adjectives)) for _ in range(count))
-    return [" ".join(tell(cast, (), draw)[0].split()) for cast in casts]
+    return [(cast, " ".join(tell(cast, (), draw)[0].split())) for cast in casts]
 
 
 _VOCABULARY = 2048  # at least

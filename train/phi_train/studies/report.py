@@ -16,10 +16,10 @@ _STYLE = (
 _WORDS = {True: "shown", False: "not shown", None: "not judged"}
 
 
-def write_report(r: StudyResult, out: Path) -> None:
-    """plot.png and index.html beside the result."""
+def write_report(r: StudyResult, out: Path, inside: str = "") -> None:
+    """plot.png and index.html beside the result. inside: HTML of what the arms hold."""
     plot(r, out / "plot.png")
-    write_file(out / "index.html", page(f"Study: {r.name}", _section(r, "plot.png")))
+    write_file(out / "index.html", page(f"Study: {r.name}", _section(r, "plot.png") + inside))
 
 
 def write_overview(results: list[StudyResult], out: Path) -> None:

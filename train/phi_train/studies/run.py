@@ -22,7 +22,7 @@ from phi_runtime.version import __version__
 from phi_train.recipes.estimate import flops_per_token
 from phi_train.studies.report import write_report
 from phi_train.studies.result import ArmResult, StudyResult, judge
-from phi_train.studies.study import Arm, Scale, Study
+from phi_train.studies.study import Arm, Scale, Study, arm_folder
 
 SETTINGS, RESULT = "study.json", "result.json"
 _STEP_FLOPS = 8e8  # what the step of a model of no size takes, as operations
@@ -88,7 +88,8 @@ def run_study(
     jobs = [_Job(arm, seed) for seed in seeds for arm in study.arms(scale)]
     found = _Runner(study, scale, out, jobs, progress).run(workers or cores())
     result = judge(study, scale, __version__, found)
-    write_report(result, out)
+    inside = "".join(study.look_inside(scale, seeds[0], out / arm_folder(a.name, seeds[0])) for a in study.arms(scale))
+    write_report(result, out, inside)
     write_file(out / RESULT, encode(result) + "\n")
     return result
 
@@ -207,7 +208,7 @@ class _Runner:
             self._progress(job.name, done / self._work)
 
     def _kept(self, job: _Job) -> Path:
-        return self._out / "arms" / job.arm.name / f"seed-{job.seed}.json"
+        return (self._out / arm_folder(job.arm.name, job.seed)).with_suffix(".json")
 
 
 @contextmanager

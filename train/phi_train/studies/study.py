@@ -75,6 +75,15 @@ class Study(ABC):
     def measure(self, scale: Scale, seed: int, data: Path, checkpoint: Path) -> dict[str, float]:
         """Metrics of a trained arm, the same ones of each."""
 
+    def look_inside(self, scale: Scale, seed: int, checkpoint: Path) -> str:
+        """HTML for the study's page of what a trained arm holds; nothing unless a study says otherwise."""
+        return ""
+
+
+def arm_folder(arm: str, seed: int) -> Path:
+    """Where an arm's run lies in a study's folder."""
+    return Path("arms", arm, f"seed-{seed}")
+
 
 def block_parameters(config: AnyConfig) -> int:
     """Without the rows of the embedding and of the head, where it has its own."""

@@ -20,7 +20,7 @@ from phi_runtime.errors import PhiError
 from phi_train.recipes.config import Recipe, vary
 from phi_train.studies.catalogue import get_study
 from phi_train.studies.result import ArmResult
-from phi_train.studies.study import Arm, block_parameters
+from phi_train.studies.study import Arm, arm_folder, block_parameters
 from phi_train.trainer.engine import leave
 from phi_train.trainer.loop import train
 
@@ -60,7 +60,7 @@ def run_arm(job: dict[str, Any], say: Any) -> ArmResult:
     arm = next(a for a in study.arms(job["scale"]) if a.name == job["arm"])
     data = folder / "data" / f"seed-{job['seed']}"
     recipe = _placed(arm, job["seed"], data, folder)
-    out = checkpoint_folder(folder, arm.name, job["seed"])
+    out = folder / arm_folder(arm.name, job["seed"])
     summary = train(recipe, out, lambda what, step, *_: say({"step": step}))
     # The same draws whatever was trained in this process before.
     torch.manual_seed(job["seed"])
@@ -78,18 +78,13 @@ def run_arm(job: dict[str, Any], say: Any) -> ArmResult:
     )
 
 
-def checkpoint_folder(folder: Path, arm: str, seed: int) -> Path:
-    """Where an arm's run lies in a study's folder."""
-    return folder / "arms" / arm / f"seed-{seed}"
-
-
 def _placed(arm: Arm, seed: int, data: Path, folder: Path) -> Recipe:
     """The arm's recipe with its seed and the folders of this run."""
     d = arm.recipe.data
     places = {"tokenizer": str(data / "tokenizer"), "shards": str(data / (d.shards or "shards"))}
     if d.phase2_shards is not None:
         places["phase2_shards"] = str(data / d.phase2_shards)
-    begins = None if arm.after is None else checkpoint_folder(folder, arm.after, seed)
+    begins = None if arm.after is None else folder / arm_folder(arm.after, seed)
     if begins is not None and arm.begin is not None:
         made = folder / "arms" / arm.name / f"begins-{seed}"
         if not made.exists():

@@ -12,8 +12,8 @@ from torch.nn import functional
 from phi_train.data.batch import Batch
 from phi_train.models.fused import token_losses
 
-# Token ids [B, T] and documents to logits [B, T, V].
-Model = Callable[[Tensor, Tensor | None], Tensor]
+# Token ids [B, T], documents and labels to logits [B, T, V], or to the labels' losses [B, T].
+Model = Callable[..., Tensor]
 
 
 def next_token(model: Model, batch: Batch, teacher: Model | None, distillation: float) -> Tensor:
@@ -23,9 +23,11 @@ def next_token(model: Model, batch: Batch, teacher: Model | None, distillation: 
     (arXiv:1503.02531).
     """
     inputs_BT, labels_BT, loss_mask_BT, documents_BT = _shifted(batch)
-    logits_BTV = model(inputs_BT, documents_BT)
-    losses = token_losses(logits_BTV.flatten(0, 1), labels_BT.flatten())
-    if teacher is not None:
+    if teacher is None:
+        losses = model(inputs_BT, documents_BT, labels_BT).flatten()
+    else:
+        logits_BTV = model(inputs_BT, documents_BT)
+        losses = token_losses(logits_BTV.flatten(0, 1), labels_BT.flatten())
         with torch.no_grad():
             teacher_logprobs = teacher(inputs_BT, documents_BT).flatten(0, 1).float().log_softmax(-1)
         student_logprobs = logits_BTV.flatten(0, 1).float().log_softmax(-1)
@@ -52,8 +54,8 @@ def preference(model: Model, batch: Batch, reference: Model, beta: float, nll_we
 def log_likelihoods(model: Model, batch: Batch) -> Tensor:
     """Log-likelihoods [N, 2] of chosen and rejected texts, over the tokens in the loss mask."""
     inputs_BT, labels_BT, loss_mask_BT, documents_BT = _shifted(batch)
-    logprobs = -token_losses(model(inputs_BT, documents_BT).flatten(0, 1), labels_BT.flatten()).view(labels_BT.shape)
-    return (logprobs * loss_mask_BT).sum(-1).view(len(batch), 2)
+    logprobs_BT = -model(inputs_BT, documents_BT, labels_BT)
+    return (logprobs_BT * loss_mask_BT).sum(-1).view(len(batch), 2)
 
 
 def _shifted(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
