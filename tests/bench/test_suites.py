@@ -1,9 +1,12 @@
 """The suites: each imports what it uses and says what it takes; numbers of theirs stand in the documentation."""
 
-import pytest
-from support import ROOT, run_here
+import json
 
-from phi_bench.suites import SUITES
+import pytest
+import torch
+from support import ROOT, SCRIPTS, run, run_here
+
+from phi_bench.suites import SUITES, gpu
 
 
 @pytest.mark.integration
@@ -23,3 +26,30 @@ def test_they_are_listed_and_a_wrong_name_is_named():
     done = run_here("phi-bench", "suite", "nonsense")
     assert done.returncode == 2
     assert "no suite 'nonsense'" in done.stderr
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(1500)
+def test_the_suite_for_gpus_runs_without_one(tmp_path):
+    done = run(SCRIPTS / "phi-bench", "suite", "gpu", "--dry", "--out", tmp_path / "gpu", timeout=1400)
+    rows = json.loads((tmp_path / "gpu" / "gpu.json").read_text())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(rows) == 2 + 2 * len(gpu.ARCHITECTURES) + 4 + 1 + len(gpu.VARIANTS) + 1
+    assert not [row for row in rows if row["good"] is False]
+    again = run_here("phi-bench", "suite", "gpu", "--dry", "--out", tmp_path / "gpu")
+    assert again.returncode == 2 and "choose another --out" in again.stderr
+
+
+def test_the_suite_for_gpus_sees_what_is_wrong(monkeypatch):
+    """Logits that are off, and attention that sees what it should not."""
+    right = gpu.computed
+    monkeypatch.setattr(gpu, "computed", lambda *args: right(*args) * 1.1)
+    assert [row.good for row in gpu.logits("phi3-demo", torch.device("cpu"))] == [False, False]
+    attended = gpu.attended
+
+    def wrong(model, tokens, documents, by):
+        values, gradient, seconds = attended(model, tokens, documents if by is gpu.flash.usable else None, by)
+        return values, gradient, seconds
+
+    monkeypatch.setattr(gpu, "attended", wrong)
+    assert [row.good for row in gpu.flash_beside_plain(torch.device("cpu"))] == [True, False, True, False]

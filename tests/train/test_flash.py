@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from phi_train.models import attention, build, flash
+from phi_train.models import build, flash
 from phi_train.recipes.catalogue import get_recipe
 
 DRAW = torch.Generator().manual_seed(0)
@@ -59,7 +59,7 @@ def test_a_model_says_the_same_by_it(recipe, apart, kernel, monkeypatch):
         used.append(1)
         return kernel[1](*args, **kwargs)
 
-    monkeypatch.setattr(attention, "usable", lambda q, dropout: True)
+    monkeypatch.setattr(flash, "usable", lambda q, dropout: True)
     monkeypatch.setattr(flash, "kernel", lambda: (kernel[0], counted))
     assert (model(tokens, documents) - expected).abs().max() < 2e-6 * expected.abs().max()
     assert len(used) == len(model.decoder.layers)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from phi_train.models import build, fused, head
+from phi_train.models import LAYERS, build, fused, head
 from phi_train.models.fused import causal_attention, rms_norm, rotate_pairs, swiglu, token_losses
 from phi_train.recipes.catalogue import get_recipe
 
@@ -100,6 +100,27 @@ def test_losses_in_parts_are_those_of_all_logits(recipe, monkeypatch):
         assert (losses - expected).abs().max() < 1e-6 * expected.max()
     for one, other in zip(found[0][1], found[1][1], strict=True):
         assert (one - other).abs().max() <= 1e-5 * max(1, float(one.abs().max()))
+
+
+@pytest.mark.integration
+def test_compiled_layers_say_the_same():
+    """By one graph for layers of a kind, without a break."""
+    torch.manual_seed(0)
+    model = build(get_recipe("phi3-demo", ["model.hidden_size=64", "model.num_hidden_layers=3"]).model)
+    tokens = torch.randint(0, 99, (2, 21), generator=DRAW)
+    found = []
+    for compiled in (False, True):
+        for part in model.modules():
+            if compiled and isinstance(part, LAYERS):
+                part.compile(fullgraph=True)
+        model.zero_grad()
+        losses = model(tokens, None, tokens)
+        losses.sum().backward()
+        found.append((losses.detach(), [p.grad.clone() for p in model.parameters()]))
+    assert (found[0][0] - found[1][0]).abs().max() < 1e-5
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert (one - other).abs().max() <= 1e-4 * max(1, float(one.abs().max()))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 def test_losses_without_gradients_keep_nothing():

@@ -128,3 +128,22 @@ def test_pairs_and_what_they_are_compared_with_take_memory():
     )
     assert (dpo.activations, dpo.logits) == (2 * sft.activations, 2 * sft.logits)
     assert sft.teacher == 0 and dpo.teacher == dpo.weights
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("phi2", 96), ("phi3-mini-4k", 512), ("phi1-base", 8), ("phi15", 32)])
+def test_memory_of_16_bit_weights_is_what_deepspeed_estimates(name, gpus):
+    """What a stage keeps, without activations; DeepSpeed's estimators assume weights of 16 bits."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    recipe = get_recipe(name, [f"parallelism.{s}" for s in ("precision=bf16", "weights=bf16", "zero_stage=2")])
+    found = plan(recipe, gpus, "a100-80g")
+    d = recipe.model.decoder()
+    largest = d.hidden_size * max(d.vocab_size, d.intermediate_size * (2 if d.gated else 1))
+    _, second = estimate_zero2_model_states_mem_needs(found.parameters, gpus, 1, cpu_offload=False)
+    _, third, _ = estimate_zero3_model_states_mem_needs(
+        found.parameters, largest, gpus, 1, cpu_offload=False, cpu_offload_params=False
+    )
+    for stage, theirs in ((2, second), (3, third)):
+        m = found.memory[stage]
+        assert m.weights + m.gradients + m.optimizer == pytest.approx(theirs, rel=0.05), stage

@@ -84,6 +84,27 @@ def test_killed_on_two_processes_it_goes_on_with_one(stage, tmp_path, common, al
     assert np.abs(np.subtract(losses(out), alone)).max() < 1e-4
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_weights_learn_as_float32_ones_and_go_on_exactly(stage, tmp_path, common, alone):
+    """Their float32 copy is what is kept: a run that was stopped in the middle ends in the same bytes."""
+    changes = (*common, f"parallelism.zero_stage={stage}", "parallelism.weights=bf16", "parallelism.precision=bf16")
+    done = run(*command(1, tmp_path / "whole", changes))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert np.abs(np.subtract(losses(tmp_path / "whole"), alone)).max() < 0.05
+    process = subprocess.Popen(
+        command(1, tmp_path / "broken", changes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (tmp_path / "broken" / "training" / "state" / "step-00000008").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "broken" / "config.json").exists(), "it ended before it could be killed"
+    assert run(*command(1, tmp_path / "broken", changes)).returncode == 0
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    both = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
+    assert both[0] == both[1]
+
+
 def test_a_batch_that_does_not_divide(tmp_path, common):
     done = run(*command(2, tmp_path / "out", (*common, "data.batch_size=7")))
     assert done.returncode != 0

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from phi_runtime.architecture.decoder import Decoder, Layer, visible
-from phi_train.models.flash import Texts, flash_attention, texts_of, usable
+from phi_train.models import flash
 from phi_train.models.fused import causal_attention, rotate_pairs
 
 FakeQuant = Callable[[Tensor], Tensor]
@@ -41,7 +41,7 @@ class AttentionContext:
     ) -> None:
         self.decoder, self._length, self._device, self.dropout = decoder, length, device, dropout
         self._documents = documents
-        self._texts: Texts | None = None
+        self._texts: flash.Texts | None = None
         self._apart = None if documents is None else documents[:, None, :, None] == documents[:, None, None, :]
         self._masks: dict[object, Tensor | None] = {}
         if decoder.rope is not None:
@@ -62,10 +62,10 @@ class AttentionContext:
         """Whether the layer's window leaves anything out of a text of this length."""
         return layer.window is not None and layer.window < self._length
 
-    def texts(self, batch: int) -> Texts:
+    def texts(self, batch: int) -> flash.Texts:
         """Where the texts begin that are kept from each other."""
         if self._texts is None:
-            self._texts = texts_of(self._documents, batch, self._length, self._device)
+            self._texts = flash.texts_of(self._documents, batch, self._length, self._device)
         return self._texts
 
     def _mask(self, layer: Layer) -> Tensor | None:
@@ -93,10 +93,10 @@ def rotate(x_BHTD: Tensor, context: AttentionContext) -> Tensor:
 def attend(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
     """Attention, [B, T, H * D]. float16 overflows in phi-2's scores, so that is computed in float32 here."""
     scale, dtype = context.decoder.attention_scale, v_BGTD.dtype
-    if layer.sparse is None and usable(v_BGTD, context.dropout):
+    if layer.sparse is None and flash.usable(v_BGTD, context.dropout):
         window = layer.window if context.cuts(layer) else None
         q, k, texts = q_BHTD.to(dtype), k_BGTD.to(dtype), context.texts(len(q_BHTD))
-        return flash_attention(q, k, v_BGTD, texts, scale, window, context.dropout)
+        return flash.flash_attention(q, k, v_BGTD, texts, scale, window, context.dropout)
     if dtype == torch.float16:
         q_BHTD, k_BGTD, v_BGTD = q_BHTD.float(), k_BGTD.float(), v_BGTD.float()
     else:

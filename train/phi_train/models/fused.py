@@ -1,6 +1,7 @@
 """Operations with fewer passes over memory, which is the bottleneck of training on processors.
 
-A GPU, where a pass over few rows is mostly its start, takes plain operations instead; torch.compile fuses those.
+A GPU, where a pass over few rows is mostly its start, takes plain operations instead; so does torch.compile, which
+fuses them.
 
 Shapes: B batch, H heads, T tokens, D head_dim, E hidden_size, V vocabulary, N rows of any of them.
 """
@@ -17,7 +18,7 @@ _GPU_ROWS = 4096  # of logits at a time, so that they are never held in float32 
 
 
 def _on_processor(x: Tensor) -> bool:
-    return x.device.type == "cpu"
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class _Rotate(torch.autograd.Function):
@@ -64,7 +65,8 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_E: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         rows_NE = x.reshape(-1, x.shape[-1])
-        out, scales_N = torch.empty(rows_NE.shape, dtype=dtype, device=x.device), torch.empty_like(rows_NE[:, 0])
+        out = torch.empty(rows_NE.shape, dtype=dtype, device=x.device)
+        scales_N = torch.empty(len(rows_NE), dtype=torch.float32, device=x.device)
         for i in range(0, len(rows_NE), _ROWS):
             part = rows_NE[i : i + _ROWS].float()
             scale = torch.rsqrt(part.square().mean(1, keepdim=True) + eps)
@@ -78,14 +80,14 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows_NE, weight_E, scales_N = ctx.saved_tensors
         flat = gradient.reshape(rows_NE.shape)
-        out, of_weight = torch.empty_like(rows_NE), torch.zeros_like(weight_E)
+        out, of_weight = torch.empty_like(rows_NE), torch.zeros_like(weight_E, dtype=torch.float32)
         for i in range(0, len(rows_NE), _ROWS):
             x, g, scale = rows_NE[i : i + _ROWS].float(), flat[i : i + _ROWS].float(), scales_N[i : i + _ROWS, None]
             x = x * scale
             of_weight += (g * x).sum(0)
             g = g * weight_E
             out[i : i + _ROWS] = g.addcmul_(x, (g * x).mean(1, keepdim=True), value=-1).mul_(scale)
-        return out.view(gradient.shape), of_weight, None, None
+        return out.view(gradient.shape), of_weight.to(weight_E.dtype), None, None
 
 
 def rms_norm(x_BTE: Tensor, weight_E: Tensor, eps: float) -> Tensor:

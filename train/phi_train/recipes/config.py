@@ -69,17 +69,20 @@ class Schedule(StrictContract, frozen=True, kw_only=True):
 class Parallelism(StrictContract, frozen=True, kw_only=True):
     """How a step is computed; nothing here changes what is learned, but for rounding.
 
-    precision: of matrix products; weights and optimizer stay in float32. "auto" is bf16 where the device has
-    instructions for it, else fp32 (`models.precision`). micro_batch_size: sequences that
-    a process takes at a time, None for all of its share. zero_stage: of DeepSpeed's ZeRO. gradient_checkpointing:
-    activations are computed again in the backward pass. offload_optimizer: its state lies in the processor's memory.
+    precision: of matrix products. "auto" is bf16 where the device has instructions for it, else fp32
+    (`models.precision`). weights: what is computed with; under bf16 the optimizer has a float32 copy, which ZeRO's
+    stages 1 to 3 divide. micro_batch_size: sequences that a process takes at a time, None for all of its share.
+    zero_stage: of DeepSpeed's ZeRO. gradient_checkpointing: activations are computed again in the backward pass.
+    offload_optimizer: its state lies in the processor's memory. compile: layers by torch.compile.
     """
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    weights: Literal["fp32", "bf16"] = "fp32"
     micro_batch_size: Count | None = None
     zero_stage: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
     gradient_checkpointing: bool = False
     offload_optimizer: bool = False
+    compile: bool = False
 
 
 class Objective(StrictContract, frozen=True, kw_only=True):
@@ -298,6 +301,11 @@ def check(r: Recipe) -> None:
     if p.offload_optimizer and p.zero_stage == 0:
         raise UsageError(
             "parallelism.offload_optimizer moves what ZeRO divides; set parallelism.zero_stage to 1, 2 or 3"
+        )
+    if p.weights == "bf16" and (p.zero_stage == 0 or p.precision in ("fp16", "fp32")):
+        raise UsageError(
+            "parallelism.weights=bf16 has its float32 copy in ZeRO and computes in bf16; set parallelism.zero_stage to "
+            "1, 2 or 3 and parallelism.precision to auto or bf16"
         )
     if d.short_context_interval and o.type != "pretrain":
         raise UsageError("data.short_context_interval cuts a corpus's windows; examples keep their own lengths")

@@ -177,7 +177,10 @@ def check_memory(recipe: Recipe, micro: int, world: int, local: int, available: 
 
 
 def _memory(r: Recipe, parameters: int, micro: int, gpus: int, stage: int) -> Memory:
-    """Weights, gradients and two moments in 32 bits, as the engine holds them; activations in 16."""
+    """Weights, gradients and two moments in 32 bits, as the engine holds them; activations in 16.
+
+    Weights in 16 bits have gradients in 16, and beside the moments a copy of both in 32 that ZeRO divides.
+    """
     d = r.model.decoder()
     tokens = micro * r.data.sequence_length * r.texts
     frozen = parameters if r.objective.type == "dpo" else 0  # what it begins with
@@ -189,11 +192,17 @@ def _memory(r: Recipe, parameters: int, micro: int, gpus: int, stage: int) -> Me
     layers = len(d.layers)
     # Checkpointed: the inputs of all layers, the rest of one at a time.
     activations = 2 * layers * d.hidden_size + kept if r.parallelism.gradient_checkpointing else layers * kept
+    half = r.parallelism.weights == "bf16"
+    size = 2 if half else 4
+    weights = size * parameters // (gpus if stage >= 3 else 1)
+    if stage >= 3 and half:  # the largest matrix is whole while it is used, its gradient too
+        weights += 2 * size * d.hidden_size * max(d.vocab_size, d.intermediate_size * (2 if d.gated else 1))
+    gradients = 0 if half and stage >= 3 else size * parameters // (gpus if stage >= 2 else 1)
     return Memory(
         stage=stage,
-        weights=4 * parameters // (gpus if stage >= 3 else 1),
-        gradients=4 * parameters // (gpus if stage >= 2 else 1),
-        optimizer=8 * parameters // (gpus if stage >= 1 else 1),
+        weights=weights,
+        gradients=gradients + (4 * parameters // gpus if half else 0),
+        optimizer=(12 if half else 8) * parameters // (gpus if stage >= 1 else 1),
         activations=tokens * activations,
         logits=tokens * d.vocab_size * 6,  # in 16 bits, and their softmax in 32
         teacher=4 * frozen,

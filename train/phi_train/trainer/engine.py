@@ -1,7 +1,7 @@
 """DeepSpeed around a model, on one process or many: who we are among them, and the engine with its optimizer.
 
-Weights and optimizer are float32; bf16 is autocast's. ZeRO's stages 1 to 3 divide the optimizer's state, gradients and
-weights among the processes (arXiv:1910.02054).
+Weights and optimizer are float32 and bf16 is autocast's, or the weights are bf16 beside a float32 copy of ZeRO's. Its
+stages 1 to 3 divide the optimizer's state, gradients and weights among the processes (arXiv:1910.02054).
 """
 
 import os
@@ -121,6 +121,8 @@ def make_engine(model: nn.Module, r: Recipe, ranks: Ranks) -> Any:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+    if r.parallelism.weights == "bf16":
+        config["bf16"] = {"enabled": True}
     if r.parallelism.offload_optimizer:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         config["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own wants a compiler; torch's is fused too

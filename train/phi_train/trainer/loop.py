@@ -31,7 +31,6 @@ from phi_train.data.streams import make_data, open_stream
 from phi_train.data.tokenizer import END_OF_TEXT
 from phi_train.models import CausalLM
 from phi_train.models.greedy import continuations
-from phi_train.models.precision import chosen
 from phi_train.recipes.config import Recipe
 from phi_train.recipes.estimate import check_memory, flops_per_token
 from phi_train.trainer.engine import Ranks, any_of, barrier, join, make_engine, share, total
@@ -39,7 +38,7 @@ from phi_train.trainer.logging import Log, plot_losses, write_samples
 from phi_train.trainer.loss_scale import LossScale, nothing_learnt
 from phi_train.trainer.objectives import next_token, preference
 from phi_train.trainer.rate import peak
-from phi_train.trainer.setup import claim, first_alone, make_model, make_teacher, unclaim
+from phi_train.trainer.setup import claim, first_alone, make_model, make_teacher, precision, unclaim
 from phi_train.trainer.state import Counters, full_weights, load_state, save_state
 from phi_train.trainer.summary import Summary
 
@@ -132,11 +131,11 @@ class _Run:
         self._states = out / "training" / "state"
         self._counters, self._progress = Counters(), progress
         self._cut = 0  # parts of batches left out in this process's time
-        precision = chosen(recipe.parallelism.precision, ranks.device)
-        self._scale = LossScale(engine.module, ranks.device) if precision == "fp16" else None
+        kind = precision(recipe, ranks.device)
+        self._scale = LossScale(engine.module, ranks.device) if kind == "fp16" else None
         self._log: Log | None = None  # of the first process
         # Utilisation is that share of all processes' peak which one token a second takes.
-        self._share = flops_per_token(recipe) / (peak(ranks.device, precision) * ranks.world)
+        self._share = flops_per_token(recipe) / (peak(ranks.device, kind) * ranks.world)
 
     def steps(self, tokenizer: Tokenizer, heldout: Batch) -> float:
         """Take all that are left; the seconds of all."""

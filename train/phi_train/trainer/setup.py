@@ -14,7 +14,7 @@ from phi_runtime.errors import OutputExistsError, PhiError, UsageError
 from phi_runtime.files import sha256, write_file
 from phi_runtime.package.hub import local_checkpoint
 from phi_runtime.text.tokenizer import FILE
-from phi_train.models import CausalLM, build, load_weights
+from phi_train.models import LAYERS, CausalLM, build, load_weights
 from phi_train.models.attention import init_weights
 from phi_train.models.precision import DTYPES, chosen
 from phi_train.recipes.config import Recipe, to_dict, vary
@@ -97,8 +97,17 @@ def make_model(r: Recipe, config: AnyConfig, tokenizer: Path, ranks: Ranks) -> C
     model.dropout, model.checkpoint_activations = r.objective.dropout, r.parallelism.gradient_checkpointing
     if r.objective.qat is not None:
         enable_qat(model, r.objective.qat)
-    _compute_in(chosen(r.parallelism.precision, ranks.device), model, ranks.device)
+    _compute_in(precision(r, ranks.device), model, ranks.device)
+    if r.parallelism.compile:
+        for part in model.modules():
+            if isinstance(part, LAYERS):
+                part.compile()
     return model.to(ranks.device)
+
+
+def precision(r: Recipe, device: torch.device) -> str:
+    """What a recipe's products are computed in on a device."""
+    return "bf16" if r.parallelism.weights == "bf16" else chosen(r.parallelism.precision, device)
 
 
 def make_teacher(r: Recipe, config: AnyConfig, tokenizer: Path, ranks: Ranks) -> CausalLM | None:
@@ -123,7 +132,7 @@ def make_teacher(r: Recipe, config: AnyConfig, tokenizer: Path, ranks: Ranks) ->
     load_weights(model, checkpoint)
     if r.objective.type == "dpo" and r.objective.qat is not None:
         enable_qat(model, r.objective.qat)
-    _compute_in(chosen(r.parallelism.precision, ranks.device), model, ranks.device)
+    _compute_in(precision(r, ranks.device), model, ranks.device)
     return model.to(ranks.device).eval().requires_grad_(False)
 
 
@@ -136,7 +145,7 @@ def _same_tokenizer(folder: Path, tokenizer: Path) -> None:
         )
 
 
-def _compute_in(precision: str, model: CausalLM, device: torch.device) -> None:
+def _compute_in(kind: str, model: CausalLM, device: torch.device) -> None:
     """Let a model's products be of 16 bits. Within its forward: DeepSpeed turns off an autocast that is around it."""
-    if precision != "fp32":
-        model.forward = torch.autocast(device.type, DTYPES[precision])(model.forward)  # type: ignore[method-assign]
+    if kind != "fp32":
+        model.forward = torch.autocast(device.type, DTYPES[kind])(model.forward)  # type: ignore[method-assign]
