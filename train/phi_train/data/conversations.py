@@ -119,10 +119,11 @@ class Reader:
         if name is None:
             raise UsageError(f"{folder}: names no chat format that we know; take a Phi-3's tokenizer")
         self.format: ChatFormat = get_format(name)
-        said, end = self.tokenizer.id("<|assistant|>"), self.tokenizer.id("<|end|>")
-        if said is None or end is None:
-            raise UsageError(f"{folder}: its tokenizer lacks <|assistant|> or <|end|>; take a Phi-3's")
-        self._reply, self._end, self._bos = said, end, bos_token(folder)
+        reply, end = self.format.turn.format(role="assistant"), self.tokenizer.id(self.format.end)
+        self._reply = self.tokenizer.encode(reply)
+        if end is None or not self.tokenizer.special_tokens(reply):
+            raise UsageError(f"{folder}: its tokenizer lacks {reply} or {self.format.end}; take a Phi-3's")
+        self._end, self._bos = end, bos_token(folder)
 
     def read(self, line: bytes) -> tuple[str, str, list[_Text]]:
         """Kind, what decides the split, and its texts: one, or chosen and rejected."""
@@ -164,12 +165,14 @@ class Reader:
     def _tokens(self, messages: Messages, last_only: bool) -> _Text:
         self.check(messages)
         tokens = self.tokenizer.encode(self.format.conversation(messages, self._bos))
-        learned, inside = [], False
-        for token in tokens:
+        learned, inside, last = [], False, 0
+        for i, token in enumerate(tokens):
             learned.append(inside)
-            inside = token == self._reply or (inside and token != self._end)
+            if tokens[max(0, i + 1 - len(self._reply)) : i + 1] == self._reply:
+                inside, last = True, i
+            elif token == self._end:
+                inside = False
         if last_only:
-            last = len(tokens) - 1 - tokens[::-1].index(self._reply)
             learned = [flag and i > last for i, flag in enumerate(learned)]
         return tokens, learned
 

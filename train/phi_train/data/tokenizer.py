@@ -34,7 +34,7 @@ CHAT_TOKENS = (
     "<|user|>",
 )
 # Tokens that end an answer, in phi-3's chat format (its published generation_config.json).
-STOPS = (END_OF_TEXT, "<|assistant|>", "<|end|>")
+STOPS = (END_OF_TEXT, "<|assistant|>", "<|end|>", "<|im_end|>")
 # Phi-3's chat format (July 2024 revision).
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"

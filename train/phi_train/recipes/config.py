@@ -92,7 +92,8 @@ class Objective(StrictContract, frozen=True, kw_only=True):
     attention's weights and of what is added to the residual stream. teacher: a checkpoint whose distributions are
     learned, with the share `distillation` of the loss. dpo_beta: DPO's beta. nll_weight: of the preferred answer's own
     loss beside DPO's. qat: the grid of quantisation-aware training (`int4-g128`); the forward pass sees weights rounded
-    to it.
+    to it. lora_rank: of the differences that are learnt while the weights stay as they are (arXiv:2106.09685), 0 for
+    the weights themselves; lora_alpha: these differences are multiplied by lora_alpha / lora_rank.
     """
 
     type: Literal["pretrain", "sft", "dpo"] = "pretrain"
@@ -102,6 +103,8 @@ class Objective(StrictContract, frozen=True, kw_only=True):
     dpo_beta: _Positive = 0.1
     nll_weight: _Weight = 0.0
     qat: str | None = None
+    lora_rank: Annotated[int, msgspec.Meta(ge=0)] = 0
+    lora_alpha: _Positive = 32.0
 
 
 class _Settings(StrictContract, frozen=True, kw_only=True):
@@ -306,6 +309,11 @@ def check(r: Recipe) -> None:
         raise UsageError(
             "parallelism.weights=bf16 has its float32 copy in ZeRO and computes in bf16; set parallelism.zero_stage to "
             "1, 2 or 3 and parallelism.precision to auto or bf16"
+        )
+    if o.lora_rank and (o.qat is not None or p.zero_stage == 3):
+        raise UsageError(
+            "objective.lora_rank leaves the weights as they are: set no objective.qat, and parallelism.zero_stage to "
+            "at most 2"
         )
     if d.short_context_interval and o.type != "pretrain":
         raise UsageError("data.short_context_interval cuts a corpus's windows; examples keep their own lengths")

@@ -31,6 +31,7 @@ GPUS = {
     "rtx4090": Gpu(165e12, 24 * 10**9),
 }
 STAGES = (0, 1, 2, 3)
+_NOT_IN_LAYERS = ("embed_tokens.weight", "wte.weight", "wpe.weight", "lm_head.weight")
 _RESERVED = 2_000_000_000  # the driver's context, NCCL's buffers, fragmentation
 
 
@@ -197,12 +198,16 @@ def _memory(r: Recipe, parameters: int, micro: int, gpus: int, stage: int) -> Me
     weights = size * parameters // (gpus if stage >= 3 else 1)
     if stage >= 3 and half:  # the largest matrix is whole while it is used, its gradient too
         weights += 2 * size * d.hidden_size * max(d.vocab_size, d.intermediate_size * (2 if d.gated else 1))
-    gradients = 0 if half and stage >= 3 else size * parameters // (gpus if stage >= 2 else 1)
+    learnt = parameters
+    if (rank := r.objective.lora_rank) > 0:
+        matrices = [s for n, s in r.model.tensor_shapes().items() if len(s) == 2 and not n.endswith(_NOT_IN_LAYERS)]
+        learnt = rank * sum(rows + columns for rows, columns in matrices)
+    gradients = 0 if half and stage >= 3 else size * learnt // (gpus if stage >= 2 else 1)
     return Memory(
         stage=stage,
         weights=weights,
-        gradients=gradients + (4 * parameters // gpus if half else 0),
-        optimizer=(12 if half else 8) * parameters // (gpus if stage >= 1 else 1),
+        gradients=gradients + (4 * learnt // gpus if half else 0),
+        optimizer=(12 if half else 8) * learnt // (gpus if stage >= 1 else 1),
         activations=tokens * activations,
         logits=tokens * d.vocab_size * 6,  # in 16 bits, and their softmax in 32
         teacher=4 * frozen,

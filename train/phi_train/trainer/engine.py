@@ -105,9 +105,11 @@ def share(recipe: Recipe, ranks: Ranks) -> tuple[int, int]:
 def make_engine(model: nn.Module, r: Recipe, ranks: Ranks) -> Any:
     """The engine; its optimizer is `engine.optimizer`."""
     # Decay pulls matrices towards zero, norms it would pull off their scale.
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": matrices, "weight_decay": r.optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = ([p for p in learnt if (p.ndim == 2) == flat] for flat in (True, False))
+    groups = [{"params": matrices, "weight_decay": r.optimizer.weight_decay}]
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(
         groups, lr=r.optimizer.lr, betas=(r.optimizer.beta1, r.optimizer.beta2), eps=r.optimizer.eps, fused=True
     )

@@ -35,6 +35,7 @@ from phi_train.recipes.config import Recipe
 from phi_train.recipes.estimate import check_memory, flops_per_token
 from phi_train.trainer.engine import Ranks, any_of, barrier, join, make_engine, share, total
 from phi_train.trainer.logging import Log, plot_losses, write_samples
+from phi_train.trainer.lora import ADAPTER, merge, write_adapter
 from phi_train.trainer.loss_scale import LossScale, nothing_learnt
 from phi_train.trainer.objectives import next_token, preference
 from phi_train.trainer.rate import peak
@@ -56,6 +57,8 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
     """
     if recipe.objective.type == "dpo" and recipe.init_from is None:
         raise UsageError(f"{recipe.name} compares with the model it begins with: give init_from")
+    if recipe.objective.lora_rank and recipe.init_from is None:
+        raise UsageError(f"{recipe.name} learns a difference from a checkpoint: give init_from")
     ranks = join()
     micro, _ = share(recipe, ranks)
     free = torch.cuda.mem_get_info(ranks.device)[0] if ranks.device.type == "cuda" else available()
@@ -103,6 +106,9 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
     if ranks.first:
         write_file(training / "summary.json", encode(summary))
         plot_losses(training, (summary.initial_loss, summary.final_loss))
+        if recipe.objective.lora_rank:
+            write_adapter(out / ADAPTER, weights, recipe)
+            weights = merge(weights, recipe.objective.lora_alpha / recipe.objective.lora_rank)
         write_checkpoint(out, config, weights, folder)
         shutil.rmtree(training / "state")  # the run is over: nothing will be continued
     barrier()

@@ -20,7 +20,7 @@ class LossScale:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.scale, self.good = BEGIN, 0
         self._overflow = torch.zeros((), dtype=torch.bool, device=device)
-        for p in model.parameters():
+        for p in filter(lambda p: p.requires_grad, model.parameters()):
             p.register_hook(self._unscale)  # type: ignore[no-untyped-call]
 
     def _unscale(self, gradient: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from phi_train.models.attention import init_weights
 from phi_train.models.precision import DTYPES, chosen
 from phi_train.recipes.config import Recipe, to_dict, vary
 from phi_train.trainer.engine import Ranks, any_of
+from phi_train.trainer.lora import enable_lora
 from phi_train.trainer.qat import enable_qat
 
 
@@ -97,6 +98,8 @@ def make_model(r: Recipe, config: AnyConfig, tokenizer: Path, ranks: Ranks) -> C
     model.dropout, model.checkpoint_activations = r.objective.dropout, r.parallelism.gradient_checkpointing
     if r.objective.qat is not None:
         enable_qat(model, r.objective.qat)
+    if r.objective.lora_rank:
+        enable_lora(model, r.objective.lora_rank, r.objective.lora_alpha, r.seed)
     _compute_in(precision(r, ranks.device), model, ranks.device)
     if r.parallelism.compile:
         for part in model.modules():

@@ -1,4 +1,4 @@
-"""The state of a run on disk: weights, optimizer and random numbers in safetensors, counters in JSON; never pickle.
+"""The state of a run: what is learnt, optimizer and random numbers in safetensors, counters in JSON; never pickle.
 
 Each state is a folder `step-00000100` that appears whole, with the digest of its files; the newest one whose digests
 hold is the one continued from. Tensors are whole whatever ZeRO divided them into, so a run goes on with any number
@@ -84,18 +84,23 @@ def load_state(folder: Path, engine: Any) -> Counters:
 
 def full_weights(engine: Any) -> dict[str, Tensor]:
     """All weights in float32, whole; all processes call it."""
-    return dict(_weights(engine))
+    still = {n: p.detach().to("cpu", torch.float32) for n, p in engine.module.named_parameters() if not p.requires_grad}
+    return still | dict(_weights(engine))
+
+
+def _learnt(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    return ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
 
 
 def _weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    for name, p in engine.module.named_parameters():
+    for name, p in _learnt(engine):
         whole = p if _plain(engine) else safe_get_full_fp32_param(p)
         yield name, whole.detach().to("cpu", torch.float32).contiguous()
 
 
 def _moments(engine: Any) -> Iterator[tuple[str, Tensor]]:
     _begin(engine, 0)
-    for name, p in engine.module.named_parameters():
+    for name, p in _learnt(engine):
         for part in _MOMENTS:
             whole = _optimizer(engine).state[p][part] if _plain(engine) else safe_get_full_optimizer_state(p, part)
             yield f"{name}|{part}", whole.detach().to("cpu", torch.float32).contiguous()
@@ -104,7 +109,7 @@ def _moments(engine: Any) -> Iterator[tuple[str, Tensor]]:
 @torch.no_grad()
 def _restore(engine: Any, weights: dict[str, Tensor], moments: dict[str, Tensor], step: int) -> None:
     _begin(engine, step, again=True)
-    for name, p in engine.module.named_parameters():
+    for name, p in _learnt(engine):
         with GatheredParameters(p, modifier_rank=0, enabled=hasattr(p, "ds_id")):  # ZeRO's stage 3 divides them too
             p.copy_(weights[name])
         if _plain(engine):
@@ -131,7 +136,7 @@ def _begin(engine: Any, step: int, again: bool = False) -> None:
 def _held(engine: Any) -> list[Tensor]:
     """What the optimizer steps on: the parameters, or ZeRO's partitions of them."""
     if _plain(engine):
-        return list(engine.module.parameters())
+        return [p for _, p in _learnt(engine)]
     zero = engine.optimizer
     parts = "fp32_partitioned_groups_flat" if hasattr(zero, "fp32_partitioned_groups_flat") else ""
     return list(getattr(zero, parts or "single_partition_of_fp32_groups"))
