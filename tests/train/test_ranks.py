@@ -84,10 +84,12 @@ def test_killed_on_two_processes_it_goes_on_with_one(stage, tmp_path, common, al
     assert np.abs(np.subtract(losses(out), alone)).max() < 1e-4
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.timeout(900)  # a processor without bf16 takes twenty times as long for it
 def test_bf16_weights_learn_as_float32_ones_and_go_on_exactly(stage, tmp_path, common, alone):
     """Their float32 copy is what is kept: a run that was stopped in the middle ends in the same bytes."""
-    changes = (*common, f"parallelism.zero_stage={stage}", "parallelism.weights=bf16", "parallelism.precision=bf16")
+    ways = {"zero_stage": stage, "weights": "bf16", "precision": "bf16"}
+    changes = (*common, *(f"parallelism.{name}={value}" for name, value in ways.items()))
     done = run(*command(1, tmp_path / "whole", changes))
     assert done.returncode == 0, done.stderr[-3000:]
     assert np.abs(np.subtract(losses(tmp_path / "whole"), alone)).max() < 0.05
