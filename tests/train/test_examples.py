@@ -9,7 +9,10 @@ from support import run
 from phi_runtime.errors import UsageError
 from phi_runtime.text.chat_templates import FORMATS
 from phi_runtime.text.tokenizer import Tokenizer
+from phi_train.checkpoints.write import write_checkpoint
 from phi_train.data.conversations import Conversations, Preferences, Reader, open_examples, write_examples
+from phi_train.models import build
+from phi_train.recipes.catalogue import get_recipe
 
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -61,6 +64,32 @@ def test_only_the_assistants_words_are_learnt(tmp_path, file, tokenizer):
     learnt = [r for r in runs if r[-1] == t.id("<|end|>") and len(r) > 1][-2:]
     assert sum(found[1]) == sum(map(len, learnt))
     assert [t.decode(r.tolist()).strip() for r in learnt] == ["It is called f.", "No, that is not one."]
+
+
+def test_chatml_is_learnt_and_ended_as_it_is_written(tmp_path, tokenizer):
+    """The words of the assistant alone; the checkpoint that is written stops at the end of its turn."""
+    raw = json.loads((tokenizer / "tokenizer.json").read_text())
+    text = json.dumps(raw).replace("<|end|>", "<|im_end|>").replace("<|assistant|>", "<|im_start|>")
+    folder = tmp_path / "chatml"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(text)
+    template = (
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+        "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    reader = Reader(folder)
+    said = [{"role": "user", "content": "def f"}, {"role": "assistant", "content": "return x"}]
+    _, _, [(tokens, learned)] = reader.read(json.dumps({"messages": [*said, *said]}).encode())
+    words = reader.tokenizer.decode([t for t, flag in zip(tokens, learned, strict=True) if flag])
+    assert words.split() == ["return", "x", "return", "x"] or words.count("return x") == 2
+    assert sum(learned) < len(tokens) / 2 and reader.prompt(said[:1]) == tokens[: len(reader.prompt(said[:1]))]
+    config = get_recipe("phi3-demo", []).model
+    write_checkpoint(tmp_path / "out", config, dict(build(config).named_parameters()), folder)
+    stops = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    assert reader.tokenizer.id("<|im_end|>") in stops
 
 
 def test_a_question_stays_on_its_side(tokenizer):

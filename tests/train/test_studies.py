@@ -150,7 +150,8 @@ def test_heads_and_neurons_by_what_they_look_at(tmp_path):
         end[t, max((n for n in range(t) if said[n] == "."), default=0)] = 1
     neurons = np.zeros((length, 2), np.float32)
     neurons[:, 0] = [word in ("Tom", "cat") for word in said]
-    inside = [roles.Inside(said, (np.stack([previous, end]),), (neurons,))] * 5
+    even = np.tril(np.ones((length, length), np.float32)) / np.arange(1, length + 1, dtype=np.float32)[:, None]
+    inside = [roles.Inside(said, (np.stack([previous, end, even]),), (neurons,))] * 5
     found = roles.heads(
         inside,
         {
@@ -158,7 +159,8 @@ def test_heads_and_neurons_by_what_they_look_at(tmp_path):
             "end of sentence": [lambda words, t: [n for n in range(t) if words[n] == "."]] * 5,
         },
     )
-    assert [h.best for h in found] == ["previous word", "end of sentence"]
+    assert [h.best for h in found[:2]] == ["previous word", "end of sentence"]
+    assert max(map(abs, found[2].lifts.values())) < 1e-6  # no role
     assert found[0].lifts["previous word"] == pytest.approx(1) and found[0].lifts["end of sentence"] < 0.3
     words = [f"n{n}" for n in range(8)] + [f"v{n}" for n in range(8)]
     excited = np.array([[n < 8, n % 2] for n in range(16)], np.float32)
