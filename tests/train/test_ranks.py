@@ -1,8 +1,11 @@
 """Many processes, ZeRO's stages, and what a run survives."""
 
+import collections
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,8 +14,10 @@ import numpy as np
 import pytest
 from support import SCRIPTS, run, settings
 
+from phi_runtime.errors import UsageError
 from phi_train.recipes.catalogue import get_recipe
 from phi_train.trainer.loop import _number, learning_rate
+from phi_train.trainer.setup import check_disk
 
 pytestmark = pytest.mark.integration
 
@@ -105,6 +110,56 @@ def test_bf16_weights_learn_as_float32_ones_and_go_on_exactly(stage, tmp_path, c
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     both = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert both[0] == both[1]
+
+
+def side_by_side(commands, **more):
+    """Two processes that meet, each by a command of its own."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [str(part) for part in each],
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": "0"} | more,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, each in enumerate(commands)
+    ]
+    return [(p.returncode, said) for p, said in [(p, p.communicate(timeout=200)[1]) for p in processes]]
+
+
+def test_a_host_with_another_recipe_or_other_data(tmp_path, common, tokenizer_and_other_data):
+    cases = {"recipe": (*common, "optimizer.lr=0.5"), "data": (*common, f"data.shards={tokenizer_and_other_data}")}
+    for what, other in cases.items():
+        out = tmp_path / what
+        (first, said), (second, _) = side_by_side([command(1, out, common), command(1, out, other)])
+        assert first == second == 2 and f"process 1 has another {what} than process 0" in said, said[-2000:]
+        assert not (out / "training" / "state").exists()
+
+
+@pytest.fixture
+def tokenizer_and_other_data(tmp_path, checkpoint):
+    """Shards by the checkpoint's tokenizer, of another corpus."""
+    (tmp_path / "corpus").mkdir()
+    for n in range(60):
+        (tmp_path / "corpus" / f"{n}.txt").write_text("\n".join(f"def f{n}{m}(x): return x * {m}" for m in range(90)))
+    tokenizer = checkpoint / "training" / "tokenizer"
+    made = run(
+        "phi-train", "shards", "--corpus", tmp_path / "corpus", "--tokenizer", tokenizer, "--out", tmp_path / "other"
+    )
+    assert made.returncode == 0, made.stderr
+    return tmp_path / "other"
+
+
+def test_too_little_disk(tmp_path, common, monkeypatch):
+    full = collections.namedtuple("usage", "total used free")(10**9, 10**9, 10**5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    with pytest.raises(UsageError, match=r"GB on disk \(3 states of .*0\.0 GB are free; choose another --out"):
+        check_disk(get_recipe("phi3-demo", []), 10**6, 10**6, tmp_path / "not" / "there")
+    monkeypatch.undo()
+    check_disk(get_recipe("phi3-demo", []), 10**3, 10**3, tmp_path)
 
 
 def test_a_batch_that_does_not_divide(tmp_path, common):

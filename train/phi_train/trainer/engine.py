@@ -145,6 +145,14 @@ def any_of(flag: bool, device: torch.device) -> bool:
     return total(torch.tensor([float(flag)], device=device))[0] > 0
 
 
+def gather(numbers: list[int], device: torch.device) -> list[list[int]]:
+    """Some integers below 2^63 of each process, as many from each."""
+    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    found = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(found, own)
+    return [part.tolist() for part in found]
+
+
 def barrier() -> None:
     """Wait for all."""
     if distributed.get_world_size() > 1:

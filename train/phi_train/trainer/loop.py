@@ -39,7 +39,16 @@ from phi_train.trainer.lora import ADAPTER, merge, write_adapter
 from phi_train.trainer.loss_scale import LossScale, nothing_learnt
 from phi_train.trainer.objectives import next_token, preference
 from phi_train.trainer.rate import peak
-from phi_train.trainer.setup import claim, first_alone, make_model, make_teacher, precision, unclaim
+from phi_train.trainer.setup import (
+    check_disk,
+    check_same,
+    claim,
+    first_alone,
+    make_model,
+    make_teacher,
+    precision,
+    unclaim,
+)
 from phi_train.trainer.state import Counters, full_weights, load_state, save_state
 from phi_train.trainer.summary import Summary
 
@@ -80,7 +89,11 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
         folder, stream = open_stream(recipe, training, say if ranks.first else lambda what: None)
         tokenizer = Tokenizer(folder)
         config = _with_tokens(recipe.model, tokenizer)
+        check_same(ranks, recipe, stream)
         model = make_model(recipe, config, folder, ranks)
+        if not (training / "state").exists():
+            whole, learnt = (sum(p.numel() for p in model.parameters() if p.requires_grad or a) for a in (True, False))
+            first_alone(ranks, lambda: check_disk(recipe, learnt, whole, out))
         teacher = make_teacher(recipe, config, folder, ranks)
     except PhiError:
         if new:

@@ -1,5 +1,6 @@
 """Set up a run: its folder, its model, and the teacher or reference model."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -14,13 +15,16 @@ from phi_runtime.errors import OutputExistsError, PhiError, UsageError
 from phi_runtime.files import sha256, write_file
 from phi_runtime.package.hub import local_checkpoint
 from phi_runtime.text.tokenizer import FILE
+from phi_runtime.version import __version__
+from phi_train.data.batch import BatchStream
 from phi_train.models import LAYERS, CausalLM, build, load_weights
 from phi_train.models.attention import init_weights
 from phi_train.models.precision import DTYPES, chosen
 from phi_train.recipes.config import Recipe, to_dict, vary
-from phi_train.trainer.engine import Ranks, any_of
+from phi_train.trainer.engine import Ranks, any_of, gather
 from phi_train.trainer.lora import enable_lora
 from phi_train.trainer.qat import enable_qat
+from phi_train.trainer.state import KEEP
 
 
 def first_alone(ranks: Ranks, work: Callable[[], None]) -> None:
@@ -33,6 +37,48 @@ def first_alone(ranks: Ranks, work: Callable[[], None]) -> None:
             error = e
     if any_of(error is not None, ranks.device):
         raise error or SystemExit(2)
+
+
+# Settings that name a folder.
+_PLACES = {"": ("init_from",), "data": ("corpus", "tokenizer", "shards", "phase2_shards"), "objective": ("teacher",)}
+
+
+def check_same(ranks: Ranks, recipe: Recipe, stream: BatchStream) -> None:
+    """Raise UsageError where processes, on other hosts say, have another version, recipe or data than the first.
+
+    Folders may have other names there. The first process says why, the others leave.
+    """
+    if ranks.world == 1:
+        return
+    values = to_dict(recipe)
+    for room, places in _PLACES.items():
+        for name in places:
+            (values[room] if room else values).pop(name)
+    batches = (stream.batch(0), stream.heldout())
+    has = {
+        f"version (phi-edge {__version__}, torch {torch.__version__})": f"{__version__} {torch.__version__}".encode(),
+        "recipe": json.dumps(values, sort_keys=True).encode(),
+        "data": b"".join(batch.tokens.numpy().tobytes() for batch in batches),
+    }
+    digests = [int.from_bytes(hashlib.sha256(said).digest()[:7]) for said in has.values()]
+    everyones = gather(digests, ranks.device)
+    for rank, theirs in enumerate(everyones):
+        for name, a, b in zip(has, everyones[0], theirs, strict=True):
+            if a != b:
+                if not ranks.first:
+                    raise SystemExit(2)
+                raise UsageError(f"process {rank} has another {name} than process 0; make its host the same")
+
+
+def check_disk(recipe: Recipe, learnt: int, parameters: int, out: Path) -> None:
+    """Raise UsageError where the states and the checkpoint of a run will not fit beside each other."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    needed, free = 12 * learnt * (KEEP + 1) + 2 * parameters, shutil.disk_usage(there).free
+    if needed > free:
+        raise UsageError(
+            f"{out}: {recipe.name} needs {needed / 1e9:.1f} GB on disk ({KEEP + 1} states of {12 * learnt / 1e9:.1f} "
+            f"and the checkpoint), {free / 1e9:.1f} GB are free; choose another --out"
+        )
 
 
 def claim(recipe: Recipe, out: Path) -> bool:

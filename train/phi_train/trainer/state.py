@@ -30,7 +30,7 @@ from phi_runtime.errors import CheckpointError
 from phi_runtime.files import sha256, staged_folder
 from phi_train.trainer.engine import Ranks, barrier
 
-_KEEP = 2
+KEEP = 2
 _FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -62,7 +62,7 @@ def save_state(folder: Path, counters: Counters, engine: Any, ranks: Ranks) -> N
             digests = {name: sha256(stage / name) for name in _FILES}
             said = {**asdict(counters), "sha256": digests}
             (stage / "state.json").write_text(json.dumps(said | {"self": _digest(said)}) + "\n")
-        for old in sorted(folder.glob("step-*"))[:-_KEEP]:
+        for old in sorted(folder.glob("step-*"))[:-KEEP]:
             shutil.rmtree(old)
     barrier()
 
