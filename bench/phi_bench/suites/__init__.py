@@ -15,6 +15,7 @@ SUITES = {
     "training-stages": ("stages", "fine-tuning stages, each against its baseline"),
     "training-longrope": ("longrope", "context extension by LongRoPE"),
     "training-busy": ("busy", "training and decoding beside a busy process"),
+    "int4": ("int4", "the study int4: four bits keep what a study's models have learnt, calibrated or not"),
     "gpu": ("gpu", "all that only a GPU can show of the trainer, in one go; --dry tries it without one"),
     "training-kills": ("kills", "a training run that is killed again and again"),
 }

@@ -1,11 +1,31 @@
 """Results of a study: what each arm reached in each seed, and whether that shows the claim."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from phi_runtime.contract import Contract
-from phi_train.studies.study import Comparison, Control, Study
+from phi_train.studies.study import Comparison, Control
 
 LEAST_SEEDS = 3
+
+
+class Claimed(Protocol):
+    """What is judged: a `Study`, or what others made that trains nothing of its own."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def claim(self) -> str: ...  # noqa: D102
+    @property
+    def source(self) -> str: ...  # noqa: D102
+    @property
+    def stand_in(self) -> str: ...  # noqa: D102
+    @property
+    def would_show(self) -> str: ...  # noqa: D102
+    @property
+    def comparisons(self) -> tuple[Comparison, ...]: ...  # noqa: D102
+    @property
+    def controls(self) -> tuple[Control, ...]: ...  # noqa: D102
 
 
 class ArmResult(Contract, frozen=True):
@@ -70,7 +90,7 @@ class StudyResult(Contract, frozen=True):
     paragraph: str
 
 
-def judge(study: Study, scale: str, version: str, arms: Sequence[ArmResult]) -> StudyResult:
+def judge(study: Claimed, scale: str, version: str, arms: Sequence[ArmResult]) -> StudyResult:
     """Compare what the arms reached."""
     seeds = tuple(sorted({a.seed for a in arms}))
     found = {(a.arm, a.seed): a.metrics for a in arms}
@@ -110,7 +130,7 @@ def _checked(c: Control, found: _Found, seeds: Sequence[int]) -> Checked:
 
 
 def _paragraph(
-    study: Study,
+    study: Claimed,
     scale: str,
     seeds: Sequence[int],
     comparisons: Sequence[Judged],
