@@ -4,11 +4,11 @@ tests/mobile/test_golden.py holds the files to today's Python, `swift test` hold
 text are kept as digests, the first 12 hexadecimal digits of the SHA-256 of what `digest` is given.
 """
 
+import argparse
 import base64
 import hashlib
 import json
 import random
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +42,9 @@ CL100K, O200K = next(iter(_PATTERNS)), list(_PATTERNS)[-1]
 
 def main() -> None:
     """Write all files; tokenizers only where they are missing, since what they learn from changes."""
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else GOLDEN
+    p = argparse.ArgumentParser("golden.py", description=(__doc__ or "").splitlines()[0])
+    p.add_argument("out", nargs="?", type=Path, default=GOLDEN, metavar="DIR")
+    out: Path = p.parse_args().out
     for name, build in TOKENIZERS.items():
         folder = GOLDEN / "tokenizers" / name
         if not (folder / "tokenizer.json").is_file():

@@ -41,6 +41,12 @@ def test_the_suite_for_gpus_runs_without_one(tmp_path):
     assert again.returncode == 2 and "choose another --out" in again.stderr
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_suite_for_gpus_without_one(tmp_path):
+    done = run_here("phi-bench", "suite", "gpu", "--out", tmp_path / "gpu")
+    assert done.returncode == 2 and "there is no GPU" in done.stderr and not (tmp_path / "gpu").exists()
+
+
 def test_the_suite_for_gpus_sees_what_is_wrong(monkeypatch):
     """Logits that are off, and attention that sees what it should not."""
     right = gpu.computed

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from phi_bench.suites.runs import log, train
-from phi_runtime.errors import OutputExistsError
+from phi_runtime.errors import OutputExistsError, UsageError
 from phi_train.models import CausalLM, build, flash
 from phi_train.models.attention import init_weights
 from phi_train.models.precision import DTYPES
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     if args.dry:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of phi-train too
     elif not torch.cuda.is_available():
-        sys.exit("there is no GPU that PyTorch can use; --dry tries the suite without one")
+        raise UsageError("there is no GPU that PyTorch can use; --dry tries the suite without one")
     device = torch.device("cpu" if args.dry else "cuda")
     args.out.mkdir(parents=True)
     rows: list[Row] = []

@@ -29,7 +29,7 @@ from phi_train.checkpoints.write import write_checkpoint
 from phi_train.studies.catalogue import get_study
 from phi_train.studies.report import write_report
 from phi_train.studies.result import ArmResult, StudyResult, judge
-from phi_train.studies.study import Comparison, Control, arm_folder
+from phi_train.studies.study import Comparison, Control, Scale, arm_folder
 
 MARGIN = 0.02  # of the metric that four bits may lose
 LESS = f"unquantised, {MARGIN} less"
@@ -98,7 +98,8 @@ def asked(trained: StudyResult, arm: ArmResult, study: Path, metric: str, out: P
     checkpoint = open_checkpoint(study / arm_folder(arm.arm, arm.seed))
     data = study / "data" / f"seed-{arm.seed}"
     kind = get_study(trained.name)
-    (recipe,) = (a.recipe for a in kind.arms("demo" if trained.scale == "demo" else "smoke") if a.name == arm.arm)
+    scale: Scale = "demo" if trained.scale == "demo" else "smoke"
+    (recipe,) = (a.recipe for a in kind.arms(scale) if a.name == arm.arm)
     text = CalibrationText(str(data / (recipe.data.shards or "shards") / "heldout.txt"), _WINDOWS)
     ways: dict[str, Weights] = {
         "int4": exported(checkpoint, out / "bundles" / f"plain-{arm.seed}", None),
@@ -111,8 +112,7 @@ def asked(trained: StudyResult, arm: ArmResult, study: Path, metric: str, out: P
         weights = {name: torch.from_numpy(np.array(read(name), np.float32)) for name in checkpoint.tensors}
         write_checkpoint(folder, checkpoint.config, weights, checkpoint.folder)
         torch.manual_seed(arm.seed)
-        scale = "demo" if trained.scale == "demo" else "smoke"
-        reached[way] = kind.measure(scale, arm.seed, data, folder)[metric]  # type: ignore[arg-type]
+        reached[way] = kind.measure(scale, arm.seed, data, folder)[metric]
         print(f"seed {arm.seed}, {way}: {metric} {reached[way]:.3f}, unquantised {reached['unquantised']:.3f}")
     reached[LESS] = reached["unquantised"] - MARGIN
     return [

@@ -42,7 +42,6 @@ class AttentionContext:
         self.decoder, self._length, self._device, self.dropout = decoder, length, device, dropout
         self._documents = documents
         self._texts: flash.Texts | None = None
-        self._apart = None if documents is None else documents[:, None, :, None] == documents[:, None, None, :]
         self._masks: dict[object, Tensor | None] = {}
         if decoder.rope is not None:
             self.cos_TD, self.sin_TD = _tables(decoder, length, device)
@@ -69,13 +68,14 @@ class AttentionContext:
         return self._texts
 
     def _mask(self, layer: Layer) -> Tensor | None:
-        if self._apart is None and layer.sparse is None and not self.cuts(layer):
+        documents = self._documents
+        if documents is None and layer.sparse is None and not self.cuts(layer):
             return None
         at = np.arange(self._length)
         heads = self.decoder.heads if layer.sparse is not None else 1
         seen = np.stack([visible(layer, head, at, at) for head in range(heads)])[None]
         mask = torch.from_numpy(seen).to(self._device)
-        return mask if self._apart is None else mask & self._apart
+        return mask if documents is None else mask & (documents[:, None, :, None] == documents[:, None, None, :])
 
 
 @lru_cache(maxsize=8)
