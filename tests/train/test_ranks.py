@@ -89,11 +89,18 @@ def test_killed_on_two_processes_it_goes_on_with_one(stage, tmp_path, common, al
     assert np.abs(np.subtract(losses(out), alone)).max() < 1e-4
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize(
+    "ways",
+    [
+        {"zero_stage": 1, "weights": "bf16", "precision": "bf16"},
+        {"zero_stage": 3, "weights": "bf16", "precision": "bf16"},
+        {"compile": "true"},
+    ],
+    ids=["bf16-1", "bf16-3", "compiled"],
+)
 @pytest.mark.timeout(900)  # a processor without bf16 takes twenty times as long for it
-def test_bf16_weights_learn_as_float32_ones_and_go_on_exactly(stage, tmp_path, common, alone):
-    """Their float32 copy is what is kept: a run that was stopped in the middle ends in the same bytes."""
-    ways = {"zero_stage": stage, "weights": "bf16", "precision": "bf16"}
+def test_other_arithmetic_learns_the_same_and_goes_on_exactly(ways, tmp_path, common, alone):
+    """Of bf16 weights the float32 copy is what is kept: a run that was stopped ends in the same bytes."""
     changes = (*common, *(f"parallelism.{name}={value}" for name, value in ways.items()))
     done = run(*command(1, tmp_path / "whole", changes))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -204,6 +211,8 @@ def spoilt(self, *arguments, **options):
             loss.register_hook(lambda g: g * float("nan"))
         if what == "always" and calls > 6:
             loss = loss * float("nan")
+        if what == "phase" and calls > 8:
+            loss = loss * 10
     return loss
 loop._Run._loss = spoilt
 loop._RECENT = 5
@@ -226,6 +235,14 @@ def test_a_batch_that_goes_wrong_is_left_out(what, skipped, tmp_path, common):
     assert ("back to step 0" in done.stderr) == (what == "weights")
     found = losses(out)
     assert len(found) == 16 and np.isfinite(found).all() and max(found) < 9
+
+
+def test_a_second_phase_may_have_other_losses(tmp_path, common, checkpoint):
+    phase = ("data.phase2_step=8", f"data.phase2_shards={checkpoint / 'training' / 'shards'}")
+    arguments = [str(a) for a in command(1, tmp_path / "out", (*common, *phase, "save_every=100"))[1:]]
+    done = subprocess.run([sys.executable, "-c", _SPOIL, "phase", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0 and "left out" not in done.stderr, done.stderr
+    assert min(losses(tmp_path / "out")[8:]) > 20
 
 
 def test_the_batch_of_a_step_passes_over_those_left_out():

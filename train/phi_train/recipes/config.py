@@ -73,7 +73,8 @@ class Parallelism(StrictContract, frozen=True, kw_only=True):
     (`models.precision`). weights: what is computed with; under bf16 the optimizer has a float32 copy, which ZeRO's
     stages 1 to 3 divide. micro_batch_size: sequences that a process takes at a time, None for all of its share.
     zero_stage: of DeepSpeed's ZeRO. gradient_checkpointing: activations are computed again in the backward pass.
-    offload_optimizer: its state lies in the processor's memory. compile: layers by torch.compile.
+    offload_optimizer: its state lies in the processor's memory. compile: layers by torch.compile;
+    "auto" where that is sooner done (`trainer.setup.compiled`).
     """
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -82,7 +83,7 @@ class Parallelism(StrictContract, frozen=True, kw_only=True):
     zero_stage: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
     gradient_checkpointing: bool = False
     offload_optimizer: bool = False
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
 
 
 class Objective(StrictContract, frozen=True, kw_only=True):

@@ -129,6 +129,8 @@ def make_engine(model: nn.Module, r: Recipe, ranks: Ranks) -> Any:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         config["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own wants a compiler; torch's is fused too
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    if ranks.world == 1 and r.parallelism.zero_stage == 0:
+        engine.enable_backward_allreduce = False  # gradients would be summed with nobody's, and copied twice for it
     return engine
 
 

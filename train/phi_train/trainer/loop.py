@@ -225,6 +225,8 @@ class _Run:
         r, engine, ranks = self.recipe, self.engine, self.ranks
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(r, step)
+        if step == r.data.phase2_step:  # other data has other losses: those before say nothing of its own
+            self._counters = dataclasses.replace(self._counters, recent=())
         batch = self.stream.batch(_number(step, self._counters.skipped))
         micro, times = share(r, ranks)
         own = batch[ranks.rank :: ranks.world]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from phi_train.models import LAYERS, CausalLM, build, load_weights
 from phi_train.models.attention import init_weights
 from phi_train.models.precision import DTYPES, chosen
 from phi_train.recipes.config import Recipe, to_dict, vary
+from phi_train.recipes.estimate import flops_per_token
 from phi_train.trainer.engine import Ranks, any_of, gather
 from phi_train.trainer.lora import enable_lora
 from phi_train.trainer.qat import enable_qat
@@ -147,11 +149,23 @@ def make_model(r: Recipe, config: AnyConfig, tokenizer: Path, ranks: Ranks) -> C
     if r.objective.lora_rank:
         enable_lora(model, r.objective.lora_rank, r.objective.lora_alpha, r.seed)
     _compute_in(precision(r, ranks.device), model, ranks.device)
-    if r.parallelism.compile:
+    if compiled(r, ranks.device):
         for part in model.modules():
             if isinstance(part, LAYERS):
                 part.compile()
     return model.to(ranks.device)
+
+
+_WORTH = 2e14  # operations of a run: some minutes. Compiling takes half a minute, steps a third less
+
+
+def compiled(r: Recipe, device: torch.device) -> bool:
+    """Whether layers are compiled. "auto": on processors, for long runs of plain weights, where a compiler is."""
+    if r.parallelism.compile != "auto":
+        return r.parallelism.compile
+    plain = r.objective.qat is None and not r.objective.lora_rank
+    long = flops_per_token(r) * r.tokens > _WORTH
+    return device.type == "cpu" and plain and long and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def precision(r: Recipe, device: torch.device) -> str:
