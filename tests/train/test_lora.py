@@ -69,7 +69,7 @@ def test_killed_it_goes_on_exactly(checkpoint, tuned, tmp_path, stage):
     process = subprocess.Popen(command(checkpoint, out, *changes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (out / "training" / "state" / "step-00000012").exists() and process.poll() is None:
         time.sleep(0.01)
-    state = load_file(out / "training" / "state" / "step-00000012" / "model.safetensors")
+    state = load_file(out / "training" / "state" / "step-00000012" / "rank-00000-of-00001.safetensors")
     process.kill()
     process.wait()
     assert not (out / "config.json").exists(), "it ended before it could be killed"

@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -87,6 +88,40 @@ def test_killed_on_two_processes_it_goes_on_with_one(stage, tmp_path, common, al
     assert done.returncode == 0, done.stderr
     assert len(losses(out)) == 16
     assert np.abs(np.subtract(losses(out), alone)).max() < 1e-4
+
+
+def test_any_number_and_stage_goes_on_from_the_state_of_another(tmp_path, common, alone):
+    begun = tmp_path / "begun"
+    process = subprocess.Popen(
+        command(2, begun, (*common, "parallelism.zero_stage=3")), stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    state = begun / "training" / "state"
+    while not (state / "step-00000008").exists() and process.poll() is None:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    written = sorted(p.name for p in sorted(state.glob("step-*"))[-1].glob("rank-*"))
+    assert written == [f"rank-0000{rank}-of-00002.safetensors" for rank in (0, 1)]
+    for ranks, stage in ((1, 0), (2, 1), (4, 2), (4, 3)):
+        out = tmp_path / f"{ranks}-{stage}"
+        shutil.copytree(begun, out)
+        done = run(*command(ranks, out, (*common, f"parallelism.zero_stage={stage}")))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert np.abs(np.subtract(losses(out), alone)).max() < 1e-4
+
+
+def test_a_state_that_does_not_fit_on_the_disk_is_named(tmp_path, common):
+    out = tmp_path / "out"
+    arguments = shlex.join(str(a) for a in command(1, out, common))
+    done = subprocess.run(["bash", "-c", f"ulimit -f 100; exec {arguments}"], capture_output=True, text=True)
+    assert done.returncode == 2 and "the disk is full" in done.stderr, done.stderr
+    assert run(*command(1, out, common)).returncode == 0 and len(losses(out)) == 16
+
+
+def test_hosts_that_do_not_share_the_folder_are_named(tmp_path, common):
+    (first, one), (second, two) = side_by_side([command(1, tmp_path / name, common) for name in "ab"])
+    assert first == second == 2
+    assert "process 1 does not see it; put --out in a folder that all hosts share" in two, one + two
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import resource
 import signal
@@ -11,6 +12,7 @@ from support import SCRIPTS, run, run_here, settings
 
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.backends.reference import ReferenceBackend
+from phi_runtime.errors import UsageError
 from phi_runtime.files import sha256
 from phi_runtime.generation.sampler import log_softmax
 from phi_train.data.shards import open_data
@@ -94,15 +96,21 @@ def test_a_damaged_state_is_passed_over(tmp_path, checkpoint):
     engine = make_engine(build(read_config(checkpoint)), get_recipe("phi3-demo", []), ranks)
     for step in (3, 6):
         save_state(tmp_path, Counters(step, 1.0, (2,)), engine, ranks)
-    for name in ("model.safetensors", "random.safetensors"):
+    for name in ("rank-00000-of-00001.safetensors", "random.safetensors"):
         newest = tmp_path / "step-00000006" / name
         content = bytearray(newest.read_bytes())
         content[-1] ^= 1
         newest.write_bytes(content)
         with torch.no_grad():
             next(engine.module.parameters()).zero_()
-        assert load_state(tmp_path, engine) == Counters(3, 1.0, (2,))
+        assert load_state(tmp_path, engine, ranks) == Counters(3, 1.0, (2,))
         assert bool(next(engine.module.parameters()).any())
+    said = json.loads((tmp_path / "step-00000003" / "state.json").read_text())
+    del said["ranks"], said["self"]
+    whole = json.dumps(said | {"self": hashlib.sha256(json.dumps(said).encode()).hexdigest()})
+    (tmp_path / "step-00000003" / "state.json").write_text(whole)
+    with pytest.raises(UsageError, match="step-00000003: an earlier version wrote it"):
+        load_state(tmp_path, engine, ranks)
 
 
 @pytest.mark.parametrize(

@@ -224,15 +224,15 @@ import sys
 import phi_train.trainer.loss_scale as scaling
 import phi_train.trainer.loop as loop
 from phi_train.cli import main
-from phi_train.trainer.state import full_weights
+from phi_train.trainer.fragments import full_weights
 scaling.BEGIN = 2.0**36
 real = loop._Run._scaled_step
 def watched(self, scale):
-    before = full_weights(self.engine)
+    before = full_weights(self.engine, self.ranks)
     before = {name: weight.clone() for name, weight in before.items()}
     was = scale.scale
     real(self, scale)
-    same = all((before[name] == weight).all() for name, weight in full_weights(self.engine).items())
+    same = all((before[name] == weight).all() for name, weight in full_weights(self.engine, self.ranks).items())
     assert same == (scale.scale < was), (was, scale.scale)
     print("overflow" if same else "step", file=sys.stderr)
 loop._Run._scaled_step = watched

