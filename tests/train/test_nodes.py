@@ -15,7 +15,7 @@ from support import SCRIPTS, run, settings
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 
-from two_nodes import NAMES, start, two_hosts
+from two_nodes import NAMES, ssh_servers, start, start_by_ssh, two_hosts
 
 SMALL = (
     "model.hidden_size=64",
@@ -95,6 +95,17 @@ def test_two_hosts_learn_as_one(stage, tmp_path, command, alone, hosts):
     said = first.communicate(timeout=400)[1]
     assert first.returncode == 0 and second.wait(60) == 0, said[-3000:]
     assert len(alone) == 200 and np.abs(np.subtract(losses(tmp_path / "two"), alone)).max() < 1e-3
+
+
+@pytest.mark.skipif(not (shutil.which("pdsh") and Path("/usr/sbin/sshd").exists()), reason="pdsh and a server for ssh")
+def test_deepspeeds_launcher_reaches_both_by_ssh(tmp_path, command, alone):
+    keys, out = tmp_path / "keys", tmp_path / "run"
+    keys.mkdir()
+    with two_hosts(), ssh_servers(keys) as path:
+        started = start_by_ssh(keys, path, command(out, "parallelism.zero_stage=1"), stdout=-1, stderr=-2)
+        said = started.communicate(timeout=400)[0]
+    assert started.returncode == 0, said[-3000:]
+    assert len(losses(out)) == 200 and np.abs(np.subtract(losses(out), alone)).max() < 1e-3
 
 
 def _kill(process):

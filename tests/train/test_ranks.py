@@ -17,6 +17,7 @@ from support import SCRIPTS, run, settings
 
 from phi_runtime.errors import UsageError
 from phi_train.recipes.catalogue import get_recipe
+from phi_train.trainer import engine
 from phi_train.trainer.loop import _number, learning_rate
 from phi_train.trainer.setup import check_disk
 
@@ -116,6 +117,42 @@ def test_a_state_that_does_not_fit_on_the_disk_is_named(tmp_path, common):
     done = subprocess.run(["bash", "-c", f"ulimit -f 100; exec {arguments}"], capture_output=True, text=True)
     assert done.returncode == 2 and "the disk is full" in done.stderr, done.stderr
     assert run(*command(1, out, common)).returncode == 0 and len(losses(out)) == 16
+
+
+_LONELY = """
+import datetime, sys
+import phi_train.trainer.engine as engine
+from phi_train.cli import main
+engine._PATIENCE = datetime.timedelta(seconds=3)
+sys.argv = ["phi-train", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_host_that_is_not_reached_is_named(rank, tmp_path, common):
+    """The first waits for a second, the second does not find the first."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": str(rank)}
+    arguments = [str(a) for a in command(1, tmp_path / "out", common)[1:]]
+    done = subprocess.run(
+        [sys.executable, "-c", _LONELY, *arguments], env=os.environ | place, capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert f"process {rank} waited 3 s for all 2 to meet at 127.0.0.1:{port}" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_deepspeeds_launcher_says_how_many_share_a_host(monkeypatch):
+    monkeypatch.setattr(engine.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(engine.torch, "set_num_threads", lambda n: None)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_SIZE", "8")
+    assert engine.join().local_world == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert engine.join().local_world == 4
 
 
 def test_hosts_that_do_not_share_the_folder_are_named(tmp_path, common):

@@ -13,7 +13,7 @@ from phi_train.studies.study import Arm, Comparison, Control, Scale, Study, smal
 from phi_train.studies.texts import shuffled, write_texts
 
 _WEB_SORTS = 0.1  # share of web text that is reasoning
-_STEPS: dict[Scale, int] = {"smoke": 20, "demo": 1600}
+_STEPS: dict[Scale, int] = {"smoke": 20, "demo": 640}  # more, and every arm answers all
 _SECOND = 0.25  # share of all steps
 
 
@@ -29,7 +29,10 @@ class TwoPhase(Study):
         Comparison("reasoning", "web, then reasoning", "mixed"),
         Comparison("reasoning", "mixed", "reasoning, then web", of_claim=False),
     )
-    controls = (Control("shuffled answers", "mixed", most=0.05),)
+    controls = (
+        Control("shuffled answers", "mixed", most=0.05),
+        Control("reasoning", "mixed", most=0.95),  # there is something left to learn
+    )
 
     def arms(self, scale: Scale) -> tuple[Arm, ...]:
         """See `Study`."""

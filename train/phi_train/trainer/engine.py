@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import deepspeed
 from torch import Tensor, distributed, nn
+from torch.distributed.rendezvous import rendezvous
 
 from phi_runtime.backends import cores
 from phi_runtime.errors import PhiError, UsageError
@@ -45,8 +47,10 @@ class Ranks:
 
 
 def join() -> Ranks:
-    """Meet the other processes."""
+    """Meet the other processes. Raises UsageError where some do not come."""
     told = {name: int(os.environ.get(name, default)) for name, default in _ENVIRONMENT.items()}
+    if "LOCAL_WORLD_SIZE" not in os.environ:  # DeepSpeed's launcher has another name for it
+        told["LOCAL_WORLD_SIZE"] = int(os.environ.get("LOCAL_SIZE", 1))
     ranks = Ranks(told["RANK"], told["WORLD_SIZE"], told["LOCAL_RANK"], told["LOCAL_WORLD_SIZE"])
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local)
@@ -65,8 +69,24 @@ def join() -> Ranks:
             store = distributed.HashStore()  # type: ignore[attr-defined]  # its stub is missing
             distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         else:
-            distributed.init_process_group(backend)
+            distributed.init_process_group(backend, store=_meet(ranks), rank=ranks.rank, world_size=ranks.world)
     return ranks
+
+
+_PATIENCE = timedelta(minutes=10)  # for hosts that start later; torchrun's own too
+
+
+def _meet(ranks: Ranks) -> Any:
+    try:
+        store, *_ = next(rendezvous("env://", ranks.rank, ranks.world, timeout=_PATIENCE))
+    except distributed.DistError:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UsageError(
+            f"process {ranks.rank} waited {_PATIENCE.total_seconds():.0f} s for all {ranks.world} to meet at {place}; "
+            "see that each host runs the command and reaches that address"
+        ) from None
+    store.set_timeout(distributed.default_pg_timeout)
+    return store
 
 
 # DeepSpeed calls torch by names that torch has since renamed; nobody who trains can do anything about it.

@@ -59,7 +59,7 @@ def restore(engine: Any, ranks: Ranks, step: int, read: Read) -> None:
             if not _divided(p):
                 _held(engine, p, part).copy_(values)
                 continue
-            filled = torch.zeros(p.ds_tensor.numel(), device=engine.device)  # type: ignore[attr-defined]
+            filled = torch.zeros(p.ds_tensor.numel(), device=engine.device)
             filled[:count] = values
             if part == WEIGHT:
                 safe_set_local_fp32_param(p, filled)
@@ -100,7 +100,8 @@ def _held(engine: Any, p: Any, part: str) -> Tensor:
     if _divided(p):
         own = safe_get_local_fp32_param(p) if part == WEIGHT else safe_get_local_optimizer_state(p, part)
         assert own is not None
-        return own.flatten()
+        flat: Tensor = own.flatten()
+        return flat
     piece: Tensor = p._hp_mapping.get_hp_fragment(None if part == WEIGHT else part)
     return piece
 

@@ -129,7 +129,7 @@ class _Pieces:
         self._files = [safe_open(path, framework="pt") for path in paths]
         self._places: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
         for n, file in enumerate(self._files):
-            for key in file.keys():  # noqa: SIM118, it is no dictionary
+            for key in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118, it is no dictionary
                 name, part, start = key.rsplit("|", 2)
                 self._places.setdefault((name, part), []).append((int(start), n, key))
 
@@ -138,7 +138,7 @@ class _Pieces:
         found = []
         at = start
         for begin, n, key in sorted(self._places[name, part]):
-            piece = self._files[n].get_slice(key)
+            piece = self._files[n].get_slice(key)  # type: ignore[no-untyped-call]
             end = begin + piece.get_shape()[0]
             if begin <= at < end and at < start + count:
                 found.append(piece[at - begin : min(end, start + count) - begin])
@@ -169,9 +169,7 @@ def _read_valid(folder: Path, ranks: Ranks) -> tuple[Counters, int] | None:
         said = read_json(folder / "state.json")
         whole = said.pop("self") == _digest(said)
         if whole and "ranks" not in said:
-            raise UsageError(
-                f"{folder}: an earlier version wrote it; finish with that, or choose another --out"
-            )
+            raise UsageError(f"{folder}: an earlier version wrote it; finish with that, or choose another --out")
         names = sorted(said["sha256"])[ranks.rank :: ranks.world]
         if whole and all(sha256(folder / name) == said["sha256"][name] for name in names):
             world = int(said["ranks"])
