@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,6 +57,15 @@ def test_when_a_claim_is_shown(a, b, shown, says):
     r = judge(Tall(), "demo", "0", results(a, b))
     assert r.shown is shown and says in r.paragraph
     assert judge(Tall(), "smoke", "0", results(a, b)).shown is None
+
+
+@pytest.mark.parametrize(("lost", "shown"), [(0.04, True), (0.06, False)])
+def test_what_is_to_be_kept_may_lose_a_little_in_each_seed(lost, shown):
+    class Kept(Tall):
+        comparisons = tuple(replace(c, kept_within=0.05) for c in Tall.comparisons if c.of_claim)
+
+    r = judge(Kept(), "demo", "0", results((0.9, 0.9 - lost, 0.95), (0.9, 0.9, 0.9)))
+    assert r.shown is shown and "to be kept within 0.05" in r.paragraph
 
 
 def test_a_page_and_a_plot(tmp_path):

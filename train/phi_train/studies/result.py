@@ -47,7 +47,7 @@ class ArmResult(Contract, frozen=True):
 class Judged(Contract, frozen=True):
     """A comparison. Both arms of a seed have the same data. effect: mean over seeds of `more` minus `less`; spread: the
     largest of these differences minus the smallest. shown: in each seed `more` has more, and the effect is larger than
-    its spread; None with fewer than three seeds.
+    its spread, or, with `kept_within`, no seed loses more than that; None with fewer than three seeds.
     """
 
     metric: str
@@ -57,6 +57,7 @@ class Judged(Contract, frozen=True):
     effect: float
     spread: float
     shown: bool | None
+    kept_within: float | None = None
 
 
 class Checked(Contract, frozen=True):
@@ -118,8 +119,8 @@ def _judged(c: Comparison, found: _Found, seeds: Sequence[int], enough: bool) ->
     differences = [a - b for a, b in zip(more, less, strict=True)]
     effect = sum(differences) / len(differences)
     spread = max(differences) - min(differences)
-    shown = min(differences) > 0 and effect > spread
-    return Judged(c.metric, c.more, c.less, c.of_claim, effect, spread, shown if enough else None)
+    shown = min(differences) > 0 and effect > spread if c.kept_within is None else min(differences) >= -c.kept_within
+    return Judged(c.metric, c.more, c.less, c.of_claim, effect, spread, shown if enough else None, c.kept_within)
 
 
 def _checked(c: Control, found: _Found, seeds: Sequence[int]) -> Checked:
@@ -147,6 +148,7 @@ def _paragraph(
         less = sum(_values(c.metric, c.less, found, seeds)) / len(seeds)
         word = {True: "shown", False: "not shown", None: "not judged"}[c.shown]
         beside = "" if c.of_claim else "beside the claim, "
+        word += "" if c.kept_within is None else f" (to be kept within {c.kept_within:g})"
         parts.append(
             f"{c.metric}: {more:.3f} for {c.more}, {less:.3f} for {c.less}; {beside}effect {c.effect:+.3f}, spread "
             f"{c.spread:.3f}, {word}."

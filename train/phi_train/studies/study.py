@@ -28,13 +28,14 @@ class Arm:
 @dataclass(frozen=True)
 class Comparison:
     """`more` is expected to have more of a metric than `less`. of_claim: the finding rests on it; else it is shown
-    beside.
+    beside. kept_within: not more is claimed, but that in no seed more than this is lost.
     """
 
     metric: str
     more: str
     less: str
     of_claim: bool = True
+    kept_within: float | None = None
 
 
 @dataclass(frozen=True)
