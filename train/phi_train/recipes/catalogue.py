@@ -340,6 +340,11 @@ def phi3_lora() -> Recipe:
     )
 
 
+def phi3_qlora() -> Recipe:
+    """The same beside a base in four bits, on the exporter's grid (arXiv:2305.14314)."""
+    return vary(phi3_lora(), name="phi3-mini-4k-qlora", objective={"lora_base": "int4-g32"})
+
+
 def phi3_dpo() -> Recipe:
     """phi-3-mini after its preferences, its own bad answers rejected; give init_from and data. Numbers are ours."""
     return vary(
@@ -432,6 +437,7 @@ _SYSTEMS: dict[str, Callable[[], Recipe]] = {
 _TUNINGS: dict[str, Callable[[], Recipe]] = {
     "phi3-mini-4k-sft": phi3_sft,
     "phi3-mini-4k-lora": phi3_lora,
+    "phi3-mini-4k-qlora": phi3_qlora,
     "phi3-mini-4k-dpo": phi3_dpo,
     "phi3-mini-4k-sft-demo": partial(_tuning_demo, phi3_sft, 200, 1e-3),
     "phi3-mini-4k-dpo-demo": partial(_tuning_demo, phi3_dpo, 60, 1e-4),

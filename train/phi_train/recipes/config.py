@@ -94,7 +94,8 @@ class Objective(StrictContract, frozen=True, kw_only=True):
     learned, with the share `distillation` of the loss. dpo_beta: DPO's beta. nll_weight: of the preferred answer's own
     loss beside DPO's. qat: the grid of quantisation-aware training (`int4-g128`); the forward pass sees weights rounded
     to it. lora_rank: of the differences that are learnt while the weights stay as they are (arXiv:2106.09685), 0 for
-    the weights themselves; lora_alpha: these differences are multiplied by lora_alpha / lora_rank.
+    the weights themselves; lora_alpha: these differences are multiplied by lora_alpha / lora_rank. lora_base: the
+    grid of four bits that the weights beneath are kept in (`int4-g32`; arXiv:2305.14314), None for as they are.
     """
 
     type: Literal["pretrain", "sft", "dpo"] = "pretrain"
@@ -106,6 +107,7 @@ class Objective(StrictContract, frozen=True, kw_only=True):
     qat: str | None = None
     lora_rank: Annotated[int, msgspec.Meta(ge=0)] = 0
     lora_alpha: _Positive = 32.0
+    lora_base: str | None = None
 
 
 class _Settings(StrictContract, frozen=True, kw_only=True):
@@ -315,6 +317,11 @@ def check(r: Recipe) -> None:
         raise UsageError(
             "objective.lora_rank leaves the weights as they are: set no objective.qat, and parallelism.zero_stage to "
             "at most 2"
+        )
+    if o.lora_base is not None and (not o.lora_rank or parse_grid(o.lora_base)[0] != 4):
+        raise UsageError(
+            "objective.lora_base keeps what an adapter learns beside in four bits: set objective.lora_rank, and a grid "
+            "such as int4-g32"
         )
     if d.short_context_interval and o.type != "pretrain":
         raise UsageError("data.short_context_interval cuts a corpus's windows; examples keep their own lengths")

@@ -11,6 +11,7 @@ from pathlib import Path
 from phi_runtime.architecture.config import num_parameters, read_config
 from phi_runtime.contract import nearest
 from phi_runtime.errors import UsageError
+from phi_train.grid import parse_grid
 from phi_train.recipes.config import Recipe
 
 
@@ -202,6 +203,10 @@ def _memory(r: Recipe, parameters: int, micro: int, gpus: int, stage: int) -> Me
     if (rank := r.objective.lora_rank) > 0:
         matrices = [s for n, s in r.model.tensor_shapes().items() if len(s) == 2 and not n.endswith(_NOT_IN_LAYERS)]
         learnt = rank * sum(rows + columns for rows, columns in matrices)
+        if r.objective.lora_base is not None:
+            bits, widest = parse_grid(r.objective.lora_base)
+            inside = sum(rows * columns for rows, columns in matrices)
+            weights -= round((size - bits / 8 - 2 / widest) * inside)
     gradients = 0 if half and stage >= 3 else size * learnt // (gpus if stage >= 2 else 1)
     return Memory(
         stage=stage,

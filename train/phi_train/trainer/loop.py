@@ -39,6 +39,7 @@ from phi_train.trainer.logging import Log, plot_losses, write_samples
 from phi_train.trainer.lora import ADAPTER, merge, write_adapter
 from phi_train.trainer.loss_scale import LossScale, nothing_learnt
 from phi_train.trainer.objectives import next_token, preference
+from phi_train.trainer.packed import unpacked_weights
 from phi_train.trainer.rate import peak
 from phi_train.trainer.setup import (
     check_disk,
@@ -121,7 +122,8 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
         plot_losses(training, (summary.initial_loss, summary.final_loss))
         if recipe.objective.lora_rank:
             write_adapter(out / ADAPTER, weights, recipe)
-            weights = merge(weights, recipe.objective.lora_alpha / recipe.objective.lora_rank)
+            scale = recipe.objective.lora_alpha / recipe.objective.lora_rank
+            weights = merge(weights | unpacked_weights(engine.module), scale)
         write_checkpoint(out, config, weights, folder)
         shutil.rmtree(training / "state")  # the run is over: nothing will be continued
     barrier()

@@ -16,15 +16,17 @@ from torch.nn import functional
 from phi_runtime.files import write_file
 from phi_train.models import CausalLM
 from phi_train.recipes.config import Recipe
+from phi_train.trainer.packed import pack, packed_linear
 
 ADAPTER = "adapter"  # the folder beside the merged checkpoint
 _PARTS = ("lora_A", "lora_B")
 
 
-def enable_lora(model: CausalLM, rank: int, alpha: float, seed: int) -> None:
+def enable_lora(model: CausalLM, rank: int, alpha: float, seed: int, base: str | None = None) -> None:
     """Freeze all weights, and give each linear layer but the head a pair lora_A [R, I], lora_B [O, R].
 
-    It adds alpha / R * B A to the layer's matrix; B is zero at the beginning, A drawn.
+    It adds alpha / R * B A to the layer's matrix; B is zero at the beginning, A drawn. base: the grid of four bits that
+    the layer's own weights are packed to, None for as they are.
     """
     model.requires_grad_(False)
     draw = torch.Generator().manual_seed(seed)
@@ -35,11 +37,12 @@ def enable_lora(model: CausalLM, rank: int, alpha: float, seed: int) -> None:
             first = torch.empty(rank, columns).uniform_(-reach, reach, generator=draw)
             module.register_parameter("lora_A", nn.Parameter(first))
             module.register_parameter("lora_B", nn.Parameter(torch.zeros(rows, rank)))
-            module.forward = partial(_linear, module, alpha / rank)  # type: ignore[method-assign]
+            packed = base is not None and pack(module, base)
+            module.forward = partial(_linear, module, alpha / rank, packed)  # type: ignore[method-assign]
 
 
-def _linear(module: nn.Linear, scale: float, x: Tensor) -> Tensor:
-    found = functional.linear(x, module.weight, module.bias)
+def _linear(module: nn.Linear, scale: float, packed: bool, x: Tensor) -> Tensor:
+    found = packed_linear(module, x) if packed else functional.linear(x, module.weight, module.bias)
     low = functional.linear(functional.linear(x, module.lora_A), module.lora_B)  # type: ignore[arg-type]
     return found + scale * low
 

@@ -14,10 +14,16 @@ from phi_train.models import CausalLM
 _TOKENS = ("embed_tokens", "wte")  # learnt positions stay as they are
 
 
-@torch.no_grad()
 def round_weight(weight: Tensor, bits: int, block: int) -> Tensor:
-    """A matrix [rows, columns] on the exporter's uniform grid, without error feedback: the same values as
-    `phi_export.quantize.uniform.round_rows` gives.
+    """A matrix [rows, columns] with its values on the grid; see `quantise`."""
+    codes, scales = quantise(weight, bits, block)
+    return (codes * scales[:, None]).view(weight.shape)
+
+
+@torch.no_grad()
+def quantise(weight: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
+    """Codes [blocks, block] and scales [blocks] of a matrix on the exporter's uniform grid, without error feedback: the
+    same as `phi_export.quantize.uniform.round_rows` gives. Scales are float16's values, in float32.
     """
     blocks = weight.float().view(-1, block)
     low, high = -(1 << bits - 1), (1 << bits - 1) - 1
@@ -32,7 +38,7 @@ def round_weight(weight: Tensor, bits: int, block: int) -> Tensor:
         scale = torch.where(gain > best, fitted, scale)
         best = torch.maximum(best, gain)
     stored = scale.half().float()
-    return (_codes(blocks, stored, low, high) * stored[:, None]).view(weight.shape)
+    return _codes(blocks, stored, low, high), stored
 
 
 def _codes(blocks: Tensor, scale: Tensor, low: int, high: int) -> Tensor:

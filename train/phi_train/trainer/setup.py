@@ -138,7 +138,7 @@ def make_model(r: Recipe, config: AnyConfig, tokenizer: Path, ranks: Ranks) -> C
     if r.objective.qat is not None:
         enable_qat(model, r.objective.qat)
     if r.objective.lora_rank:
-        enable_lora(model, r.objective.lora_rank, r.objective.lora_alpha, r.seed)
+        enable_lora(model, r.objective.lora_rank, r.objective.lora_alpha, r.seed, r.objective.lora_base)
     _compute_in(precision(r, ranks.device), model, ranks.device)
     if compiled(r, ranks.device):
         for part in model.modules():
