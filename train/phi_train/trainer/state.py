@@ -60,11 +60,7 @@ def save_state(folder: Path, counters: Counters, engine: Any, ranks: Ranks) -> N
         with disk_full_named(target):
             _write_fragments(stage / _file(ranks.rank, ranks.world), engine, ranks)
 
-    first_alone(ranks, begin)
-    together(ranks, write)
-    digests = gather(_numbers(sha256(stage / _file(ranks.rank, ranks.world))), ranks.device)
-
-    def end() -> None:
+    def end(digests: list[list[int]]) -> None:
         numbers = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             numbers["cuda"] = torch.cuda.get_rng_state()
@@ -78,7 +74,15 @@ def save_state(folder: Path, counters: Counters, engine: Any, ranks: Ranks) -> N
             for old in sorted(folder.glob("step-*"))[:-KEEP]:
                 shutil.rmtree(old)
 
-    first_alone(ranks, end)
+    try:
+        first_alone(ranks, begin)
+        together(ranks, write)
+        digests = gather(_numbers(sha256(stage / _file(ranks.rank, ranks.world))), ranks.device)
+        first_alone(ranks, lambda: end(digests))
+    except BaseException:
+        if ranks.first:
+            shutil.rmtree(stage, ignore_errors=True)
+        raise
     barrier()
 
 
