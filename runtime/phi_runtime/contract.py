@@ -100,4 +100,6 @@ def _schema_at(kind: type, path: str) -> dict[str, Any]:
             schema = schema.get("properties", {}).get(part, {})
         options = [components.get(s.get("$ref"), s) for s in schema.get("anyOf", [schema])]
         schema = next((s for s in options if s.keys() & {"properties", "enum", "items"}), options[0])
+        if "enum" in schema and {"type": "boolean"} in options:
+            schema = schema | {"enum": [*schema["enum"], "true", "false"]}
     return schema

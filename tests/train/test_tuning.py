@@ -127,6 +127,7 @@ def test_a_pupil_comes_nearer_to_its_teacher(tmp_path, checkpoint, text):
         (["objective.type=dpo"], "holds a corpus, phi3-demo learns from preferences"),
         (["objective.type=dpo", "init_from=none"], "give init_from"),
         (["objective.type=rlhf"], "is none of dpo, pretrain, sft"),
+        (["parallelism.compile=yes"], "'yes' is none of auto, true, false"),
         (["data.phase2_step=3"], "both data.phase2_shards and data.phase2_step"),
         (["parallelism.offload_optimizer=true"], "set parallelism.zero_stage"),
         (["data.short_context_interval=2"], "a context before LongRoPE"),
