@@ -61,7 +61,7 @@ def inside(*command: str) -> list[str]:
     """
     (DEBIAN / "mnt/repo").mkdir(parents=True, exist_ok=True)
     script = (
-        'mount -t proc proc "$1/proc" && mount --bind "$2" "$1/mnt/repo" || { echo "==> may not mount"; exit 3; }; '
+        'mount -t proc proc "$1/proc" && mount --bind "$2" "$1/mnt/repo" || { echo "==> may not mount" >&2; exit 3; }; '
     )
     script += 'root=$1; shift 2; exec chroot "$root" "$@"'
     return ["unshare", "--mount", "sh", "-c", script, "sh", str(DEBIAN), str(REPOSITORY), *command]
@@ -142,8 +142,8 @@ def call(*command: object) -> None:
 
 
 def say(text: str) -> None:
-    """One line about what is going on."""
-    print(f"==> {text}", flush=True)
+    """One line about what is going on, beside the output: that is the command's alone."""
+    print(f"==> {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def call(*command, **variables):
     env = {**os.environ, **variables}
     done = subprocess.run([*tool, *map(str, command)], capture_output=True, text=True, env=env, check=False)
     if done.returncode == 3:
-        pytest.skip(done.stdout.strip())
+        pytest.skip(done.stderr.strip())
     return done
 
 

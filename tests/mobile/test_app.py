@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from pbxproj import XcodeProject
-from swift_here import ROOT, swift
+from swift_here import ROOT, call, swift
 
 from phi_bench.collect import drawn
+from phi_runtime.files import cache_folder
 from phi_runtime.version import __version__
 
 APP = ROOT / "mobile/App"
@@ -71,3 +72,12 @@ def test_every_stub_names_its_page():
     """A stub proves nothing unless it was taken from somewhere: each framework's file says from where."""
     for path in (ROOT / "mobile/Stubs").glob("*.swift"):
         assert "developer.apple.com/documentation" in path.read_text(), path.name
+
+
+@pytest.mark.swift
+def test_progress_does_not_mix_with_a_commands_output():
+    """The first command on a machine also makes what Swift needs and says so: beside the output, not in it."""
+    for folder in (cache_folder() / "swift-root/opt/llama", cache_folder() / "swift-llama"):
+        (folder / "version").unlink(missing_ok=True)
+    done = call("echo", "only this")
+    assert done.stdout == "only this\n" and "llama.cpp's headers" in done.stderr
