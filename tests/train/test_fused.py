@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from phi_train.models import LAYERS, build, fused, head
+from phi_train.models import build, fused, head
 from phi_train.models.fused import causal_attention, rms_norm, rotate_pairs, swiglu, token_losses
+from phi_train.models.recompute import DecoderLayer, recompute
 from phi_train.recipes.catalogue import get_recipe
 
 DRAW = torch.Generator().manual_seed(0)
@@ -104,23 +105,39 @@ def test_losses_in_parts_are_those_of_all_logits(recipe, monkeypatch):
 
 @pytest.mark.integration
 def test_compiled_layers_say_the_same():
-    """By one graph for layers of a kind, without a break."""
+    """By one graph for layers of a kind, without a break, and keep what they should."""
+    tokens = torch.randint(0, 99, (2, 21), generator=DRAW)
+    expected, losses, _ = trained(tokens, again=False, compiled=False)
+    kept = {}
+    for again in (False, "selective", True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        found, its, kept[again] = trained(tokens, again, compiled=True)
+        assert (losses - its).abs().max() < 1e-5
+        for one, other in zip(expected, found, strict=True):
+            assert (one - other).abs().max() <= 1e-4 * max(1, float(one.abs().max()))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert kept[True] < kept["selective"] < kept[False], kept
+
+
+def trained(tokens, again, compiled):
+    """Gradients and losses of a small model, and how many bytes its layers kept for the backward pass."""
     torch.manual_seed(0)
     model = build(get_recipe("phi3-demo", ["model.hidden_size=64", "model.num_hidden_layers=3"]).model)
-    tokens = torch.randint(0, 99, (2, 21), generator=DRAW)
-    found = []
-    for compiled in (False, True):
-        for part in model.modules():
-            if compiled and isinstance(part, LAYERS):
-                part.compile(fullgraph=True)
-        model.zero_grad()
+    recompute(model, again)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    for part in model.modules():
+        if compiled and isinstance(part, DecoderLayer):
+            part.compile(fullgraph=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         losses = model(tokens, None, tokens)
-        losses.sum().backward()
-        found.append((losses.detach(), [p.grad.clone() for p in model.parameters()]))
-    assert (found[0][0] - found[1][0]).abs().max() < 1e-5
-    for one, other in zip(found[0][1], found[1][1], strict=True):
-        assert (one - other).abs().max() <= 1e-4 * max(1, float(one.abs().max()))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    losses.sum().backward()
+    return [p.grad.clone() for p in model.parameters()], losses.detach(), sum(kept.values())
 
 
 def test_losses_without_gradients_keep_nothing():

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from phi_runtime.architecture.config import num_parameters, parse_config
 from phi_runtime.backends.reference import Reference
 from phi_train.models import build
 from phi_train.models.attention import AttentionContext, init_weights
+from phi_train.models.recompute import recompute
 from phi_train.recipes.published import PUBLISHED
 
 PHI3 = {
@@ -169,13 +171,30 @@ def test_weights_are_drawn_by_the_seed():
 def test_checkpointed_activations_give_the_same_gradients(raw):
     ids = torch.randint(0, 300, (2, 60), generator=torch.Generator().manual_seed(3))
     found = []
-    for again in (False, True):
+    for again in (False, "selective", True):
         model = drawn(raw)
-        model.checkpoint_activations, model.dropout = again, 0.1
+        model.dropout = 0.1
+        recompute(model, again)
         torch.manual_seed(5)
-        model(ids).square().mean().backward()
-        found.append([p.grad for p in model.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+        with Products() as products:
+            loss = model(ids).square().mean()
+            products.count = 0
+            loss.backward()
+        found.append(([p.grad for p in model.parameters()], products.count))
+    kept, selective, whole = found
+    assert all(torch.equal(a, b) for a, b in zip(kept[0], selective[0], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept[0], whole[0], strict=True))
+    assert kept[1] == selective[1] < whole[1]  # products with weights are not computed again
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return operation(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("raw", [PHI3, PHI, NEO, SMALL], ids=["phi3", "phi", "gpt_neo", "small"])

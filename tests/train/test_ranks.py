@@ -167,8 +167,9 @@ def test_hosts_that_do_not_share_the_folder_are_named(tmp_path, common):
         {"zero_stage": 1, "weights": "bf16", "precision": "bf16"},
         {"zero_stage": 3, "weights": "bf16", "precision": "bf16"},
         {"compile": "true"},
+        {"zero_stage": 3, "gradient_checkpointing": "selective"},
     ],
-    ids=["bf16-1", "bf16-3", "compiled"],
+    ids=["bf16-1", "bf16-3", "compiled", "selective-3"],
 )
 @pytest.mark.timeout(900)  # a processor without bf16 takes twenty times as long for it
 def test_other_arithmetic_learns_the_same_and_goes_on_exactly(ways, tmp_path, common, alone):

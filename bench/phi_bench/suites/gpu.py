@@ -52,8 +52,11 @@ VARIANTS: dict[str, dict[str, object]] = {
     "float32 weights": {},
     "bf16 weights": {"weights": "bf16", "zero_stage": 1},
     "bf16 weights, compiled": {"weights": "bf16", "zero_stage": 1, "compile": True},
+    "bf16 weights, compiled, cheap activations again": {
+        "weights": "bf16", "zero_stage": 1, "compile": True, "gradient_checkpointing": "selective",
+    },
     "bf16 weights, activations again": {"weights": "bf16", "zero_stage": 1, "gradient_checkpointing": True},
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

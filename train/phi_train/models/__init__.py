@@ -8,13 +8,12 @@ import torch
 from phi_runtime.architecture.checkpoint import Checkpoint
 from phi_runtime.architecture.config import Config, GptNeoConfig, Phi3Config, Phi3SmallConfig, PhiConfig
 from phi_runtime.errors import UsageError
-from phi_train.models.gpt_neo import GPTNeoBlock, GPTNeoForCausalLM
-from phi_train.models.phi import PhiDecoderLayer, PhiForCausalLM
-from phi_train.models.phi3 import Phi3DecoderLayer, Phi3ForCausalLM
-from phi_train.models.phi3small import Phi3SmallDecoderLayer, Phi3SmallForCausalLM
+from phi_train.models.gpt_neo import GPTNeoForCausalLM
+from phi_train.models.phi import PhiForCausalLM
+from phi_train.models.phi3 import Phi3ForCausalLM
+from phi_train.models.phi3small import Phi3SmallForCausalLM
 
 CausalLM = Phi3ForCausalLM | PhiForCausalLM | GPTNeoForCausalLM | Phi3SmallForCausalLM
-LAYERS = (Phi3DecoderLayer, PhiDecoderLayer, GPTNeoBlock, Phi3SmallDecoderLayer)
 
 _CLASSES: dict[type, Any] = {
     Phi3Config: Phi3ForCausalLM,

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from phi_runtime.architecture.decoder import Decoder, Layer, visible
 from phi_train.models import flash
@@ -67,6 +66,19 @@ class AttentionContext:
             self._texts = flash.texts_of(self._documents, batch, self._length, self._device)
         return self._texts
 
+    def by_flash(self, x: Tensor, layer: Layer) -> bool:
+        """Whether a layer's attention is by a kernel of flash attention, where its values are as x."""
+        return layer.sparse is None and flash.usable(x, self.dropout)
+
+    def prepare(self, x_BTE: Tensor, layer: Layer) -> None:
+        """Find what a layer asks for before it does: what is computed again by torch.compile may not keep anything."""
+        kind = x_BTE.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTE.dtype
+        if self.by_flash(torch.empty(0, self.decoder.head_dim, dtype=dtype, device=x_BTE.device), layer):
+            self.texts(len(x_BTE))
+        else:
+            self.mask(layer)
+
     def _mask(self, layer: Layer) -> Tensor | None:
         documents = self._documents
         if documents is None and layer.sparse is None and not self.cuts(layer):
@@ -93,7 +105,7 @@ def rotate(x_BHTD: Tensor, context: AttentionContext) -> Tensor:
 def attend(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
     """Attention, [B, T, H * D]. float16 overflows in phi-2's scores, so that is computed in float32 here."""
     scale, dtype = context.decoder.attention_scale, v_BGTD.dtype
-    if layer.sparse is None and flash.usable(v_BGTD, context.dropout):
+    if context.by_flash(v_BGTD, layer):
         window = layer.window if context.cuts(layer) else None
         q, k, texts = q_BHTD.to(dtype), k_BGTD.to(dtype), context.texts(len(q_BHTD))
         return flash.flash_attention(q, k, v_BGTD, texts, scale, window, context.dropout)
@@ -126,15 +138,6 @@ def _short(x_BHTD: Tensor, context: AttentionContext) -> bool:
 
 
 _KEPT = 1 << 26  # bytes
-
-
-def run_layer(module: nn.Module, x_BTE: Tensor, layer: Layer, context: AttentionContext, again: bool) -> Tensor:
-    """Take activations through a layer; `again`: keep nothing of its inside for the backward pass."""
-    if again and torch.is_grad_enabled():
-        out: Tensor = checkpoint(module, x_BTE, layer, context, use_reentrant=False)
-    else:
-        out = module(x_BTE, layer, context)
-    return out
 
 
 def gelu_new(x: Tensor) -> Tensor:

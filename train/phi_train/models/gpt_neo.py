@@ -16,10 +16,10 @@ from phi_train.models.attention import (
     check_length,
     gelu_new,
     no_fake_quant,
-    run_layer,
     split_heads,
 )
 from phi_train.models.head import read_head
+from phi_train.models.recompute import DecoderLayer
 
 
 class GPTNeoSelfAttention(nn.Module):
@@ -62,7 +62,7 @@ class GPTNeoMLP(nn.Module):
         return out
 
 
-class GPTNeoBlock(nn.Module):
+class GPTNeoBlock(DecoderLayer):
     """Attention, then MLP, each behind a norm and around a residual."""
 
     def __init__(self, c: GptNeoConfig) -> None:
@@ -72,7 +72,7 @@ class GPTNeoBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(c.hidden_size, c.layer_norm_epsilon)
         self.mlp = GPTNeoMLP(c)
 
-    def forward(self, x_BTE: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
+    def inside(self, x_BTE: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
         """One layer."""
         x_BTE = x_BTE + context.drop(self.attn.attention(self.ln_1(x_BTE), layer, context))
         out: Tensor = x_BTE + context.drop(self.mlp(self.ln_2(x_BTE)))
@@ -94,7 +94,6 @@ class GPTNeoForCausalLM(nn.Module):
     """The language model: token ids [B, T] to logits [B, T, V]."""
 
     dropout = 0.0  # of attention's weights and of what is added to the residual stream, while training
-    checkpoint_activations = False  # compute what is inside a layer again for the backward pass
     fake_quant: FakeQuant = staticmethod(no_fake_quant)  # of the head's weight
 
     def __init__(self, config: GptNeoConfig) -> None:
@@ -112,7 +111,7 @@ class GPTNeoForCausalLM(nn.Module):
         positions = torch.arange(length, device=tokens_BT.device)
         x_BTE = self.transformer.wte(tokens_BT) + self.transformer.wpe(positions)
         for module, layer in zip(self.transformer.h, self.decoder.layers, strict=True):
-            x_BTE = run_layer(module, x_BTE, layer, context, self.checkpoint_activations)
+            x_BTE = module(x_BTE, layer, context)
         out: Tensor = self.transformer.ln_f(x_BTE)
         return out
 

@@ -16,10 +16,10 @@ from phi_train.models.attention import (
     gelu_new,
     no_fake_quant,
     rotate,
-    run_layer,
     split_heads,
 )
 from phi_train.models.head import read_head
+from phi_train.models.recompute import DecoderLayer
 
 
 class PhiAttention(nn.Module):
@@ -56,7 +56,7 @@ class PhiMLP(nn.Module):
         return out
 
 
-class PhiDecoderLayer(nn.Module):
+class PhiDecoderLayer(DecoderLayer):
     """Attention and MLP side by side."""
 
     def __init__(self, c: PhiConfig) -> None:
@@ -65,7 +65,7 @@ class PhiDecoderLayer(nn.Module):
         self.self_attn = PhiAttention(c)
         self.mlp = PhiMLP(c)
 
-    def forward(self, x_BTE: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
+    def inside(self, x_BTE: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
         """One layer."""
         normed = self.input_layernorm(x_BTE)
         out: Tensor = x_BTE + context.drop(self.self_attn(normed, layer, context)) + context.drop(self.mlp(normed))
@@ -86,7 +86,6 @@ class PhiForCausalLM(nn.Module):
     """The language model: token ids [B, T] to logits [B, T, V]."""
 
     dropout = 0.0  # of attention's weights and of what is added to the residual stream, while training
-    checkpoint_activations = False  # compute what is inside a layer again for the backward pass
     fake_quant: FakeQuant = staticmethod(no_fake_quant)  # of the head's weight
 
     def __init__(self, config: PhiConfig) -> None:
@@ -104,7 +103,7 @@ class PhiForCausalLM(nn.Module):
         )
         x_BTE = self.model.embed_tokens(tokens_BT)
         for module, layer in zip(self.model.layers, self.decoder.layers, strict=True):
-            x_BTE = run_layer(module, x_BTE, layer, context, self.checkpoint_activations)
+            x_BTE = module(x_BTE, layer, context)
         out: Tensor = self.model.final_layernorm(x_BTE)
         return out
 

@@ -16,11 +16,11 @@ from phi_train.models.attention import (
     check_length,
     no_fake_quant,
     rotate,
-    run_layer,
     split_heads,
 )
 from phi_train.models.fused import rms_norm, swiglu
 from phi_train.models.head import read_head
+from phi_train.models.recompute import DecoderLayer
 
 
 class Phi3RMSNorm(nn.Module):
@@ -66,7 +66,7 @@ class Phi3MLP(nn.Module):
         return out
 
 
-class Phi3DecoderLayer(nn.Module):
+class Phi3DecoderLayer(DecoderLayer):
     """Attention, then MLP, each behind a norm and around a residual."""
 
     def __init__(self, c: Phi3Config) -> None:
@@ -76,7 +76,7 @@ class Phi3DecoderLayer(nn.Module):
         self.post_attention_layernorm = Phi3RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = Phi3MLP(c)
 
-    def forward(self, x_BTE: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
+    def inside(self, x_BTE: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
         """One layer."""
         x_BTE = x_BTE + context.drop(self.self_attn(self.input_layernorm(x_BTE), layer, context))
         out: Tensor = x_BTE + context.drop(self.mlp(self.post_attention_layernorm(x_BTE)))
@@ -97,7 +97,6 @@ class Phi3ForCausalLM(nn.Module):
     """The language model: token ids [B, T] to logits [B, T, V]."""
 
     dropout = 0.0  # of attention's weights and of what is added to the residual stream, while training
-    checkpoint_activations = False  # compute what is inside a layer again for the backward pass
     fake_quant: FakeQuant = staticmethod(no_fake_quant)  # of the head's weight
 
     def __init__(self, config: Phi3Config) -> None:
@@ -116,7 +115,7 @@ class Phi3ForCausalLM(nn.Module):
         )
         x_BTE = self.model.embed_tokens(tokens_BT)
         for module, layer in zip(self.model.layers, self.decoder.layers, strict=True):
-            x_BTE = run_layer(module, x_BTE, layer, context, self.checkpoint_activations)
+            x_BTE = module(x_BTE, layer, context)
         out: Tensor = self.model.norm(x_BTE)
         return out
 

@@ -15,9 +15,9 @@ from phi_train.models.attention import (
     check_length,
     no_fake_quant,
     rotate,
-    run_layer,
 )
 from phi_train.models.head import read_head
+from phi_train.models.recompute import DecoderLayer
 
 
 class Phi3SmallSelfAttention(nn.Module):
@@ -55,7 +55,7 @@ class Phi3SmallMLP(nn.Module):
         return out
 
 
-class Phi3SmallDecoderLayer(nn.Module):
+class Phi3SmallDecoderLayer(DecoderLayer):
     """Attention, then MLP, each behind a norm and around a residual."""
 
     def __init__(self, c: Phi3SmallConfig) -> None:
@@ -65,7 +65,7 @@ class Phi3SmallDecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_epsilon)
         self.mlp = Phi3SmallMLP(c)
 
-    def forward(self, x_BTE: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
+    def inside(self, x_BTE: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
         """One layer."""
         x_BTE = x_BTE + context.drop(self.self_attn(self.input_layernorm(x_BTE), layer, context))
         out: Tensor = x_BTE + context.drop(self.mlp(self.post_attention_layernorm(x_BTE)))
@@ -86,7 +86,6 @@ class Phi3SmallForCausalLM(nn.Module):
     """The language model: token ids [B, T] to logits [B, T, V]."""
 
     dropout = 0.0  # of attention's weights and of what is added to the residual stream, while training
-    checkpoint_activations = False  # compute what is inside a layer again for the backward pass
     fake_quant: FakeQuant = staticmethod(no_fake_quant)  # of the head's weight
 
     def __init__(self, config: Phi3SmallConfig) -> None:
@@ -103,7 +102,7 @@ class Phi3SmallForCausalLM(nn.Module):
         )
         x_BTE = self.model.embed_tokens(tokens_BT) * self.decoder.embedding_scale
         for module, layer in zip(self.model.layers, self.decoder.layers, strict=True):
-            x_BTE = run_layer(module, x_BTE, layer, context, self.checkpoint_activations)
+            x_BTE = module(x_BTE, layer, context)
         out: Tensor = self.model.final_layernorm(x_BTE) * self.decoder.logit_scale
         return out
 

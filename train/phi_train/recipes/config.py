@@ -72,7 +72,8 @@ class Parallelism(StrictContract, frozen=True, kw_only=True):
     precision: of matrix products. "auto" is bf16 where the device has instructions for it, else fp32
     (`models.precision`). weights: what is computed with; under bf16 the optimizer has a float32 copy, which ZeRO's
     stages 1 to 3 divide. micro_batch_size: sequences that a process takes at a time, None for all of its share.
-    zero_stage: of DeepSpeed's ZeRO. gradient_checkpointing: activations are computed again in the backward pass.
+    zero_stage: of DeepSpeed's ZeRO. gradient_checkpointing: activations of a layer are computed
+    again in the backward pass, all of them or, with "selective", the cheap ones (`models.recompute`).
     offload_optimizer: its state lies in the processor's memory. compile: layers by torch.compile;
     "auto" where that is sooner done (`trainer.setup.compiled`).
     """
@@ -81,7 +82,7 @@ class Parallelism(StrictContract, frozen=True, kw_only=True):
     weights: Literal["fp32", "bf16"] = "fp32"
     micro_batch_size: Count | None = None
     zero_stage: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["selective"] = False
     offload_optimizer: bool = False
     compile: bool | Literal["auto"] = "auto"
 

@@ -192,8 +192,12 @@ def _memory(r: Recipe, parameters: int, micro: int, gpus: int, stage: int) -> Me
     wide = d.intermediate_size * (3 if d.gated else 2)
     kept = 2 * (4 * d.hidden_size + 2 * d.q_size + 2 * d.kv_size + wide)
     layers = len(d.layers)
-    # Checkpointed: the inputs of all layers, the rest of one at a time.
-    activations = 2 * layers * d.hidden_size + kept if r.parallelism.gradient_checkpointing else layers * kept
+    if again := r.parallelism.gradient_checkpointing:
+        # The inputs of all layers and, selectively, what products and attention give; the rest of one at a time.
+        given = 2 * d.hidden_size + 2 * d.q_size + 2 * d.kv_size + d.intermediate_size * (2 if d.gated else 1)
+        activations = 2 * layers * (d.hidden_size + (given if again == "selective" else 0)) + kept
+    else:
+        activations = layers * kept
     half = r.parallelism.weights == "bf16"
     size = 2 if half else 4
     weights = size * parameters // (gpus if stage >= 3 else 1)

@@ -18,9 +18,10 @@ from phi_runtime.package.hub import local_checkpoint
 from phi_runtime.text.tokenizer import FILE
 from phi_runtime.version import __version__
 from phi_train.data.batch import BatchStream
-from phi_train.models import LAYERS, CausalLM, build, load_weights
+from phi_train.models import CausalLM, build, load_weights
 from phi_train.models.attention import init_weights
 from phi_train.models.precision import DTYPES, chosen
+from phi_train.models.recompute import DecoderLayer, recompute
 from phi_train.recipes.config import Recipe, to_dict, vary
 from phi_train.recipes.estimate import flops_per_token
 from phi_train.trainer.engine import Ranks, gather
@@ -134,7 +135,8 @@ def make_model(r: Recipe, config: AnyConfig, tokenizer: Path, ranks: Ranks) -> C
     else:
         _same_tokenizer(Path(r.init_from), tokenizer)
         load_weights(model, open_checkpoint(Path(r.init_from)))
-    model.dropout, model.checkpoint_activations = r.objective.dropout, r.parallelism.gradient_checkpointing
+    model.dropout = r.objective.dropout
+    recompute(model, r.parallelism.gradient_checkpointing)
     if r.objective.qat is not None:
         enable_qat(model, r.objective.qat)
     if r.objective.lora_rank:
@@ -142,7 +144,7 @@ def make_model(r: Recipe, config: AnyConfig, tokenizer: Path, ranks: Ranks) -> C
     _compute_in(precision(r, ranks.device), model, ranks.device)
     if compiled(r, ranks.device):
         for part in model.modules():
-            if isinstance(part, LAYERS):
+            if isinstance(part, DecoderLayer):
                 part.compile()
     return model.to(ranks.device)
 
