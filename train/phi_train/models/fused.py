@@ -13,12 +13,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-_ROWS = 128  # at a time on a processor, so that they stay in the cache
+_ROWS, _VALUES = 128, 1 << 17  # at a time on a processor, so that they stay in the cache: at least, and about
 _GPU_ROWS = 4096  # of logits at a time, so that they are never held in float32 as a whole
 
 
 def _on_processor(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _parts(rows: int, width: int) -> list[slice]:
+    """Of rows of `width` values, on a processor."""
+    return _slices(rows, max(_ROWS, _VALUES // width))
+
+
+def _slices(rows: int, size: int) -> list[slice]:
+    return [slice(i, i + size) for i in range(0, rows, size)]
 
 
 class _Rotate(torch.autograd.Function):
@@ -53,11 +62,12 @@ def plain_rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for text, into in zip(x, out, strict=True):  # one at a time stays in the cache
-        a, b = text[..., :half].float(), text[..., half : 2 * half].float()
-        into[..., :half] = (a * cos).addcmul_(b, sin, value=-1)
-        into[..., half : 2 * half] = (b * cos).addcmul_(a, sin)
-        into[..., 2 * half :] = text[..., 2 * half :]
+    for at in _slices(len(x), max(1, _VALUES // x[0].numel())):
+        texts = x[at]
+        a, b = texts[..., :half].float(), texts[..., half : 2 * half].float()
+        out[at, ..., :half] = (a * cos).addcmul_(b, sin, value=-1)
+        out[at, ..., half : 2 * half] = (b * cos).addcmul_(a, sin)
+        out[at, ..., 2 * half :] = texts[..., 2 * half :]
     return out
 
 
@@ -67,11 +77,11 @@ class _RmsNorm(torch.autograd.Function):
         rows_NE = x.reshape(-1, x.shape[-1])
         out = torch.empty(rows_NE.shape, dtype=dtype, device=x.device)
         scales_N = torch.empty(len(rows_NE), dtype=torch.float32, device=x.device)
-        for i in range(0, len(rows_NE), _ROWS):
-            part = rows_NE[i : i + _ROWS].float()
+        for at in _parts(*rows_NE.shape):
+            part = rows_NE[at].float()
             scale = torch.rsqrt(part.square().mean(1, keepdim=True) + eps)
-            out[i : i + _ROWS] = (part * scale).mul_(weight_E)
-            scales_N[i : i + _ROWS] = scale[:, 0]
+            out[at] = (part * scale).mul_(weight_E)
+            scales_N[at] = scale[:, 0]
         ctx.save_for_backward(rows_NE, weight_E, scales_N)
         return out.view(x.shape)
 
@@ -81,12 +91,12 @@ class _RmsNorm(torch.autograd.Function):
         rows_NE, weight_E, scales_N = ctx.saved_tensors
         flat = gradient.reshape(rows_NE.shape)
         out, of_weight = torch.empty_like(rows_NE), torch.zeros_like(weight_E, dtype=torch.float32)
-        for i in range(0, len(rows_NE), _ROWS):
-            x, g, scale = rows_NE[i : i + _ROWS].float(), flat[i : i + _ROWS].float(), scales_N[i : i + _ROWS, None]
+        for at in _parts(*rows_NE.shape):
+            x, g, scale = rows_NE[at].float(), flat[at].float(), scales_N[at, None]
             x = x * scale
             of_weight += (g * x).sum(0)
             g = g * weight_E
-            out[i : i + _ROWS] = g.addcmul_(x, (g * x).mean(1, keepdim=True), value=-1).mul_(scale)
+            out[at] = g.addcmul_(x, (g * x).mean(1, keepdim=True), value=-1).mul_(scale)
         return out.view(gradient.shape), of_weight.to(weight_E.dtype), None, None
 
 
@@ -111,9 +121,9 @@ class _SwiGlu(torch.autograd.Function):
         rows = both.reshape(-1, both.shape[-1])
         half = rows.shape[1] // 2
         out = torch.empty((len(rows), half), dtype=both.dtype, device=both.device)
-        for i in range(0, len(rows), _ROWS):
-            gate, up = rows[i : i + _ROWS, :half].float(), rows[i : i + _ROWS, half:]
-            out[i : i + _ROWS] = functional.silu(gate).mul_(up)
+        for at in _parts(*rows.shape):
+            gate, up = rows[at, :half].float(), rows[at, half:]
+            out[at] = functional.silu(gate).mul_(up)
         ctx.save_for_backward(rows)
         return out.view(*both.shape[:-1], half)
 
@@ -124,11 +134,11 @@ class _SwiGlu(torch.autograd.Function):
         half = rows.shape[1] // 2
         flat = gradient.reshape(-1, half)
         out = torch.empty_like(rows)
-        for i in range(0, len(rows), _ROWS):
-            gate, up = rows[i : i + _ROWS, :half].float(), rows[i : i + _ROWS, half:].float()
-            g = flat[i : i + _ROWS].float()
-            out[i : i + _ROWS, half:] = functional.silu(gate).mul_(g)
-            out[i : i + _ROWS, :half] = torch.ops.aten.silu_backward(g * up, gate)
+        for at in _parts(*rows.shape):
+            gate, up = rows[at, :half].float(), rows[at, half:].float()
+            g = flat[at].float()
+            out[at, half:] = functional.silu(gate).mul_(g)
+            out[at, :half] = torch.ops.aten.silu_backward(g * up, gate)
         return out.view(*gradient.shape[:-1], 2 * half)
 
 
@@ -181,19 +191,18 @@ class _TokenLosses(torch.autograd.Function):
         losses = torch.empty(len(logits_NV), dtype=torch.float32, device=logits_NV.device)
         keep = ctx.needs_input_grad[0]
         gradients = torch.empty_like(logits_NV) if keep else None
-        rows = _ROWS if _on_processor(logits_NV) else _GPU_ROWS
-        for i in range(0, len(logits_NV), rows):
-            part = logits_NV[i : i + rows].to(torch.float32, copy=True)
-            chosen = wanted_N[i : i + rows, None]
+        for at in _parts(*logits_NV.shape) if _on_processor(logits_NV) else _slices(len(logits_NV), _GPU_ROWS):
+            part = logits_NV[at].to(torch.float32, copy=True)
+            chosen = wanted_N[at, None]
             part -= part.amax(1, keepdim=True)
             least = part.gather(1, chosen)
             part.exp_()
             total = part.sum(1, keepdim=True)
-            losses[i : i + rows] = (total.log() - least)[:, 0]
+            losses[at] = (total.log() - least)[:, 0]
             if gradients is not None:
                 part /= total
                 part.scatter_add_(1, chosen, torch.full_like(least, -1))
-                gradients[i : i + rows] = part
+                gradients[at] = part
         ctx.save_for_backward(gradients)
         return losses
 
