@@ -70,7 +70,8 @@ def json_schema(kind: type) -> dict[str, Any]:
 
 def nearest(name: str, known: Collection[str]) -> str:
     """A hint at the closest of some names, nothing where none is close."""
-    close = difflib.get_close_matches(name, list(known), 1, 0.4)
+    longer = [k for k in known if name and k.startswith(name)]
+    close = longer[:1] or difflib.get_close_matches(name, list(known), 1, 0.4)
     return f" (did you mean {close[0]}?)" if close else ""
 
 

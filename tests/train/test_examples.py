@@ -170,7 +170,7 @@ def test_a_bad_line_is_named(line, said, tmp_path, file, tokenizer):
 
 
 def test_too_few_lines_and_damaged_folders(tmp_path, file, tokenizer):
-    with pytest.raises(UsageError, match="too few lines"):
+    with pytest.raises(UsageError, match="its 1 texts are too few"):
         write_examples(file({"messages": talk(0)}), tokenizer, tmp_path / "few")
     write_examples(file(*({"messages": talk(n)} for n in range(200))), tokenizer, tmp_path / "out")
     for name, content in (("train.bin", b""), ("train.bin", b"\xff" * 8), ("train.ends.bin", b"\x00" * 16),

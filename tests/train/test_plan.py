@@ -60,6 +60,20 @@ def test_operations_and_memory_add_up():
     assert 0.7 < some.activations / found.memory[0].activations < 0.85
 
 
+@pytest.mark.parametrize(
+    ("settings", "gpus", "way"),
+    [
+        (["data.batch_size=1024"], 8, "--zero 3 with a smaller parallelism.micro_batch_size"),
+        (["parallelism.micro_batch_size=1", "parallelism.gradient_checkpointing=true"], 8, "--zero 3"),
+        (["data.batch_size=1024"], 2, "more GPUs"),
+    ],
+)
+def test_what_does_not_fit_is_told_a_way(settings, gpus, way):
+    with pytest.raises(UsageError) as e:
+        plan(get_recipe("phi3-mini-4k", settings), gpus, "rtx4090", 0)
+    assert str(e.value).partition("; take ")[2].startswith(way)
+
+
 # Share of the GPUs' peak by what was reported and six operations per token and parameter outside the embedding.
 UTILISATION = {"phi1-base": 0.460, "phi1": 0.394, "phi15": 0.171, "phi2": 0.614, "phi3-mini-4k": 0.241,
                "phi3-medium-4k": 0.216}  # fmt: skip

@@ -145,6 +145,18 @@ def test_a_host_that_is_not_reached_is_named(rank, tmp_path, common):
     assert not (tmp_path / "out").exists()
 
 
+def test_one_that_waits_for_another_says_where_and_can_be_ended(tmp_path, common):
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9", "WORLD_SIZE": "2", "RANK": "1"}
+    arguments = command(1, tmp_path / "out", common)
+    with subprocess.Popen(arguments, env=os.environ | place, stderr=subprocess.PIPE, text=True) as process:
+        said = next(line for line in process.stderr if "meets" in line)
+        assert "process 1 of 2 meets the others at 127.0.0.1:9" in said
+        time.sleep(2)
+        process.terminate()
+        assert process.wait(10) == -signal.SIGTERM
+    assert not (tmp_path / "out").exists()
+
+
 def test_deepspeeds_launcher_says_how_many_share_a_host(monkeypatch):
     monkeypatch.setattr(engine.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(engine.torch, "set_num_threads", lambda n: None)

@@ -152,7 +152,7 @@ def _plan(argv: list[str]) -> None:
     print(
         f"{found.tokens:,} tokens in {r.schedule.steps:,} steps of {r.data.batch_size:,} x {r.data.sequence_length:,}"
     )
-    print(f"{found.flops:.3g} floating-point operations, attention included")
+    print(f"{found.flops:.3g} floating-point operations, attention included, what is computed again is not")
     print(f"{found.gpus} x {found.gpu} at {100 * found.utilisation:.0f} % of their peak: {found.days:.2f} days")
     if args.price is not None:
         hours = found.gpus * found.days * 24

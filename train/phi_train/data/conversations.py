@@ -54,7 +54,11 @@ def write_examples(lines: Path, tokenizer_folder: Path, out: Path) -> None:
         for tokens, learned in texts:
             parts["heldout" if held_out(name) else "train"].add(tokens, learned)
     if not all(part.ends for part in parts.values()):
-        raise UsageError(f"{lines}: too few lines to learn from some and hold others out")
+        found = sum(len(part.ends) for part in parts.values())
+        raise UsageError(
+            f"{lines}: its {found} texts are too few, or too alike, to learn from some and hold about one in 25 out; "
+            "add others"
+        )
     with staged_folder(out) as stage:
         for split, part in parts.items():
             for suffix, values in (("", part.tokens), (".learned", part.loss_mask), (".ends", part.ends)):

@@ -70,10 +70,14 @@ class Memory:
     teacher: int  # that is learnt from or compared with; no stage divides it
 
     @property
+    def kept(self) -> int:
+        """What is there whatever the batch, with what the driver and the network take."""
+        return self.weights + self.gradients + self.optimizer + self.teacher + _RESERVED
+
+    @property
     def total(self) -> int:
-        """All of it, what the driver and the network take included."""
-        kept = self.weights + self.gradients + self.optimizer + self.teacher
-        return kept + self.activations + self.logits + _RESERVED
+        """All of it."""
+        return self.kept + self.activations + self.logits
 
 
 @dataclass(frozen=True)
@@ -141,14 +145,18 @@ def plan(recipe: Recipe, gpus: int, gpu: str, zero_stage: int | None = None, uti
         memory=tuple(_memory(recipe, parameters, micro, gpus, stage) for stage in STAGES),
     )
     if zero_stage is not None and found.memory[zero_stage].total > GPUS[gpu].memory:
-        fits = [s for s in STAGES if found.memory[s].total <= GPUS[gpu].memory]
-        way = (
-            f"--zero {fits[0]}"
-            if fits
-            else "a smaller parallelism.micro_batch_size, parallelism.gradient_checkpointing=true or more GPUs"
-        )
-        raise UsageError(f"ZeRO {zero_stage} does not fit: {found.arithmetic(zero_stage)}; take {way}")
+        raise UsageError(f"ZeRO {zero_stage} does not fit: {found.arithmetic(zero_stage)}; take {_way(found)}")
     return found
+
+
+def _way(found: TrainingPlan) -> str:
+    """What to take where a stage does not fit."""
+    room = GPUS[found.gpu].memory
+    if fits := [m.stage for m in found.memory if m.total <= room]:
+        return f"--zero {fits[0]}"
+    if found.memory[-1].kept > room:
+        return "more GPUs, with --zero 3"
+    return "--zero 3 with a smaller parallelism.micro_batch_size or parallelism.gradient_checkpointing=true"
 
 
 def flops_per_token(r: Recipe) -> float:

@@ -5,8 +5,11 @@ stages 1 to 3 divide the optimizer's state, gradients and weights among the proc
 """
 
 import os
+import signal
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -46,8 +49,8 @@ class Ranks:
         return torch.device("cuda", self.local) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def join() -> Ranks:
-    """Meet the other processes. Raises UsageError where some do not come."""
+def join(say: Callable[[str], None] = lambda what: None) -> Ranks:
+    """Meet the other processes. say: told where, before. Raises UsageError where some do not come."""
     told = {name: int(os.environ.get(name, default)) for name, default in _ENVIRONMENT.items()}
     if "LOCAL_WORLD_SIZE" not in os.environ:  # DeepSpeed's launcher has another name for it
         told["LOCAL_WORLD_SIZE"] = int(os.environ.get("LOCAL_SIZE", 1))
@@ -69,8 +72,28 @@ def join() -> Ranks:
             store = distributed.HashStore()  # type: ignore[attr-defined]  # its stub is missing
             distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         else:
-            distributed.init_process_group(backend, store=_meet(ranks), rank=ranks.rank, world_size=ranks.world)
+            say(f"process {ranks.rank} of {ranks.world} meets the others at {_place()}")
+            with _ended_at_once():
+                distributed.init_process_group(backend, store=_meet(ranks), rank=ranks.rank, world_size=ranks.world)
     return ranks
+
+
+def _place() -> str:
+    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+
+@contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the process while it waits in a call that no handler of Python's interrupts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 _PATIENCE = timedelta(minutes=10)  # for hosts that start later; torchrun's own too
@@ -80,10 +103,9 @@ def _meet(ranks: Ranks) -> Any:
     try:
         store, *_ = next(rendezvous("env://", ranks.rank, ranks.world, timeout=_PATIENCE))
     except distributed.DistError:
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UsageError(
-            f"process {ranks.rank} waited {_PATIENCE.total_seconds():.0f} s for all {ranks.world} to meet at {place}; "
-            "see that each host runs the command and reaches that address"
+            f"process {ranks.rank} waited {_PATIENCE.total_seconds():.0f} s for all {ranks.world} to meet at "
+            f"{_place()}; see that each host runs the command and reaches that address"
         ) from None
     store.set_timeout(distributed.default_pg_timeout)
     return store

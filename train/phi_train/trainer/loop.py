@@ -69,7 +69,11 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
         raise UsageError(f"{recipe.name} compares with the model it begins with: give init_from")
     if recipe.objective.lora_rank and recipe.init_from is None:
         raise UsageError(f"{recipe.name} learns a difference from a checkpoint: give init_from")
-    ranks = join()
+
+    def say(what: str) -> None:
+        progress(what, 0, recipe.schedule.steps, {})
+
+    ranks = join(say)
     micro, _ = share(recipe, ranks)
     free = torch.cuda.mem_get_info(ranks.device)[0] if ranks.device.type == "cuda" else available()
     check_memory(recipe, micro, ranks.world, ranks.local_world if ranks.device.type == "cpu" else 1, free)
@@ -79,11 +83,9 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
         nonlocal new
         new = claim(recipe, out)
 
-    def say(what: str) -> None:
-        progress(what, 0, recipe.schedule.steps, {})
-
     first_alone(ranks, begin)
     if (training / "summary.json").is_file() and (out / "config.json").is_file():
+        say(f"{out}: is complete already, nothing was trained")
         return read_record(training / "summary.json", Summary, CheckpointError, "train into another --out")
     try:
         first_alone(ranks, lambda: make_data(recipe, training, say))

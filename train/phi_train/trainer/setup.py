@@ -101,7 +101,7 @@ def _check_same(there: dict[str, Any], wanted: dict[str, Any], out: Path, room: 
             _check_same(a, b, out, f"{room}{name}.")
         elif a != b:
             raise UsageError(
-                f"{out}: holds a run with {room}{name}={a}, not {b}; choose another --out, or its settings"
+                f"{out}: holds a run with {room}{name}={a}, not {b}; give that again, or choose another --out"
             )
 
 
