@@ -12,6 +12,12 @@ from phi_train.recipes.catalogue import get_recipe
 DRAW = torch.Generator().manual_seed(0)
 
 
+@pytest.fixture(autouse=True, params=[1, fused._VALUES], ids=["parts", "whole"])
+def values(request, monkeypatch):
+    """Few values at a time, so that there are several parts of so small tensors; and as many as there are."""
+    monkeypatch.setattr(fused, "_VALUES", request.param)
+
+
 def drawn(*shape, dtype=torch.float32):
     return torch.randn(*shape, generator=DRAW).to(dtype).requires_grad_()
 

@@ -153,7 +153,10 @@ def test_one_that_waits_for_another_says_where_and_can_be_ended(tmp_path, common
         assert "process 1 of 2 meets the others at 127.0.0.1:9" in said
         time.sleep(2)
         process.terminate()
-        assert process.wait(10) == -signal.SIGTERM
+        try:
+            assert process.wait(10) == -signal.SIGTERM
+        finally:
+            process.kill()
     assert not (tmp_path / "out").exists()
 
 
