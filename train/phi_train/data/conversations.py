@@ -56,8 +56,7 @@ def write_examples(lines: Path, tokenizer_folder: Path, out: Path) -> None:
     if not all(part.ends for part in parts.values()):
         found = sum(len(part.ends) for part in parts.values())
         raise UsageError(
-            f"{lines}: its {found} texts are too few, or too alike, to learn from some and hold about one in 25 out; "
-            "add others"
+            f"{lines}: its {found} texts are too few, or too alike, to learn from some and hold others out; add more"
         )
     with staged_folder(out) as stage:
         for split, part in parts.items():

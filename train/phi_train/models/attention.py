@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from phi_runtime.architecture.decoder import Decoder, Layer, visible
 from phi_train.models import flash
-from phi_train.models.fused import causal_attention, rotate_pairs
+from phi_train.models.fused import causal_attention, product_dtype, rotate_pairs
 
 FakeQuant = Callable[[Tensor], Tensor]
 
@@ -72,9 +72,8 @@ class AttentionContext:
 
     def prepare(self, x_BTE: Tensor, layer: Layer) -> None:
         """Find what a layer asks for before it does: what is computed again by torch.compile may not keep anything."""
-        kind = x_BTE.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTE.dtype
-        if self.by_flash(torch.empty(0, self.decoder.head_dim, dtype=dtype, device=x_BTE.device), layer):
+        values = torch.empty(0, self.decoder.head_dim, dtype=product_dtype(x_BTE), device=x_BTE.device)
+        if self.by_flash(values, layer):
             self.texts(len(x_BTE))
         else:
             self.mask(layer)

@@ -21,6 +21,12 @@ def _on_processor(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a product of x is computed in: autocast's type where that is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def _parts(rows: int, width: int) -> list[slice]:
     """Of rows of `width` values, on a processor."""
     return _slices(rows, max(_ROWS, _VALUES // width))
@@ -102,8 +108,7 @@ class _RmsNorm(torch.autograd.Function):
 
 def rms_norm(x_BTE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
     """The root-mean-square norm of the last axis, computed in float32; in the products' type where autocast is on."""
-    kind = x_BTE.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTE.dtype
+    dtype = product_dtype(x_BTE)
     if not _on_processor(x_BTE):
         return plain_rms_norm(x_BTE, weight_E, eps).to(dtype)
     out: Tensor = _RmsNorm.apply(x_BTE, weight_E, eps, dtype)  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ and flash attention are kept, and what is cheap is computed again: norms, rotati
 where they exist. Shapes: B batch, T tokens, E hidden_size.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
 from functools import partial
 from typing import Any, Literal
@@ -31,7 +32,7 @@ _KEPT = {
 _FLASH = ("torch_attn::", "flash_attn")  # of PyTorch and of the packages flash-attn 2, 3 and 4
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(nn.Module, ABC):
     """A layer of a model. again: what of its inside the backward pass computes again.
 
     That is decided in here, not around the layer, so that torch.compile sees it.
@@ -39,9 +40,9 @@ class DecoderLayer(nn.Module):
 
     again: Again = False
 
+    @abstractmethod
     def inside(self, x_BTE: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
         """The layer itself."""
-        raise NotImplementedError
 
     def forward(self, x_BTE: Tensor, layer: Layer, context: AttentionContext) -> Tensor:
         """One layer."""

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from phi_train.grid import block_of, parse_grid
+from phi_train.models.fused import product_dtype
 from phi_train.trainer.qat import quantise
 
 _ZERO = 8  # what is added to a code, so that it is not negative
@@ -36,10 +37,7 @@ def pack(module: nn.Linear, grid: str) -> bool:
 
 def packed_linear(module: nn.Linear, x: Tensor) -> Tensor:
     """The layer of what `pack` left; nothing unpacked is kept for the backward pass."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
-    out: Tensor = _Product.apply(x, module.codes, module.scales)  # type: ignore[no-untyped-call]
+    out: Tensor = _Product.apply(x.to(product_dtype(x)), module.codes, module.scales)  # type: ignore[no-untyped-call]
     return out if module.bias is None else out + module.bias
 
 
