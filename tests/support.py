@@ -74,6 +74,17 @@ def run_here(command: str, *args: object) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
 
 
+def kill_all(process: subprocess.Popen) -> None:
+    """Kill a process and all that it started, also what has a session of its own, and see them gone."""
+    import psutil
+
+    family = [process, *psutil.Process(process.pid).children(recursive=True)]
+    for one in family:
+        one.kill()
+    for one in family:
+        one.wait(20)
+
+
 class Served:
     """A running `phi-run serve`; its port and its process."""
 

@@ -9,17 +9,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack
 
 import numpy as np
+import psutil
 import pytest
-from support import SCRIPTS, run, settings
+from support import SCRIPTS, kill_all, run, settings
 
 from phi_runtime.errors import UsageError
 from phi_train.recipes.catalogue import get_recipe
-from phi_train.trainer import engine
-from phi_train.trainer.loop import _number, learning_rate
-from phi_train.trainer.setup import check_disk
+from phi_train.trainer import engine, setup
+from phi_train.trainer.loop import _number, learning_rate, train
+from phi_train.trainer.setup import check_disk, claim, hold
 
 pytestmark = pytest.mark.integration
 
@@ -77,13 +80,10 @@ def test_two_processes_learn_as_one(stage, tmp_path, common, alone):
 def test_killed_on_two_processes_it_goes_on_with_one(stage, tmp_path, common, alone):
     out = tmp_path / "broken"
     changes = (*common, f"parallelism.zero_stage={stage}")
-    process = subprocess.Popen(
-        command(2, out, changes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = subprocess.Popen(command(2, out, changes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (out / "training" / "state" / "step-00000008").exists() and process.poll() is None:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_all(process)
     assert not (out / "config.json").exists(), "it ended before it could be killed"
     done = run(*command(1, out, changes))
     assert done.returncode == 0, done.stderr
@@ -93,14 +93,11 @@ def test_killed_on_two_processes_it_goes_on_with_one(stage, tmp_path, common, al
 
 def test_any_number_and_stage_goes_on_from_the_state_of_another(tmp_path, common, alone):
     begun = tmp_path / "begun"
-    process = subprocess.Popen(
-        command(2, begun, (*common, "parallelism.zero_stage=3")), stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = subprocess.Popen(command(2, begun, (*common, "parallelism.zero_stage=3")), stderr=subprocess.DEVNULL)
     state = begun / "training" / "state"
     while not (state / "step-00000008").exists() and process.poll() is None:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_all(process)
     written = sorted(p.name for p in sorted(state.glob("step-*"))[-1].glob("rank-*"))
     assert written == [f"rank-0000{rank}-of-00002.safetensors" for rank in (0, 1)]
     for ranks, stage in ((1, 0), (2, 1), (4, 2), (4, 3)):
@@ -109,6 +106,50 @@ def test_any_number_and_stage_goes_on_from_the_state_of_another(tmp_path, common
         done = run(*command(ranks, out, (*common, f"parallelism.zero_stage={stage}")))
         assert done.returncode == 0, done.stderr[-3000:]
         assert np.abs(np.subtract(losses(out), alone)).max() < 1e-4
+
+
+def test_processes_whose_launcher_is_killed_save_and_leave(tmp_path, common, alone):
+    """torchrun gives each a session of its own, so that nothing else ends them."""
+    out = tmp_path / "out"
+    launcher = subprocess.Popen(command(2, out, (*common, "save_every=1000")), stderr=subprocess.DEVNULL)
+    log = out / "training" / "log.jsonl"
+    while not (log.is_file() and log.read_text()) and launcher.poll() is None:
+        time.sleep(0.02)
+    workers = psutil.Process(launcher.pid).children()
+    for worker in workers:
+        worker.suspend()  # or they are done too soon
+    launcher.kill()
+    launcher.wait()
+    time.sleep(1)
+    for worker in workers:
+        worker.resume()
+    assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=60)[1]
+    saved = sorted(p.name for p in (out / "training" / "state").iterdir())
+    assert not (out / "config.json").exists() and saved[-1] > "step-00000000"
+    done = run(*command(1, out, (*common, "save_every=1000")))
+    assert done.returncode == 0, done.stderr
+    assert np.abs(np.subtract(losses(out), alone)).max() < 1e-4
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_folder_that_another_run_is_writing(ends, tmp_path, common, monkeypatch):
+    """A second run waits for a while, for its end or to be told so."""
+    monkeypatch.setattr(setup, "_PATIENCE", 20.0 if ends else 1.0)
+    out = tmp_path / "out"
+    recipe = get_recipe("phi3-demo", [*common])
+    claim(recipe, out)
+    said = []
+    with ExitStack() as other:
+        other.enter_context(hold(out, said.append))
+        if ends:
+            threading.Timer(2, other.close).start()
+            with hold(out, said.append):
+                pass
+        else:
+            with pytest.raises(UsageError, match="out: another run is writing it; wait for its end, or choose"):
+                train(recipe, out, lambda what, *_: said.append(what))
+            assert not (out / "training" / "log.jsonl").exists()
+    assert f"{out}: another run is writing it, waiting {setup._PATIENCE:.0f} s for its end" in said
 
 
 def test_a_state_that_does_not_fit_on_the_disk_is_named(tmp_path, common):
@@ -229,8 +270,9 @@ def test_a_host_with_another_recipe_or_other_data(tmp_path, common, tokenizer_an
     cases = {"recipe": (*common, "optimizer.lr=0.5"), "data": (*common, f"data.shards={tokenizer_and_other_data}")}
     for what, other in cases.items():
         out = tmp_path / what
-        (first, said), (second, _) = side_by_side([command(1, out, common), command(1, out, other)])
-        assert first == second == 2 and f"process 1 has another {what} than process 0" in said, said[-2000:]
+        (first, said), (second, its) = side_by_side([command(1, out, common), command(1, out, other)])
+        assert first == 2 and f"process 1 has another {what} than process 0" in said, said[-2000:]
+        assert second == 2, its[-2000:]
         assert not (out / "training" / "state").exists()
 
 

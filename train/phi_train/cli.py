@@ -74,16 +74,15 @@ def _train(argv: list[str]) -> None:
         print(json.dumps(to_dict(recipe), indent=1))
         return
     try:
-        from phi_train.trainer.engine import leave
+        from phi_train.trainer.engine import parting
         from phi_train.trainer.loop import train
         from phi_train.trainer.setup import fetch_named
     except ImportError as e:
         raise missing_extra(e, "train") from None
     first = os.environ.get("RANK", "0") == "0"  # of many processes one says it
     recipe = fetch_named(recipe, lambda text: print(text, file=sys.stderr) if first else None)
-    with _progress() as progress:
+    with parting(), _progress() as progress:
         s = train(recipe, args.out, progress)
-    leave()
     if not first:
         return
     print(

@@ -7,8 +7,6 @@ A run's folder holds `run.json` (what it was asked for and of which files), `wor
 import hashlib
 import os
 import shutil
-import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -31,6 +29,7 @@ from phi_train.curate.shard import Pass, Record, ShardRunner, done, passes
 from phi_train.curate.steps import build
 from phi_train.data.encoding import open_encoder
 from phi_train.data.shards import INDEX, index_text
+from phi_train.orphan import when_orphaned
 
 _RUN, _DONE = "run.json", ".done"
 _WRITTEN = ("work", "documents", "shards", "funnel.json", "funnel.html")  # of a run
@@ -202,15 +201,8 @@ _RUNNER: list[tuple[ShardRunner, Pass, Path]] = []  # of this process
 def _prepare(config: DataConfig, which: Pass, out: Path, parent: int | None = None) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process for each core is there already
     if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+        when_orphaned(parent, lambda: os._exit(1))  # it would wait for ever
     _RUNNER[:] = [(ShardRunner(config, which, out), which, out)]
-
-
-def _end_with(parent: int) -> None:
-    """A worker whose parent was killed would wait for ever."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 def _task(number: int, shard: list[Slice]) -> Record:

@@ -21,7 +21,7 @@ from phi_train.recipes.config import Recipe, vary
 from phi_train.studies.catalogue import get_study
 from phi_train.studies.result import ArmResult
 from phi_train.studies.study import Arm, arm_folder, block_parameters
-from phi_train.trainer.engine import leave
+from phi_train.trainer.engine import parting
 from phi_train.trainer.loop import train
 
 
@@ -35,12 +35,12 @@ def main() -> None:
 
     jobs: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(jobs,), daemon=True).start()
-    while (job := jobs.get()) is not None:
-        try:
-            say({"result": json.loads(encode(run_arm(job, say)))})
-        except PhiError as e:
-            say({"error": str(e)})
-    leave()
+    with parting():
+        while (job := jobs.get()) is not None:
+            try:
+                say({"result": json.loads(encode(run_arm(job, say)))})
+            except PhiError as e:
+                say({"error": str(e)})
 
 
 def _read(jobs: "queue.SimpleQueue[dict[str, Any] | None]") -> None:

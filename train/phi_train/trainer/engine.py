@@ -26,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from phi_runtime.backends import cores
 from phi_runtime.errors import PhiError, UsageError
 from phi_train.allocator import keep_freed_memory
+from phi_train.orphan import when_orphaned
 from phi_train.recipes.config import Recipe
 
 
@@ -65,6 +66,9 @@ def join(say: Callable[[str], None] = lambda what: None) -> Ranks:
     # Processes on processors have gloo; DeepSpeed need not compile its op for shared memory.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.setdefault("LOCAL_RANK", "0")
+    if _LAUNCHED & set(os.environ):
+        # A launcher that is killed, for want of memory say, ends none of its processes: they save, and leave.
+        when_orphaned(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
     if not distributed.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if ranks.world == 1:
@@ -113,6 +117,7 @@ def _meet(ranks: Ranks) -> Any:
 
 # DeepSpeed calls torch by names that torch has since renamed; nobody who trains can do anything about it.
 warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
+_LAUNCHED = {"TORCHELASTIC_RUN_ID", "LOCAL_SIZE"}  # what torchrun and the deepspeed launcher alone say
 _ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
@@ -124,8 +129,18 @@ def _tune_processor() -> None:
     keep_freed_memory()
 
 
-def leave() -> None:
-    """Part from the other processes before the interpreter ends, so that none finds a connection broken."""
+@contextmanager
+def parting() -> Iterator[None]:
+    """Part from the other processes when the block ends, so that none finds a connection broken.
+
+    After an error too, without waiting for anyone: gloo's threads would end the interpreter by SIGABRT.
+    """
+    try:
+        yield
+    except BaseException:
+        if distributed.is_initialized() and distributed.get_backend() == "gloo":
+            distributed.destroy_process_group()
+        raise
     if distributed.is_initialized():
         barrier()
         distributed.destroy_process_group()

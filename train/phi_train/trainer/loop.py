@@ -11,7 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from phi_train.trainer.setup import (
     check_disk,
     check_same,
     claim,
+    hold,
     make_model,
     make_teacher,
     precision,
@@ -77,13 +78,23 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> Su
     micro, _ = share(recipe, ranks)
     free = torch.cuda.mem_get_info(ranks.device)[0] if ranks.device.type == "cuda" else available()
     check_memory(recipe, micro, ranks.world, ranks.local_world if ranks.device.type == "cpu" else 1, free)
-    training, new = out / "training", False
+    with ExitStack() as kept:
+        new = False
 
-    def begin() -> None:
-        nonlocal new
-        new = claim(recipe, out)
+        def begin() -> None:
+            nonlocal new
+            new = claim(recipe, out)
+            kept.enter_context(hold(out, say))
 
-    first_alone(ranks, begin)
+        first_alone(ranks, begin)
+        return _train(recipe, out, new, ranks, progress, say)
+
+
+def _train(
+    recipe: Recipe, out: Path, new: bool, ranks: Ranks, progress: Progress, say: Callable[[str], None]
+) -> Summary:
+    """In a folder that is ours alone."""
+    training = out / "training"
     if (training / "summary.json").is_file() and (out / "config.json").is_file():
         say(f"{out}: is complete already, nothing was trained")
         return read_record(training / "summary.json", Summary, CheckpointError, "train into another --out")

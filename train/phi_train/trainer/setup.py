@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.architecture.config import AnyConfig, read_json
 from phi_runtime.errors import OutputExistsError, UsageError
-from phi_runtime.files import sha256, write_file
+from phi_runtime.files import locked, sha256, write_file
 from phi_runtime.package.hub import local_checkpoint
 from phi_runtime.text.tokenizer import FILE
 from phi_runtime.version import __version__
@@ -24,7 +26,7 @@ from phi_train.models.precision import DTYPES, chosen
 from phi_train.models.recompute import DecoderLayer, recompute
 from phi_train.recipes.config import Recipe, to_dict, vary
 from phi_train.recipes.estimate import flops_per_token
-from phi_train.trainer.engine import Ranks, gather
+from phi_train.trainer.engine import Ranks, first_alone, gather
 from phi_train.trainer.lora import enable_lora
 from phi_train.trainer.qat import enable_qat
 from phi_train.trainer.state import KEEP
@@ -52,12 +54,14 @@ def check_same(ranks: Ranks, recipe: Recipe, stream: BatchStream) -> None:
     }
     digests = [int.from_bytes(hashlib.sha256(said).digest()[:7]) for said in has.values()]
     everyones = gather(digests, ranks.device)
-    for rank, theirs in enumerate(everyones):
-        for name, a, b in zip(has, everyones[0], theirs, strict=True):
-            if a != b:
-                if not ranks.first:
-                    raise SystemExit(2)
-                raise UsageError(f"process {rank} has another {name} than process 0; make its host the same")
+
+    def compare() -> None:
+        for rank, theirs in enumerate(everyones):
+            for name, a, b in zip(has, everyones[0], theirs, strict=True):
+                if a != b:
+                    raise UsageError(f"process {rank} has another {name} than process 0; make its host the same")
+
+    first_alone(ranks, compare)
 
 
 def check_disk(recipe: Recipe, learnt: int, parameters: int, out: Path) -> None:
@@ -85,6 +89,30 @@ def claim(recipe: Recipe, out: Path) -> bool:
         raise OutputExistsError(f"{out}: is there already and holds no run of ours; choose another --out")
     write_file(record, json.dumps(wanted, indent=1) + "\n")
     return True
+
+
+_PATIENCE = 30.0  # seconds: processes whose launcher was killed take their last step and save
+
+
+@contextmanager
+def hold(out: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Keep a claimed folder from other runs. Raises UsageError where another run keeps it from us."""
+
+    def held() -> None:
+        raise UsageError(f"{out}: another run is writing it; wait for its end, or choose another --out")
+
+    last = time.monotonic() + _PATIENCE
+    with ExitStack() as kept:
+        while True:
+            try:
+                kept.enter_context(locked(out / "training", held))
+                break
+            except UsageError:
+                if time.monotonic() > last:
+                    raise
+            say(f"{out}: another run is writing it, waiting {_PATIENCE:.0f} s for its end")
+            time.sleep(1)
+        yield
 
 
 # How a step is computed may change in the middle of a run.
