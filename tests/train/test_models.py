@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from phi_runtime.architecture.config import num_parameters, parse_config
 from phi_runtime.backends.reference import Reference
 from phi_train.models import build
-from phi_train.models.attention import AttentionContext, init_weights
+from phi_train.models.attention import AttentionContext
+from phi_train.models.initializer import init_weights
 from phi_train.models.recompute import recompute
 from phi_train.recipes.published import PUBLISHED
 
@@ -163,6 +164,22 @@ def test_weights_are_drawn_by_the_seed():
     init_weights(c, 3)
     assert abs(float(c.model.embed_tokens.weight.std()) - 0.02) < 2e-4
     assert not c.lm_head.bias.any() and bool((c.model.final_layernorm.weight == 1).all())
+
+
+@pytest.mark.parametrize("raw", [PHI3, PHI, NEO, SMALL], ids=["phi3", "phi", "gpt_neo", "small"])
+def test_weights_drawn_by_fan_in(raw):
+    """An embedding of its own is 1, a matrix and a tied embedding n^-1/2; a model's logits are then about 1."""
+    model = build(parse_config(raw, Path("config.json")))
+    init_weights(model, 0, "fan_in")
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            own = name.endswith("embed_tokens.weight") and not model.config.decoder().tied
+            assert float(p.std()) == pytest.approx(1.0 if own else p.shape[1] ** -0.5, rel=0.05), name
+        else:
+            assert bool((p == (0.0 if name.endswith(".bias") else 1.0)).all()), name
+    ids = torch.randint(0, 300, (2, 60), generator=torch.Generator().manual_seed(3))
+    scale = getattr(model.decoder, "logit_scale", 1.0)
+    assert 0.5 < float(model(ids).std()) / scale < 2
 
 
 @pytest.mark.parametrize(

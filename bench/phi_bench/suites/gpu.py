@@ -27,7 +27,7 @@ import torch
 from phi_bench.suites.runs import log, train
 from phi_runtime.errors import OutputExistsError, UsageError
 from phi_train.models import CausalLM, build, flash
-from phi_train.models.attention import init_weights
+from phi_train.models.initializer import init_weights
 from phi_train.models.precision import DTYPES
 from phi_train.recipes.catalogue import get_recipe
 

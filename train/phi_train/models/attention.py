@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from phi_runtime.architecture.decoder import Decoder, Layer, visible
@@ -156,17 +156,3 @@ def check_length(tokens_BT: Tensor, context: int) -> int:
     if length > context:
         raise ValueError(f"{length} tokens are more than the context of {context}")
     return length
-
-
-INIT_STD = 0.02  # initializer_range of every published configuration
-
-
-def init_weights(model: nn.Module, seed: int) -> None:
-    """Matrices from N(0, 0.02), norms one, biases zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.ndim == 2:
-                p.copy_(torch.empty(p.shape).normal_(0, INIT_STD, generator=generator))
-            else:
-                p.fill_(0.0 if name.endswith(".bias") else 1.0)

@@ -121,6 +121,7 @@ class _Settings(StrictContract, frozen=True, kw_only=True):
     parallelism: Parallelism = Parallelism()
     objective: Objective = Objective()
     init_from: str | None = None
+    initializer: Literal["published", "fan_in"] = "published"
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     save_every: Count = 100
     samples: Annotated[int, msgspec.Meta(ge=0, lt=1000)] = 2
@@ -137,9 +138,10 @@ class RecipeFile(_Settings, frozen=True, kw_only=True):
 class Recipe(_Settings, frozen=True, kw_only=True):
     """Everything that decides a training run.
 
-    init_from: the checkpoint to begin with. save_every: steps between saved states. samples: texts that each saved
-    state continues, to be read. loss_spike_threshold: a batch whose loss is that many nats above the mean of the last
-    ones is left out. assumed: the fields that the system's paper does not give, so that we chose them.
+    init_from: the checkpoint to begin with. initializer: how weights are drawn where there is none, "fan_in" for models
+    far narrower than the published (`models.initializer`). save_every: steps between saved states. samples: texts that
+    each saved state continues, to be read. loss_spike_threshold: a batch whose loss is that many nats above the mean of
+    the last ones is left out. assumed: the fields that the system's paper does not give, so that we chose them.
     """
 
     model: AnyConfig

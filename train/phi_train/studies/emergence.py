@@ -46,7 +46,7 @@ class Emergence(Study):
 
     def arms(self, scale: Scale) -> tuple[Arm, ...]:
         """See `Study`."""
-        steps = {"smoke": 6, "demo": 600}[scale]
+        steps = {"smoke": 6, "demo": 1500}[scale]
         sizes = ((16, 2), (32, 2), (64, 1), (64, 2), (128, 1), (128, 2))
         return tuple(
             Arm(f"d{w}-L{n}", small_recipe(f"d{w}-L{n}", _VOCABULARY, w, n, _LENGTH, steps, _BATCH, tinystories=True))

@@ -42,7 +42,7 @@ class WidthDepth(Study):
         """See `Study`."""
         steps = {"smoke": 40, "demo": 2500}[scale]
         return tuple(
-            Arm(name, small_recipe(name, _VOCABULARY, width, layers, _LENGTH, steps))
+            Arm(name, small_recipe(name, _VOCABULARY, width, layers, _LENGTH, steps, lr=3e-3, initializer="fan_in"))
             for name, width, layers in (("d16-L2", 16, 2), ("d64-L1", 64, 1), ("d64-L2", 64, 2), ("d128-L1", 128, 1))
         )
 

@@ -21,7 +21,7 @@ from phi_runtime.text.tokenizer import FILE
 from phi_runtime.version import __version__
 from phi_train.data.batch import BatchStream
 from phi_train.models import CausalLM, build, load_weights
-from phi_train.models.attention import init_weights
+from phi_train.models.initializer import init_weights
 from phi_train.models.precision import DTYPES, chosen
 from phi_train.models.recompute import DecoderLayer, recompute
 from phi_train.recipes.config import Recipe, to_dict, vary
@@ -159,7 +159,7 @@ def make_model(r: Recipe, config: AnyConfig, tokenizer: Path, ranks: Ranks) -> C
     torch.manual_seed(r.seed)
     model = build(config)
     if r.init_from is None:
-        init_weights(model, r.seed)
+        init_weights(model, r.seed, r.initializer)
     else:
         _same_tokenizer(Path(r.init_from), tokenizer)
         load_weights(model, open_checkpoint(Path(r.init_from)))
