@@ -91,7 +91,9 @@ def _export(argv: list[str]) -> None:
     p.add_argument("--dry-run", action="store_true", help="print the size report and write nothing")
     p.add_argument("--force", action="store_true", help="replace bundles that are already in DIR")
     p.add_argument(
-        "--accept-loss", action="store_true", help="keep a bundle even if its perplexity rises by 25 %% or more"
+        "--accept-loss",
+        action="store_true",
+        help="keep a bundle even if its perplexity rises by 25 %% or more, or its cache of 8 bits loses too much",
     )
     args = p.parse_args(argv)
     if sum((args.int4, args.memory is not None, args.device is not None)) != 1:
@@ -198,7 +200,9 @@ def _verify(argv: list[str]) -> None:
         help="tokens to compare over (default: all, or enough of the sample)",
     )
     p.add_argument(
-        "--accept-loss", action="store_true", help="pass a bundle even if its perplexity rises by 25 %% or more"
+        "--accept-loss",
+        action="store_true",
+        help="pass a bundle even if its perplexity rises by 25 %% or more, or its cache of 8 bits loses too much",
     )
     args = p.parse_args(argv)
 

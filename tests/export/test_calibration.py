@@ -24,11 +24,13 @@ from phi_export.defaults import BUILT_IN, WINDOW
 from phi_export.formats import get_format, tensor_groups
 from phi_export.pipeline import export, plan
 from phi_export.quantize import gptq
+from phi_export.verify.gate import HeldOutText
 from phi_export.verify.manifest import describe_source
 from phi_export.verify.metrics import Agreement, windows
 from phi_export.verify.verification import verify
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.backends.reference import Reference
+from phi_runtime.errors import VerificationError
 from phi_runtime.package.formats import FORMATS
 from phi_runtime.package.manifest import ExportOptions, read_manifest
 from phi_runtime.text.tokenizer import Tokenizer
@@ -275,6 +277,16 @@ def test_a_calibrated_onnx_bundle_has_a_cache_of_8_bits_too(int8_bundle, tokens)
     assert session["f32"] == 4 * session["int8"]
     room = phi_runtime.plan(int8_bundle, context=120, kv="int8").peak
     assert phi_runtime.plan(int8_bundle, context=120, memory=room + 1000).kv == "int8"
+
+
+def test_a_cache_of_8_bits_that_loses_too_much_may_be_kept(int8_bundle, source, tokens, monkeypatch):
+    monkeypatch.setattr("phi_export.verify.verification.MAX_KV_KLD", 1e-9)
+    windows_of = [tokens[:200]]
+    refused = verify(int8_bundle, source, tokens[:256], held_out=HeldOutText(source, "a text", windows_of))
+    with pytest.raises(VerificationError, match="int8 cache: .*do not calibrate it, or keep it .*--accept-loss"):
+        refused.require(int8_bundle)
+    kept = HeldOutText(source, "a text", windows_of, accept_loss=True)
+    assert verify(int8_bundle, source, tokens[:256], held_out=kept).passed
 
 
 @pytest.mark.parametrize("damage", ["a tenth", "other graph", "gone"])
