@@ -283,7 +283,7 @@ def test_a_cache_of_8_bits_that_loses_too_much_may_be_kept(int8_bundle, source, 
     monkeypatch.setattr("phi_export.verify.verification.MAX_KV_KLD", 1e-9)
     windows_of = [tokens[:200]]
     refused = verify(int8_bundle, source, tokens[:256], held_out=HeldOutText(source, "a text", windows_of))
-    with pytest.raises(VerificationError, match="int8 cache: .*do not calibrate it, or keep it .*--accept-loss"):
+    with pytest.raises(VerificationError, match=r"int8 cache: .*do not calibrate it, or keep it .*--accept-loss"):
         refused.require(int8_bundle)
     kept = HeldOutText(source, "a text", windows_of, accept_loss=True)
     assert verify(int8_bundle, source, tokens[:256], held_out=kept).passed
