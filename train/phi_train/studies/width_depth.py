@@ -28,19 +28,19 @@ class WidthDepth(Study):
     stand_in = (
         "pairs in the text for instructions, 4,096 subjects of two syllables for knowledge; models of 10 to 270 K"
     )
-    would_show = "more seeds, or more training until the wide and deep arm has both"
+    would_show = "more steps, until the wide and deep arm looks back with each seed"
     comparisons = (
         Comparison("retrieval", "d64-L2", "d64-L1"),
         Comparison("retrieval", "d64-L2", "d128-L1"),
         Comparison("facts", "d64-L2", "d16-L2"),
-        Comparison("facts", "d128-L1", "d64-L1"),
+        Comparison("facts", "d64-L1", "d16-L2"),
         Comparison("retrieval", "d128-L1", "d64-L1", of_claim=False),
     )
     controls = (Control("retrieval", "d64-L2", least=0.9), Control("facts", "d64-L2", least=0.9))
 
     def arms(self, scale: Scale) -> tuple[Arm, ...]:
         """See `Study`."""
-        steps = {"smoke": 40, "demo": 2500}[scale]
+        steps = {"smoke": 40, "demo": 4000}[scale]
         return tuple(
             Arm(name, small_recipe(name, _VOCABULARY, width, layers, _LENGTH, steps, lr=3e-3, initializer="fan_in"))
             for name, width, layers in (("d16-L2", 16, 2), ("d64-L1", 64, 1), ("d64-L2", 64, 2), ("d128-L1", 128, 1))
