@@ -20,6 +20,7 @@ from support import SCRIPTS, kill_all, run, settings
 
 from phi_runtime.errors import UsageError
 from phi_train.recipes.catalogue import get_recipe
+from phi_train.recipes.config import vary
 from phi_train.trainer import engine, setup
 from phi_train.trainer.loop import _number, learning_rate, train
 from phi_train.trainer.setup import check_disk, claim, hold
@@ -429,3 +430,19 @@ def test_documents_that_are_kept_apart_train_otherwise(tmp_path, common, alone):
     assert done.returncode == 0, done.stderr
     found = losses(tmp_path / "apart")
     assert found != alone and np.abs(np.subtract(found, alone)).max() < 0.5
+
+
+def test_a_run_begun_before_a_setting_was_there(tmp_path, common):
+    out = tmp_path / "out"
+    recipe = get_recipe("phi3-demo", [*common])
+    assert claim(recipe, out)
+    record = out / "training" / "recipe.json"
+    there = json.loads(record.read_text())
+    del there["initializer"]
+    record.write_text(json.dumps(there))
+    assert not claim(recipe, out)
+    with pytest.raises(UsageError, match="holds a run with initializer=published, not fan_in"):
+        claim(vary(recipe, initializer="fan_in"), out)
+    record.write_text(json.dumps(there | {"seed": "x"}))
+    with pytest.raises(UsageError, match="holds a run with "):
+        claim(recipe, out)

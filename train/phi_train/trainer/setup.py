@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from phi_runtime.architecture.checkpoint import open_checkpoint
 from phi_runtime.architecture.config import AnyConfig, read_json
-from phi_runtime.errors import OutputExistsError, UsageError
+from phi_runtime.errors import OutputExistsError, PhiError, UsageError
 from phi_runtime.files import locked, sha256, write_file
 from phi_runtime.package.hub import local_checkpoint
 from phi_runtime.text.tokenizer import FILE
@@ -24,7 +24,7 @@ from phi_train.models import CausalLM, build, load_weights
 from phi_train.models.initializer import init_weights
 from phi_train.models.precision import DTYPES, chosen
 from phi_train.models.recompute import DecoderLayer, recompute
-from phi_train.recipes.config import Recipe, to_dict, vary
+from phi_train.recipes.config import Recipe, from_dict, to_dict, vary
 from phi_train.recipes.estimate import flops_per_token
 from phi_train.trainer.engine import Ranks, first_alone, gather
 from phi_train.trainer.lora import enable_lora
@@ -83,7 +83,10 @@ def claim(recipe: Recipe, out: Path) -> bool:
     record = out / "training" / "recipe.json"
     wanted = json.loads(json.dumps(to_dict(recipe)))
     if record.is_file():
-        _check_same(read_json(record), wanted, out)
+        there = read_json(record)
+        with suppress(PhiError):  # what is no recipe of ours differs anyway
+            there = json.loads(json.dumps(to_dict(from_dict(there))))  # settings that came later have their defaults
+        _check_same(there, wanted, out)
         return False
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputExistsError(f"{out}: is there already and holds no run of ours; choose another --out")
