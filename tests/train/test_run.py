@@ -113,6 +113,17 @@ def test_a_damaged_state_is_passed_over(tmp_path, checkpoint):
         load_state(tmp_path, engine, ranks)
 
 
+def test_a_recipe_says_how_weights_are_drawn(tmp_path, checkpoint):
+    from phi_train.recipes.catalogue import get_recipe
+    from phi_train.trainer.engine import join
+    from phi_train.trainer.setup import make_model
+
+    for initializer, std in (("published", 0.02), ("fan_in", 1.0)):
+        recipe = get_recipe("phi3-demo", [f"initializer={initializer}"])
+        model = make_model(recipe, recipe.model, checkpoint / "training" / "tokenizer", join())
+        assert float(model.model.embed_tokens.weight.std()) == pytest.approx(std, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
