@@ -113,7 +113,7 @@ def test_a_damaged_state_is_passed_over(tmp_path, checkpoint):
         load_state(tmp_path, engine, ranks)
 
 
-def test_a_recipe_says_how_weights_are_drawn(tmp_path, checkpoint):
+def test_a_recipe_says_how_weights_are_drawn(checkpoint):
     from phi_train.recipes.catalogue import get_recipe
     from phi_train.trainer.engine import join
     from phi_train.trainer.setup import make_model

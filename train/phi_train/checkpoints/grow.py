@@ -23,7 +23,7 @@ from phi_runtime.architecture.config import AnyConfig
 from phi_runtime.architecture.decoder import F32, Decoder
 from phi_runtime.errors import OutputExistsError, UsageError
 from phi_train.checkpoints.write import write_checkpoint
-from phi_train.models.initializer import INIT_STD
+from phi_train.recipes.published import INIT_STD
 
 METHODS = ("random", "reuse", "tile", "preserve")
 

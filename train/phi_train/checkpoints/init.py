@@ -21,10 +21,9 @@ from phi_runtime.errors import OutputExistsError, UsageError
 from phi_runtime.files import staged_folder, write_file
 from phi_train.checkpoints.header import safetensors_header
 from phi_train.data.tokenizer import CHAT_TOKENS, STOPS, build_tokenizer, tokenizer_config
-from phi_train.recipes.published import PUBLISHED
+from phi_train.recipes.published import INIT_STD, PUBLISHED
 
 RANDOM = "phi_edge_random_seed"  # key of config.json that says so
-_STD = 0.02  # initializer_range of every published configuration
 _SHARD = 2_000_000_000  # bytes of a file, at most, as published ones have it
 _PIECE = 1 << 22  # weights drawn at a time
 _RESERVED = 64  # ids at the end: phi-3-mini's chat tokens begin at vocab_size - 64
@@ -135,7 +134,7 @@ def _values(name: str, shape: tuple[int, ...], start: int, stop: int, seed: int)
         return np.full(stop - start, 0 if name.endswith(".bias") else 0x3F80, "<u2")
     key = [seed, start, *name.encode()]
     drawn = np.random.Generator(np.random.SFC64(key)).standard_normal(stop - start, dtype=np.float32)
-    return bfloat16_bits(drawn * np.float32(_STD))
+    return bfloat16_bits(drawn * np.float32(INIT_STD))
 
 
 def bfloat16_bits(x: F32) -> np.ndarray:

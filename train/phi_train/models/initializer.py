@@ -1,16 +1,14 @@
 """The weights that a model begins with."""
 
-from typing import Literal
-
 import torch
 from torch import nn
 
 from phi_train.models import CausalLM
+from phi_train.recipes.config import Initializer
+from phi_train.recipes.published import INIT_STD
 
-INIT_STD = 0.02  # initializer_range of every published configuration
 
-
-def init_weights(model: CausalLM, seed: int, initializer: Literal["published", "fan_in"] = "published") -> None:
+def init_weights(model: CausalLM, seed: int, initializer: Initializer = "published") -> None:
     """Norms one, biases zero, matrices from a normal distribution.
 
     published: its standard deviation is 0.02, which suits the published widths. fan_in: n^-1/2 for a matrix of n

@@ -21,6 +21,7 @@ from phi_train.grid import parse_grid
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 _BelowOne = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Initializer = Literal["published", "fan_in"]  # see `models.initializer`
 _Weight = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
 
@@ -121,7 +122,7 @@ class _Settings(StrictContract, frozen=True, kw_only=True):
     parallelism: Parallelism = Parallelism()
     objective: Objective = Objective()
     init_from: str | None = None
-    initializer: Literal["published", "fan_in"] = "published"
+    initializer: Initializer = "published"
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     save_every: Count = 100
     samples: Annotated[int, msgspec.Meta(ge=0, lt=1000)] = 2

@@ -8,6 +8,8 @@ from dataclasses import replace
 
 from phi_runtime.architecture.config import Config, GptNeoConfig, LongRope, Phi3Config, Phi3SmallConfig, PhiConfig
 
+INIT_STD = 0.02  # initializer_range of all of them
+
 
 def phi3_mini_4k() -> Phi3Config:
     """phi-3-mini-4k-instruct: 3,821,079,552 parameters (arXiv:2404.14219)."""

@@ -103,7 +103,6 @@ def small_recipe(
     lr: float = 2e-3,
     shards: str = "shards",
     tinystories: bool = False,
-    initializer: Literal["published", "fan_in"] = "published",
 ) -> Recipe:
     """A Phi-3 of `width` and `layers`, or a model of TinyStories' architecture, heads of 16 dimensions, on sequences of
     `length` tokens. Sizes are ours.
@@ -142,7 +141,6 @@ def small_recipe(
         optimizer=Optimizer(lr=lr, weight_decay=0.1),
         schedule=Schedule(steps=steps, warmup_steps=min(50, steps // 10), final_lr=lr / 10),
         parallelism=Parallelism(precision="fp32"),  # at these widths bf16 gains nothing
-        initializer=initializer,
         save_every=max(1, steps // 4),
         samples=0,
     )

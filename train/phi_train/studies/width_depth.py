@@ -7,6 +7,7 @@ other half name six pairs and then ask for them in another order, different ones
 from pathlib import Path
 from random import Random
 
+from phi_train.recipes.config import vary
 from phi_train.studies.answers import Student
 from phi_train.studies.study import Arm, Comparison, Control, Scale, Study, small_recipe
 from phi_train.studies.texts import shuffled, write_texts, write_tokenizer
@@ -42,7 +43,10 @@ class WidthDepth(Study):
         """See `Study`."""
         steps = {"smoke": 40, "demo": 4000}[scale]
         return tuple(
-            Arm(name, small_recipe(name, _VOCABULARY, width, layers, _LENGTH, steps, lr=3e-3, initializer="fan_in"))
+            Arm(
+                name,
+                vary(small_recipe(name, _VOCABULARY, width, layers, _LENGTH, steps, lr=3e-3), initializer="fan_in"),
+            )
             for name, width, layers in (("d16-L2", 16, 2), ("d64-L1", 64, 1), ("d64-L2", 64, 2), ("d128-L1", 128, 1))
         )
 

@@ -66,10 +66,10 @@ def join(say: Callable[[str], None] = lambda what: None) -> Ranks:
     # Processes on processors have gloo; DeepSpeed need not compile its op for shared memory.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.setdefault("LOCAL_RANK", "0")
-    if _LAUNCHED & set(os.environ):
-        # A launcher that is killed, for want of memory say, ends none of its processes: they save, and leave.
-        when_orphaned(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
     if not distributed.is_initialized():
+        if _LAUNCHED & set(os.environ):
+            # A launcher that is killed, for want of memory say, ends none of its processes: they save, and leave.
+            when_orphaned(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if ranks.world == 1:
             # One process meets nobody: no port to be taken, no file to be left.

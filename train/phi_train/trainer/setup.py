@@ -81,17 +81,23 @@ def claim(recipe: Recipe, out: Path) -> bool:
     Raises UsageError for another recipe's folder, OutputExistsError for one that holds no run.
     """
     record = out / "training" / "recipe.json"
-    wanted = json.loads(json.dumps(to_dict(recipe)))
+    wanted = _as_read(recipe)
     if record.is_file():
         there = read_json(record)
         with suppress(PhiError):  # what is no recipe of ours differs anyway
-            there = json.loads(json.dumps(to_dict(from_dict(there))))  # settings that came later have their defaults
+            there = _as_read(from_dict(there))  # settings that came later have their defaults
         _check_same(there, wanted, out)
         return False
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputExistsError(f"{out}: is there already and holds no run of ours; choose another --out")
     write_file(record, json.dumps(wanted, indent=1) + "\n")
     return True
+
+
+def _as_read(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as its record reads again: lists for tuples."""
+    values: dict[str, Any] = json.loads(json.dumps(to_dict(recipe)))
+    return values
 
 
 _PATIENCE = 30.0  # seconds: processes whose launcher was killed take their last step and save
