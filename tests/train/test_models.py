@@ -223,3 +223,11 @@ def test_dropout_is_for_training_alone(raw):
         assert not torch.equal(model(ids), model(ids))
         model.eval()
         assert torch.equal(model(ids), model(ids))
+
+
+def test_a_model_is_trained_after_one_of_its_shape_was_asked():
+    tokens = torch.randint(0, 300, (1, 77))  # a length that no other test has
+    model = drawn(PHI3)
+    with torch.inference_mode():
+        model(tokens)
+    model(tokens).sum().backward()

@@ -93,7 +93,8 @@ class AttentionContext:
 def _tables(decoder: Decoder, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     assert decoder.rope is not None
     cos, sin = decoder.rope.tables(np.arange(length), length)
-    return torch.from_numpy(cos).to(device), torch.from_numpy(sin).to(device)
+    with torch.inference_mode(False):  # a training may come to them after an evaluation that made them
+        return torch.from_numpy(cos).to(device), torch.from_numpy(sin).to(device)
 
 
 def rotate(x_BHTD: Tensor, context: AttentionContext) -> Tensor:
