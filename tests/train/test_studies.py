@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from random import Random
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from phi_runtime.errors import UsageError
 from phi_train.checkpoints.write import write_checkpoint
 from phi_train.curate.rubric import rubric
 from phi_train.models import build
-from phi_train.studies import emergence, exercises, roles
+from phi_train.studies import emergence, exercises, interpretability, roles
 from phi_train.studies.answers import Student
 from phi_train.studies.catalogue import STUDIES, get_study
 from phi_train.studies.report import write_overview, write_report
@@ -133,7 +134,8 @@ def test_the_measure_of_emergence_tells_right_from_wrong():
 
 def test_the_measure_of_exercises_runs_what_is_written():
     seen, unseen = exercises._rows(0)
-    assert not set(seen) & set(unseen) and len(seen) > 1000
+    assert not set(seen) & set(unseen) and len(seen) == 50 and len(unseen) > 1000
+    assert not any(o in row for row in seen for o in exercises._ONLY_IN_TEXTBOOKS)
     assert exercises._takes_all(("double", "cube", "shift"))
     assert not exercises._takes_all(("raise", "lower", "square"))  # squaring alone does the same
     rows = [*unseen[:20], ("double", "cube", "shift")]
@@ -193,6 +195,22 @@ def test_heads_and_neurons_by_what_they_look_at(tmp_path):
     heads = seen["v"].view(length, 2, 16).transpose(0, 1)
     mixed = (torch.from_numpy(looked.attention[0]) @ heads).transpose(0, 1).reshape(length, 32)
     assert (mixed - seen["mixed"]).abs().max() < 1e-6
+
+
+def test_a_head_is_asked_where_its_word_comes_next():
+    said = ("Leo", "saw", "a", "banjo", ".", "Leo", "held", "the", "banjo", ".")
+    role = interpretability._before("banjo", "banjo")
+    assert {t: list(role(said, t)) for t in range(len(said)) if role(said, t)} == {7: [3]}
+    swapped = interpretability._before("banjo", "Leo")
+    assert list(swapped(said, 7)) == [0, 5] and not swapped(said, 4)
+
+
+def test_lessons_say_how_rows_are_written_and_exercises_ask_in_another_way():
+    draw = Random(0)
+    lessons = [exercises._lesson(draw) for _ in range(300)]
+    assert all(f" {c} " in f" {' '.join(lessons)} " for c in exercises._OPERATIONS.values())
+    assert any(" ; " in said for said in lessons) and any(" ; " not in said for said in lessons)
+    assert not any(" : " in said or "task" in said for said in lessons)
 
 
 def metrics(out):

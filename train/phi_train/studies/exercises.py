@@ -1,14 +1,16 @@
 """phi-1 (2306.11644, sections 2.2, 3 and 5): textbooks, then a short fine-tune on exercises, which makes a spike.
 
-Textbooks say of 16 operations how each is written; exercises ask for three of twelve of them in a row. What is asked
-afterwards is executed in the sandbox: rows of the twelve that no exercise had, and rows with one of the four that only
-the textbooks know.
+Textbooks say how 16 operations are written, alone and in rows; exercises, few and another way of asking as phi-1's are,
+ask for three of twelve of them in a row. What is asked afterwards is executed in the sandbox: rows of the twelve that
+no exercise had, and rows with one of the four that only the textbooks know.
 """
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from random import Random
 
+from phi_train.recipes.config import vary
 from phi_train.sandbox.run import Job, run_all
 from phi_train.studies.answers import Student
 from phi_train.studies.study import Arm, Comparison, Control, Scale, Study, small_recipe
@@ -22,11 +24,12 @@ _OPERATIONS = {
 }  # fmt: skip
 _ONLY_IN_TEXTBOOKS = ("cube", "scale", "third", "shift")
 _EXERCISED = tuple(o for o in _OPERATIONS if o not in _ONLY_IN_TEXTBOOKS)
+_DISTINCT = 50  # exercises; phi-1's are a fortieth of its tokens
 _TRIED = (0, 1, -3, 4, 17, 50)
-_LENGTH, _BATCH = 64, 32
+_LENGTH, _BATCH, _LR = 64, 32, 2e-3
 _WAYS = (
     "to {o} a number , write {c} .", "the code {c} will {o} x .", "we {o} x by {c} .", "how do we {o} x ? with {c} .",
-    "{o} : {c}",
+    "so {c} is how we {o} .",
 )  # fmt: skip
 
 
@@ -34,7 +37,7 @@ class _Taught(Study):
     """Data and measure of both studies."""
 
     source = "phi-1, arXiv:2306.11644, sections 2.2 and 3"
-    stand_in = "16 operations on x for programming, rows of three for exercises; a model of 100 K"
+    stand_in = "16 operations on x for programming, 50 rows of three for exercises; a model of 100 K"
     controls = (
         Control("gold", "textbooks, exercises", least=1.0),
         Control("no program", "textbooks, exercises", most=0.0),
@@ -42,10 +45,12 @@ class _Taught(Study):
 
     def arms(self, scale: Scale) -> tuple[Arm, ...]:
         """See `Study`."""
-        first, then = {"smoke": (30, 20), "demo": (500, 250)}[scale]
+        first, then = {"smoke": (30, 20), "demo": (1200, 250)}[scale]
 
         def arm(name: str, shards: str, steps: int, after: str | None = None) -> Arm:
-            return Arm(name, small_recipe(name, _VOCABULARY, 64, 2, _LENGTH, steps, _BATCH, shards=shards), after)
+            lr = _LR if after is None else _LR / 10  # as phi-1's
+            r = small_recipe(name, _VOCABULARY, 64, 2, _LENGTH, steps, _BATCH, lr, shards)
+            return Arm(name, vary(r, initializer="fan_in"), after)
 
         return (
             arm("textbooks", "textbooks", first),
@@ -57,12 +62,11 @@ class _Taught(Study):
     def make_data(self, scale: Scale, seed: int, folder: Path) -> None:
         """See `Study`."""
         draw = Random(f"exercises {seed}")  # noqa: S311
-        book = [_WAYS[n].format(o=o, c=c) for o, c in _OPERATIONS.items() for n in range(len(_WAYS))]
         seen, _ = _rows(seed)
         count = {"smoke": 2000, "demo": 20_000}[scale]
-        textbooks = [" ".join(draw.choices(book, k=5)) for _ in range(count)]
+        textbooks = [" ".join(_lesson(draw) for _ in range(4)) for _ in range(count)]
         exercises = [" ".join(_exercise(draw.choice(seen))) for _ in range(count)]
-        write_tokenizer(words_in([*book, *exercises]) | {"//"}, folder / "tokenizer")
+        write_tokenizer(words_in([*textbooks, *exercises]) | {"//"}, folder / "tokenizer")
         for name, texts in (("textbooks", textbooks), ("exercises", exercises)):
             write_texts(texts[:-200], texts[-200:], folder / "tokenizer", folder / name)
 
@@ -118,15 +122,25 @@ _Row = tuple[str, ...]
 
 
 def _rows(seed: int) -> tuple[list[_Row], list[_Row]]:
-    """Rows of three exercised operations: those of the exercises, and a quarter that is left out."""
+    """Rows of three exercised operations: those of the exercises, and all others."""
     rows = [row for row in product(_EXERCISED, repeat=3) if _takes_all(row)]
     Random(f"rows {seed}").shuffle(rows)  # noqa: S311
-    return rows[len(rows) // 4 :], rows[: len(rows) // 4]
+    return rows[:_DISTINCT], rows[_DISTINCT:]
+
+
+def _lesson(draw: Random) -> str:
+    """How one to three operations are written."""
+    row = draw.choices(list(_OPERATIONS), k=draw.randint(1, 3))
+    return draw.choice(_WAYS).format(o=" , ".join(row), c=_code(row))
+
+
+def _code(row: Sequence[str]) -> str:
+    return " ; ".join(_OPERATIONS[o] for o in row)
 
 
 def _exercise(row: _Row) -> tuple[str, str]:
     """What is asked, and the code."""
-    return f"task {' , '.join(row)} :", " ; ".join(_OPERATIONS[o] for o in row)
+    return f"task {' , '.join(row)} :", _code(row)
 
 
 def _passed(rows: list[_Row], said: list[str]) -> float:
