@@ -79,6 +79,7 @@ def test_it_is_trained_there_and_its_short_context_too(tmp_path, checkpoint, dat
     done = run("phi-train", "extend", checkpoint, "--context", 640, "--data", data, "--method", "yarn",
                "--windows", 2, "--out", tmp_path / "long")  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "--set data.short_context_interval=2" in done.stdout
     changes = [
         f"model={tmp_path / 'long'}",
         f"init_from={tmp_path / 'long'}",

@@ -219,6 +219,7 @@ def _extend(argv: list[str]) -> None:
     p.add_argument("--seed", type=int, default=0, help="seed of the search (default %(default)s)")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     args = p.parse_args(argv)
+    from phi_runtime.architecture.checkpoint import open_checkpoint
     from phi_train.checkpoints.extend import extend
 
     checkpoint = _local(args.checkpoint)
@@ -228,9 +229,13 @@ def _extend(argv: list[str]) -> None:
             lambda n, of: progress("searching", n, of, {}),
         )  # fmt: skip
     print(f"{args.out}: {args.context:,} positions; loss {found:.3f} there, {yarn:.3f} by YaRN (nats per token)")
+    original = open_checkpoint(checkpoint).config.max_position_embeddings
+    # Long windows alone cost the short context 0.1 nats, half of them a fifth of that (docs/how-to/train.md).
+    short = " --set data.short_context_interval=2" if args.context % original == 0 else ""
     print(
         f"train it there: phi-train RECIPE --set model={args.out} --set init_from={args.out} --out … "
-        f"--set data.tokenizer={args.out} --set data.shards={args.data} --set data.sequence_length={args.context}"
+        f"--set data.tokenizer={args.out} --set data.shards={args.data} "
+        f"--set data.sequence_length={args.context}{short}"
     )
 
 

@@ -1,7 +1,8 @@
 """phi-3 (2404.14219, section 2): web text first, then heavier filtering and reasoning text, against all of it mixed.
 
 Web text is results of matches with a little sorting of letters in it, the second phase's is sorting alone. Each arm
-sees the same texts the same number of times, in another order.
+sees the same texts the same number of times, in another order. The learning rate stays: one that falls to a tenth
+leaves little to a second phase, and two arms show that. The paper does not say how its own went.
 """
 
 from pathlib import Path
@@ -28,6 +29,7 @@ class TwoPhase(Study):
     comparisons = (
         Comparison("reasoning", "web, then reasoning", "mixed"),
         Comparison("reasoning", "mixed", "reasoning, then web", of_claim=False),
+        Comparison("reasoning", "web, then reasoning, falling rate", "mixed, falling rate", of_claim=False),
     )
     controls = (
         Control("shuffled answers", "mixed", most=0.05),
@@ -39,14 +41,17 @@ class TwoPhase(Study):
         steps = _STEPS[scale]
         second = round(steps * _SECOND)
 
-        def arm(name: str, first: str, then: str | None, begins: int) -> Arm:
+        def arm(name: str, first: str, then: str | None, begins: int, rate: str = "constant") -> Arm:
             r = small_recipe(name, VOCABULARY, 32, 2, LINE * LINES, steps, BATCH, shards=first)
+            r = vary(r, schedule={"type": rate})
             return Arm(name, vary(r, data={"phase2_shards": then, "phase2_step": begins}) if then else r)
 
         return (
             arm("web, then reasoning", "web", "reasoning", steps - second),
             arm("mixed", "mixed", None, 0),
             arm("reasoning, then web", "reasoning", "web", second),
+            arm("web, then reasoning, falling rate", "web", "reasoning", steps - second, "cosine"),
+            arm("mixed, falling rate", "mixed", None, 0, "cosine"),
         )
 
     def make_data(self, scale: Scale, seed: int, folder: Path) -> None:
