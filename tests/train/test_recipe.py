@@ -6,7 +6,7 @@ import pytest
 from support import run_here
 
 from phi_runtime.errors import UsageError
-from phi_train.recipes.catalogue import get_recipe
+from phi_train.recipes.catalogue import RECIPES, get_recipe
 from phi_train.recipes.config import RENAMED, SETTINGS, to_dict, vary
 
 BASE = 'recipe = "phi3-demo"\n'
@@ -88,3 +88,10 @@ def test_vary_changes_fields_of_components():
     demo = get_recipe("phi3-demo", [])
     varied = vary(demo, seed=3, optimizer={"lr": 1e-3})
     assert (varied.seed, varied.optimizer.lr, varied.optimizer.beta1) == (3, 1e-3, demo.optimizer.beta1)
+
+
+def test_narrow_phi3s_alone_draw_by_fan_in():
+    """What was measured: docs/how-to/train.md."""
+    for name in RECIPES:
+        narrow = name.startswith("phi3-") and name.endswith("-demo")
+        assert get_recipe(name, []).initializer == ("fan_in" if narrow else "published"), name
