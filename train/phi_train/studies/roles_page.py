@@ -19,8 +19,8 @@ def section(text: Inside, heads: Sequence[Head], neurons: Sequence[Neuron]) -> s
     return (
         "<style>.heads{display:flex;flex-wrap:wrap;gap:1.2rem}.head h3{font-size:14px;margin:.2rem 0}"
         ".head svg{display:block}</style><h2>Heads</h2><p>Rows look at columns; the darker, the more. Beside a role: "
-        "how much of the attention goes there beyond what even attention would give; to the subject, the friend and the "
-        "thing from where they are the next word.</p>"
+        "how much of the attention goes there beyond what even attention would give; to the subject, the friend and "
+        "the thing from where they are the next word.</p>"
         f"<div class='heads'>{maps}</div><h2>Neurons of one kind</h2>{_kinds(neurons)}"
     )
 
