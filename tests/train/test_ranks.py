@@ -434,7 +434,7 @@ def test_documents_that_are_kept_apart_train_otherwise(tmp_path, common, alone):
 
 def test_a_run_begun_before_a_setting_was_there(tmp_path, common):
     out = tmp_path / "out"
-    recipe = get_recipe("phi3-demo", [*common])
+    recipe = get_recipe("phi3-demo", [*common, "initializer=published"])
     assert claim(recipe, out)
     record = out / "training" / "recipe.json"
     there = json.loads(record.read_text())
